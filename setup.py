@@ -1,0 +1,41 @@
+"""Builds csrc/ with CMake and ninja and places the two shared objects inside the package.
+
+Never looks at the host's CPU: every instruction set is compiled, the one to use is chosen at import.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Runs `cmake -G Ninja` on the repository; CMAKE_ARGS and MAX_JOBS are honoured."""
+
+    def build_extension(self, ext):
+        import pybind11
+        import torch
+
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DMOELORA_TORCH_DIR={Path(torch.__file__).parent}",
+            f"-DMOELORA_OUTPUT_DIR={package}",
+            *os.environ.get("CMAKE_ARGS", "").split(),
+        ]  # fmt: skip
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), *jobs], check=True)
+
+
+setup(ext_modules=[Extension("torch_moelora._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
