@@ -1,0 +1,326 @@
+"""Argument checks, used by the fakes and by the CUDA implementations; the CPU operators use the same wording.
+
+One form for every message: `<op>: <argument> must <expected>, got <what came>`. The checks of an operator run
+in one order everywhere (routing, then tensors in the order of the schema, then scalars), so that a call with
+two mistakes reports the same one on every backend. Everything raises RuntimeError, as TORCH_CHECK does in
+C++.
+
+Nothing here reads a tensor's contents: on CUDA that would synchronise, and a fake has none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+ACTS = ("silu", "gelu", "gelu_tanh")
+
+
+def text(t: Tensor) -> str:
+    """The shape as messages print it: `[4, 8]`."""
+    return "[" + ", ".join(str(d) for d in t.shape) + "]"
+
+
+def _dim(op: str, name: str, t: Tensor, dim: int, letters: str) -> None:
+    torch._check(
+        t.dim() == dim, lambda: f"{op}: {name} must be a {dim}-D tensor [{letters}], got shape {text(t)}"
+    )
+
+
+def _shape(op: str, name: str, t: Tensor, expected: tuple, why: str) -> None:
+    """`expected` may hold strings for free dimensions. One check a dimension: unbacked sizes stay
+    traceable.
+    """
+
+    def message() -> str:
+        return f"{op}: {name} must have shape [{', '.join(map(str, expected))}] ({why}), got {text(t)}"
+
+    torch._check(t.dim() == len(expected), message)
+    for size, want in zip(t.shape, expected, strict=True):
+        if not isinstance(want, str):
+            torch._check(size == want, message)
+
+
+def _float(op: str, name: str, t: Tensor) -> None:
+    torch._check(
+        t.dtype in FLOATS,
+        lambda: (
+            f"{op}: {name} must have dtype torch.bfloat16, torch.float16, torch.float32 or torch.float64, "
+            f"got {t.dtype}"
+        ),
+    )
+
+
+def _like(op: str, name: str, t: Tensor, lead_name: str, lead: Tensor, or_float32: bool = False) -> None:
+    """Same device as `lead`, and its dtype; with `or_float32` a half-precision lead also takes float32."""
+    torch._check(
+        t.device == lead.device,
+        lambda: f"{op}: {name} must be on device {lead.device} (that of {lead_name}), got {t.device}",
+    )
+    or_float32 = or_float32 and lead.dtype in (torch.bfloat16, torch.float16)
+    alternative = " or torch.float32" if or_float32 else ""
+    torch._check(
+        t.dtype == lead.dtype or (or_float32 and t.dtype == torch.float32),
+        lambda: (
+            f"{op}: {name} must have dtype {lead.dtype} (that of {lead_name}){alternative}, got {t.dtype}"
+        ),
+    )
+
+
+def _index(op: str, name: str, t: Tensor, letter: str, dtype: torch.dtype) -> None:
+    _dim(op, name, t, 1, letter)
+    torch._check(t.dtype == dtype, lambda: f"{op}: {name} must have dtype {dtype}, got {t.dtype}")
+
+
+def _routing(op: str, lead_name: str, lead: Tensor, slots: Tensor, offsets: Tensor, top_k: int) -> None:
+    torch._check(top_k >= 1, lambda: f"{op}: top_k must be at least 1, got {top_k}")
+    _index(op, "sorted_scattered_idxs", slots, "S", torch.int64)
+    torch._check(
+        slots.shape[0] % top_k == 0,
+        lambda: (
+            f"{op}: sorted_scattered_idxs must have a length that is a multiple of top_k={top_k}, "
+            f"got {slots.shape[0]}"
+        ),
+    )
+    _index(op, "expert_offsets", offsets, "E", torch.int32)
+    torch._check(
+        offsets.shape[0] >= 1,
+        lambda: f"{op}: expert_offsets must have a length of at least 1, got {offsets.shape[0]}",
+    )
+    for name, t in (("sorted_scattered_idxs", slots), ("expert_offsets", offsets)):
+        torch._check(
+            t.device == lead.device,
+            lambda name=name, t=t: (
+                f"{op}: {name} must be on device {lead.device} (that of {lead_name}), got {t.device}"
+            ),
+        )
+
+
+def _rows(op: str, name: str, t: Tensor, slots: Tensor, top_k: int, per_slot: bool, flag: str) -> None:
+    """The first dimension is S where `per_slot`, else T = S / top_k; `flag` says what decided it."""
+    total = slots.shape[0]
+
+    def message() -> str:
+        letter, rows = ("S", total) if per_slot else ("T", total // top_k)
+        return f"{op}: {name} must have {rows} rows ({letter}, because {flag}), got shape {text(t)}"
+
+    torch._check(t.shape[0] * (1 if per_slot else top_k) == total, message)
+
+
+def _x(op: str, x: Tensor, slots: Tensor, top_k: int, x_grouped: bool) -> None:
+    _dim(op, "x", x, 2, "S, K" if x_grouped else "T, K")
+    _rows(op, "x", x, slots, top_k, x_grouped, f"x_grouped is {x_grouped}")
+
+
+def _dy(op: str, dy: Tensor, slots: Tensor, top_k: int, gates: Tensor | None) -> None:
+    _dim(op, "dy", dy, 2, "S, N" if gates is None else "T, N")
+    flag = "gates is None" if gates is None else "gates is given"
+    _rows(op, "dy", dy, slots, top_k, gates is None, flag)
+
+
+def _weight(op: str, weight: Tensor, lead_name: str, lead: Tensor, offsets: Tensor) -> None:
+    _dim(op, "weight", weight, 3, "E, N, K")
+    _like(op, "weight", weight, lead_name, lead)
+    torch._check(
+        weight.shape[0] == offsets.shape[0],
+        lambda: (
+            f"{op}: weight must have {offsets.shape[0]} experts (the length of expert_offsets), "
+            f"got shape {text(weight)}"
+        ),
+    )
+    for size in weight.shape[1:]:
+        torch._check(
+            size >= 1, lambda: f"{op}: weight must have N and K of at least 1, got shape {text(weight)}"
+        )
+
+
+def _columns(op: str, name: str, t: Tensor, letter: str, size: int, owner: str) -> None:
+    torch._check(
+        t.shape[1] == size,
+        lambda: f"{op}: {name} must have {size} columns ({letter} of {owner}), got shape {text(t)}",
+    )
+
+
+def _lora(op: str, a: Tensor, b: Tensor, lead_name: str, lead: Tensor, sizes: tuple) -> None:
+    """`sizes` is (E, N, K)."""
+    e, n, k = sizes
+    _shape(op, "lora_a", a, (e, "R", k), f"E={e}, K={k}")
+    torch._check(
+        a.shape[1] >= 1, lambda: f"{op}: lora_a must have a rank R of at least 1, got shape {text(a)}"
+    )
+    _like(op, "lora_a", a, lead_name, lead, or_float32=True)
+    r = a.shape[1]
+    _shape(op, "lora_b", b, (e, n, r), f"E={e}, N={n}, R={r} of lora_a")
+    _like(op, "lora_b", b, "lora_a", a)
+
+
+def _lora_pair(
+    op: str, a: Tensor | None, b: Tensor | None, lead_name: str, lead: Tensor, sizes: tuple
+) -> None:
+    torch._check(
+        (a is None) == (b is None),
+        lambda: (
+            f"{op}: lora_a and lora_b must be given together, got only {'lora_b' if a is None else 'lora_a'}"
+        ),
+    )
+    if a is not None:
+        _lora(op, a, b, lead_name, lead, sizes)
+
+
+def _bias(op: str, bias: Tensor | None, lead_name: str, lead: Tensor, e: int, n: int) -> None:
+    if bias is None:
+        return
+    _shape(op, "bias", bias, (e, n), f"E={e}, N={n}")
+    _like(op, "bias", bias, lead_name, lead, or_float32=True)
+
+
+def _gates(
+    op: str, gates: Tensor | None, lead_name: str, lead: Tensor, slots: Tensor, top_k: int, y_grouped: bool
+) -> None:
+    if gates is None:
+        return
+    torch._check(
+        not y_grouped, lambda: f"{op}: gates must be None when y_grouped is True, got shape {text(gates)}"
+    )
+
+    def message() -> str:
+        return (
+            f"{op}: gates must have shape [{slots.shape[0] // top_k}, {top_k}] (T=S/top_k, top_k), "
+            f"got {text(gates)}"
+        )
+
+    torch._check(gates.dim() == 2, message)
+    torch._check(gates.shape[1] == top_k, message)
+    torch._check(gates.shape[0] * top_k == slots.shape[0], message)
+    _like(op, "gates", gates, lead_name, lead, or_float32=True)
+
+
+def _finite(op: str, name: str, value: float) -> None:
+    # Comparisons rather than math.isfinite: a symbolic float stays symbolic.
+    torch._check(
+        value > float("-inf") and value < float("inf"),
+        lambda: f"{op}: {name} must be finite, got {float(value):g}",
+    )
+
+
+def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> None:
+    """expert_idxs [T, top_k] int32/int64, top_k ≥ 1, num_experts ≥ 1."""
+    op = "flatten_sort_count"
+    _dim(op, "expert_idxs", expert_idxs, 2, "T, top_k")
+    torch._check(
+        expert_idxs.dtype in (torch.int32, torch.int64),
+        lambda: f"{op}: expert_idxs must have dtype torch.int32 or torch.int64, got {expert_idxs.dtype}",
+    )
+    torch._check(
+        expert_idxs.shape[1] >= 1,
+        lambda: f"{op}: expert_idxs must have at least 1 column, got shape {text(expert_idxs)}",
+    )
+    torch._check(num_experts >= 1, lambda: f"{op}: num_experts must be at least 1, got {num_experts}")
+
+
+def scatter_lora(
+    x, weight, slots, offsets, top_k, lora_a, lora_b, scaling, bias, gates, x_grouped, y_grouped
+) -> None:  # fmt: skip
+    """All arguments of `scatter_lora`, in the order of its schema."""
+    op = "scatter_lora"
+    _routing(op, "x", x, slots, offsets, top_k)
+    _x(op, x, slots, top_k, x_grouped)
+    _float(op, "x", x)
+    _weight(op, weight, "x", x, offsets)
+    e, n, k = weight.shape
+    _columns(op, "x", x, "K", k, "weight")
+    _lora_pair(op, lora_a, lora_b, "x", x, (e, n, k))
+    _finite(op, "scaling", scaling)
+    _bias(op, bias, "x", x, e, n)
+    _gates(op, gates, "x", x, slots, top_k, y_grouped)
+
+
+def scatter_lora_dx(
+    dy, weight, slots, offsets, top_k, lora_a, lora_b, scaling, bias, gates, x, x_grouped, y_grouped
+) -> None:  # fmt: skip
+    """All arguments of `scatter_lora_dx`, in the order of its schema."""
+    op = "scatter_lora_dx"
+    _routing(op, "dy", dy, slots, offsets, top_k)
+    _dy(op, dy, slots, top_k, gates)
+    _float(op, "dy", dy)
+    _weight(op, weight, "dy", dy, offsets)
+    e, n, k = weight.shape
+    _columns(op, "dy", dy, "N", n, "weight")
+    _lora_pair(op, lora_a, lora_b, "dy", dy, (e, n, k))
+    _finite(op, "scaling", scaling)
+    _bias(op, bias, "dy", dy, e, n)
+    _gates(op, gates, "dy", dy, slots, top_k, y_grouped)
+    if x is not None:
+        _x(op, x, slots, top_k, x_grouped)
+        _like(op, "x", x, "dy", dy)
+        _columns(op, "x", x, "K", k, "weight")
+
+
+def _dy_and_x(op, dy, x, slots, offsets, top_k, gates, x_grouped) -> None:
+    _routing(op, "dy", dy, slots, offsets, top_k)
+    _dy(op, dy, slots, top_k, gates)
+    _float(op, "dy", dy)
+    _x(op, x, slots, top_k, x_grouped)
+    _like(op, "x", x, "dy", dy)
+
+
+def scatter_lora_dab(
+    dy, x, slots, offsets, top_k, lora_a, lora_b, scaling, gates, x_grouped, y_grouped
+) -> None:
+    """All arguments of `scatter_lora_dab`, in the order of its schema."""
+    op = "scatter_lora_dab"
+    _dy_and_x(op, dy, x, slots, offsets, top_k, gates, x_grouped)
+    _lora(op, lora_a, lora_b, "dy", dy, (offsets.shape[0], dy.shape[1], x.shape[1]))
+    _finite(op, "scaling", scaling)
+    _gates(op, gates, "dy", dy, slots, top_k, y_grouped)
+
+
+def scatter_lora_dw(dy, x, slots, offsets, top_k, gates, x_grouped, y_grouped) -> None:
+    """All arguments of `scatter_lora_dw`, in the order of its schema."""
+    op = "scatter_lora_dw"
+    _dy_and_x(op, dy, x, slots, offsets, top_k, gates, x_grouped)
+    _gates(op, gates, "dy", dy, slots, top_k, y_grouped)
+
+
+def scatter_lora_dbias(dy, slots, offsets, top_k, gates, y_grouped) -> None:
+    """All arguments of `scatter_lora_dbias`, in the order of its schema."""
+    op = "scatter_lora_dbias"
+    _routing(op, "dy", dy, slots, offsets, top_k)
+    _dy(op, dy, slots, top_k, gates)
+    _float(op, "dy", dy)
+    _gates(op, gates, "dy", dy, slots, top_k, y_grouped)
+
+
+def _glu(op: str, h: Tensor, act: str, alpha: float, limit: float | None, up_shift: float) -> None:
+    _dim(op, "h", h, 2, "rows, 2I")
+    _float(op, "h", h)
+    torch._check(
+        h.shape[1] >= 2 and h.shape[1] % 2 == 0,
+        lambda: f"{op}: h must have an even number of columns, at least 2, got shape {text(h)}",
+    )
+    torch._check(act in ACTS, lambda: f"{op}: act must be silu, gelu or gelu_tanh, got {act}")
+    _finite(op, "alpha", alpha)
+    torch._check(
+        act == "silu" or alpha == 1.0,
+        lambda: f"{op}: alpha must be 1 when act is {act}, got {float(alpha):g}",
+    )
+    torch._check(
+        limit is None or limit > 0,
+        lambda: f"{op}: limit must be None or greater than 0, got {float(limit):g}",
+    )
+    _finite(op, "up_shift", up_shift)
+
+
+def glu(h, act, alpha, limit, up_shift) -> None:
+    """h [rows, 2I]; the arguments of `glu` that can be wrong."""
+    _glu("glu", h, act, alpha, limit, up_shift)
+
+
+def glu_backward(dy, h, act, alpha, limit, up_shift) -> None:
+    """dy [rows, I] beside the arguments of `glu`."""
+    op = "glu_backward"
+    _glu(op, h, act, alpha, limit, up_shift)
+    rows, columns = h.shape
+    _shape(op, "dy", dy, (rows, columns // 2), "the rows and half the columns of h")
+    _like(op, "dy", dy, "h", h)

@@ -1,0 +1,247 @@
+"""The public functions. Shapes: T tokens, S = T·top_k routed rows, E experts, K → N features, R LoRA rank.
+
+A *slot* is one (token, choice) pair, `t·top_k + j`. *Slot order* is that order; *grouped order* is sorted by
+expert, stable within an expert, with the slots of sentinel ids (outside [0, E)) last.
+
+All floating-point arguments have one dtype (bfloat16, float16, float32; float64 on CPU), except that beside a
+half `x` the LoRA parameters, the bias and the gates may be float32. Accumulation is float32 (float64 for
+float64), and each result is rounded once. Results are bit-identical whatever the number of threads.
+
+Under `torch.autocast`, x, weight and bias are cast to its dtype, float32 LoRA parameters and gates stay as
+they are.
+A weight of another dtype is then copied whole in every call: keep the frozen base in the autocast dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._moe_mlp import glu_then_scatter_lora, plain_activation
+
+
+def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Sorts routed rows by expert.
+
+    Args:
+        expert_idxs: [T, top_k] int32 or int64, the experts of each token. An id outside [0, num_experts) is a
+            sentinel: its row is computed nowhere and is zero in every result.
+        num_experts: E ≥ 1.
+
+    Returns:
+        sorted_scattered_idxs: [T·top_k] int64, position in grouped order → slot. A permutation.
+        expert_offsets: [E] int32, inclusive running count of rows per expert (the `offs` of
+            `torch.nn.functional.grouped_mm`). Its last element is the number of rows that are not sentinels.
+
+    Raises:
+        RuntimeError: wrong number of dimensions, dtype or num_experts.
+    """
+    return torch.ops.moelora.flatten_sort_count(expert_idxs, num_experts)
+
+
+def scatter_lora(
+    x: Tensor,
+    weight: Tensor,
+    sorted_scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    top_k: int,
+    *,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    gates: Tensor | None = None,
+    x_grouped: bool = False,
+    y_grouped: bool = False,
+) -> Tensor:
+    """Linear layer with LoRA, of each routed row's own expert: x·Wᵀ + scaling·(x·Aᵀ)·Bᵀ + bias.
+
+    The formula is Hu et al. 2021 (LoRA), eq. 3, applied to expert e's slice of every parameter.
+    Differentiable in x, weight, lora_a, lora_b, bias and gates; once only.
+
+    Args:
+        x: [T, K], or [S, K] in grouped order if `x_grouped`. Any strides.
+        weight: [E, N, K], any strides, read in place. For a stored [E, K, N] pass `w.transpose(1, 2)`.
+        sorted_scattered_idxs, expert_offsets: [S] int64 and [E] int32, from `flatten_sort_count`.
+        top_k: slots per token; S is a multiple of it.
+        lora_a, lora_b: [E, R, K] and [E, N, R], any strides; both or neither. PEFT's parameters are the views
+            `A.view(E, R, K)` and `B.view(N, R, E).permute(2, 0, 1)`.
+        scaling: finite factor of the LoRA term.
+        bias: [E, N].
+        gates: [T, top_k] routing weights. With them the result is each token's weighted sum. Not with
+            `y_grouped`.
+        x_grouped: x holds one row per slot, in grouped order, instead of one per token.
+        y_grouped: the result is in grouped order instead of slot order.
+
+    Returns:
+        [T, N] with gates, else [S, N]; contiguous, x's dtype. Rows of sentinel slots are zero.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device or value; the message names it. On CPU this
+            covers the contents of the index tensors.
+    """
+    return torch.ops.moelora.scatter_lora(
+        x,
+        weight,
+        sorted_scattered_idxs,
+        expert_offsets,
+        top_k,
+        lora_a,
+        lora_b,
+        scaling,
+        bias,
+        gates,
+        x_grouped,
+        y_grouped,
+    )
+
+
+def glu(
+    h: Tensor,
+    act: str = "silu",
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_shift: float = 0.0,
+    interleaved: bool = False,
+) -> Tensor:
+    """Gated activation f(g)·(u + up_shift), with g clamped to at most `limit` and u to ±`limit`.
+
+    The formula is Shazeer 2020 (GLU variants); clamp, alpha and shift are those of gpt_oss, which is
+    ("silu", 1.702, 7.0, 1.0, True). Differentiable in h; once only.
+
+    Args:
+        h: [rows, 2I]. g is its first half and u its second; its even and odd columns if `interleaved`.
+        act: "silu" (g·σ(alpha·g)), "gelu" (exact) or "gelu_tanh".
+        alpha: finite; 1 unless act is "silu".
+        limit: greater than 0, or None for no clamp.
+        up_shift: finite.
+        interleaved: g and u alternate.
+
+    Returns:
+        [rows, I], h's dtype.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or value; the message names it.
+    """
+    return torch.ops.moelora.glu(h, act, alpha, limit, up_shift, interleaved)
+
+
+def _check_moe_mlp(x, expert_idxs, gates, gate_up_weight, down_weight, gated, activation) -> None:
+    """What the operators below could only report in terms of their own argument names.
+
+    Plain `if` and `raise`: torch.compile cannot trace torch._check with such messages.
+    """
+    for name, t, dim in (
+        ("x", x, 2),
+        ("expert_idxs", expert_idxs, 2),
+        ("gates", gates, 2),
+        ("gate_up_weight", gate_up_weight, 3),
+        ("down_weight", down_weight, 3),
+    ):
+        if t.dim() != dim:
+            raise RuntimeError(f"moe_mlp: {name} must be {dim}-D, got shape {list(t.shape)}")
+    if expert_idxs.shape[0] != x.shape[0]:
+        rows = f"{x.shape[0]} rows (those of x)"
+        raise RuntimeError(f"moe_mlp: expert_idxs must have {rows}, got shape {list(expert_idxs.shape)}")
+    if gates.shape != expert_idxs.shape:
+        want = f"{list(expert_idxs.shape)} (that of expert_idxs)"
+        raise RuntimeError(f"moe_mlp: gates must have shape {want}, got {list(gates.shape)}")
+    experts, columns, features = gate_up_weight.shape
+    if features != x.shape[1]:
+        want = f"[E, N, {x.shape[1]}] (the columns of x)"
+        raise RuntimeError(
+            f"moe_mlp: gate_up_weight must have shape {want}, got {list(gate_up_weight.shape)}"
+        )
+    inner = columns // 2 if gated else columns
+    if activation is not None:
+        inner = down_weight.shape[2]
+    if down_weight.shape[0] != experts or down_weight.shape[2] != inner:
+        want = f"[{experts}, N, {inner}] (E and I of gate_up_weight, gated is {gated})"
+        raise RuntimeError(f"moe_mlp: down_weight must have shape {want}, got {list(down_weight.shape)}")
+
+
+def _check_ungated(gated, activation, limit, up_shift, interleaved) -> None:
+    """Options of the gated unit mean nothing without it, and nothing is silently dropped."""
+    if gated and activation is None:
+        return
+    unit = "activation is given" if activation is not None else "gated is False"
+    if limit is not None:
+        raise RuntimeError(f"moe_mlp: limit must be None when {unit}, got {limit}")
+    if up_shift != 0:
+        raise RuntimeError(f"moe_mlp: up_shift must be 0 when {unit}, got {up_shift}")
+    if interleaved:
+        raise RuntimeError(f"moe_mlp: interleaved must be False when {unit}, got True")
+
+
+def moe_mlp(
+    x: Tensor,
+    expert_idxs: Tensor,
+    gates: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    *,
+    gate_up_lora_a: Tensor | None = None,
+    gate_up_lora_b: Tensor | None = None,
+    gate_up_scaling: float = 1.0,
+    down_lora_a: Tensor | None = None,
+    down_lora_b: Tensor | None = None,
+    down_scaling: float = 1.0,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    act: str = "silu",
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_shift: float = 0.0,
+    interleaved: bool = False,
+    gated: bool = True,
+    activation: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The experts of a mixture-of-experts layer: route → gate_up → activation → down, weighted by `gates`.
+
+    Kept for the backward: the arguments, the indices and h = gate_up(x) [S, 2I]. The gated unit's output is
+    recomputed from h. Differentiable in x, gates and every parameter; once only.
+
+    Args:
+        x: [T, H].
+        expert_idxs: [T, top_k] int32 or int64; ids outside [0, E) are sentinels and contribute nothing.
+        gates: [T, top_k] routing weights.
+        gate_up_weight: [E, 2I, H] ([E, I, H] if not `gated`), any strides, read in place.
+        down_weight: [E, H, I], any strides, read in place.
+        gate_up_lora_a, gate_up_lora_b: [E, R, H], [E, 2I, R]; both or neither.
+        down_lora_a, down_lora_b: [E, R', I], [E, H, R']; both or neither.
+        gate_up_scaling, down_scaling: factors of the LoRA terms.
+        gate_up_bias, down_bias: [E, 2I], [E, H].
+        act, alpha, limit, up_shift, interleaved: those of `glu`.
+        gated: False for experts with one plain activation: `act` is then "silu" (with alpha), "gelu",
+            "gelu_tanh", "relu" or "relu2" (relu squared).
+        activation: replaces the activation: a function of h [S, 2I] in grouped order that gives [S, I].
+
+    Returns:
+        [T, H], x's dtype.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device or value; the message names it.
+    """
+    _check_moe_mlp(x, expert_idxs, gates, gate_up_weight, down_weight, gated, activation)
+    _check_ungated(gated, activation, limit, up_shift, interleaved)
+    top_k = expert_idxs.shape[1]
+    slots, offsets = flatten_sort_count(expert_idxs, gate_up_weight.shape[0])
+    h = scatter_lora(
+        x,
+        gate_up_weight,
+        slots,
+        offsets,
+        top_k,
+        lora_a=gate_up_lora_a,
+        lora_b=gate_up_lora_b,
+        scaling=gate_up_scaling,
+        bias=gate_up_bias,
+        y_grouped=True,
+    )
+    down = (down_weight, slots, offsets, top_k, down_lora_a, down_lora_b, down_scaling, down_bias, gates)
+    if gated and activation is None:
+        return glu_then_scatter_lora(h, (act, alpha, limit, up_shift, interleaved), *down)
+    inner = plain_activation(h, act, alpha) if activation is None else activation(h)
+    return torch.ops.moelora.scatter_lora(inner, *down, True, False)

@@ -1,0 +1,199 @@
+"""The specification: one plain torch function per operator, the only reference that tests and benchmarks use.
+
+Arguments are the operators' own, in the same order; `dtype` (fp64 unless told) is what everything is computed
+and returned in. T tokens, S = T·top_k routed rows, E experts, K in_features, N out_features, R rank. In
+grouped order expert e owns rows expert_offsets[e-1] : expert_offsets[e]; the rows from expert_offsets[-1] on
+belong to no expert. The forward functions are differentiable; the backward functions are formulas of their
+own, not autograd's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _segments(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, first row, one past its last row), in grouped order."""
+    ends = expert_offsets.tolist()
+    return list(zip(range(len(ends)), [0, *ends[:-1]], ends, strict=True))
+
+
+def _to_grouped(rows: Tensor, slots: Tensor, top_k: int, *, per_token: bool, grouped: bool) -> Tensor:
+    """Rows of any order → grouped order [S, ·]."""
+    if grouped:
+        return rows
+    return rows[slots // top_k] if per_token else rows[slots]
+
+
+def _to_slots(grouped: Tensor, slots: Tensor) -> Tensor:
+    """[S, ·] in grouped order → [S, ·] in slot order."""
+    return torch.zeros_like(grouped).index_copy(0, slots, grouped)
+
+
+def _gate(gates: Tensor | None, slots: Tensor, lo: int, hi: int, dtype: torch.dtype) -> Tensor | float:
+    """The gate of grouped rows lo:hi as a column, or 1."""
+    return 1.0 if gates is None else gates.to(dtype).flatten()[slots[lo:hi]].unsqueeze(1)
+
+
+def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """expert_idxs [T, top_k] → (slots in grouped order [S] int64, running counts [E] int32); sentinels
+    last.
+    """
+    ids = expert_idxs.flatten().to(torch.int64)
+    routed = (ids >= 0) & (ids < num_experts)
+    keys = torch.where(routed, ids, num_experts)
+    counts = torch.bincount(keys, minlength=num_experts + 1)[:num_experts]
+    return torch.sort(keys, stable=True).indices, counts.cumsum(0).to(torch.int32)
+
+
+def scatter_lora(
+    x, weight, sorted_scattered_idxs, expert_offsets, top_k, lora_a=None, lora_b=None, scaling=1.0,
+    bias=None, gates=None, x_grouped=False, y_grouped=False, *, dtype=torch.float64,
+) -> Tensor:  # fmt: skip
+    """y = x·W[e]ᵀ + scaling·(x·A[e]ᵀ)·B[e]ᵀ + bias[e] per routed row; with gates, their weighted sum per
+    token.
+    """
+    slots = sorted_scattered_idxs
+    rows = _to_grouped(x.to(dtype), slots, top_k, per_token=True, grouped=x_grouped)
+    parts = []
+    end = 0
+    for e, lo, end in _segments(expert_offsets):
+        y = rows[lo:end] @ weight[e].to(dtype).T
+        if lora_a is not None:
+            y = y + scaling * (rows[lo:end] @ lora_a[e].to(dtype).T) @ lora_b[e].to(dtype).T
+        if bias is not None:
+            y = y + bias[e].to(dtype)
+        parts.append(y * _gate(gates, slots, lo, end, dtype))
+    parts.append(rows.new_zeros(slots.numel() - end, weight.shape[1]))
+    grouped = torch.cat(parts)
+    if y_grouped:
+        return grouped
+    y = _to_slots(grouped, slots)
+    return y if gates is None else y.view(-1, top_k, y.shape[1]).sum(1)
+
+
+def scatter_lora_dx(
+    dy, weight, sorted_scattered_idxs, expert_offsets, top_k, lora_a=None, lora_b=None, scaling=1.0,
+    bias=None, gates=None, x=None, x_grouped=False, y_grouped=False, *, dtype=torch.float64,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx = gate·(dy·W + scaling·(dy·B)·A), summed over a token's slots; dgates = ⟨dx before its gate, x⟩ +
+    ⟨dy, bias⟩.
+    """
+    slots = sorted_scattered_idxs
+    dy = _to_grouped(dy.to(dtype), slots, top_k, per_token=gates is not None, grouped=y_grouped)
+    grouped = dy.new_zeros(slots.numel(), weight.shape[2])
+    dgates = dy.new_zeros(slots.numel() if gates is not None and x is not None else 0)
+    if dgates.numel():
+        rows = _to_grouped(x.to(dtype), slots, top_k, per_token=True, grouped=x_grouped)
+    for e, lo, hi in _segments(expert_offsets):
+        d = dy[lo:hi] @ weight[e].to(dtype)
+        if lora_a is not None:
+            d = d + scaling * (dy[lo:hi] @ lora_b[e].to(dtype)) @ lora_a[e].to(dtype)
+        grouped[lo:hi] = d * _gate(gates, slots, lo, hi, dtype)
+        if dgates.numel():
+            dgate = (d * rows[lo:hi]).sum(1)
+            dgates[slots[lo:hi]] = dgate if bias is None else dgate + dy[lo:hi] @ bias[e].to(dtype)
+    if not x_grouped:
+        grouped = _to_slots(grouped, slots).view(-1, top_k, grouped.shape[1]).sum(1)
+    return grouped, dgates.view(-1, top_k) if gates is not None and x is not None else dgates
+
+
+def scatter_lora_dab(
+    dy, x, sorted_scattered_idxs, expert_offsets, top_k, lora_a, lora_b, scaling=1.0, gates=None,
+    x_grouped=False, y_grouped=False, *, dtype=torch.float64,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dA[e] = scaling·(gate·dy·B)ᵀ·x, dB[e] = scaling·(gate·dy)ᵀ·(x·Aᵀ), over the rows of e."""
+    slots = sorted_scattered_idxs
+    rows = _to_grouped(x.to(dtype), slots, top_k, per_token=True, grouped=x_grouped)
+    dy = _to_grouped(dy.to(dtype), slots, top_k, per_token=gates is not None, grouped=y_grouped)
+    da, db = rows.new_zeros(lora_a.shape), rows.new_zeros(lora_b.shape)
+    for e, lo, hi in _segments(expert_offsets):
+        d = dy[lo:hi] * _gate(gates, slots, lo, hi, dtype)
+        da[e] = scaling * (d @ lora_b[e].to(dtype)).T @ rows[lo:hi]
+        db[e] = scaling * d.T @ (rows[lo:hi] @ lora_a[e].to(dtype).T)
+    return da, db
+
+
+def scatter_lora_dw(
+    dy, x, sorted_scattered_idxs, expert_offsets, top_k, gates=None, x_grouped=False, y_grouped=False,
+    *, dtype=torch.float64,
+) -> Tensor:  # fmt: skip
+    """dW[e] = (gate·dy)ᵀ·x over the rows of e: [E, N, K]."""
+    slots = sorted_scattered_idxs
+    rows = _to_grouped(x.to(dtype), slots, top_k, per_token=True, grouped=x_grouped)
+    dy = _to_grouped(dy.to(dtype), slots, top_k, per_token=gates is not None, grouped=y_grouped)
+    dw = rows.new_zeros(expert_offsets.numel(), dy.shape[1], rows.shape[1])
+    for e, lo, hi in _segments(expert_offsets):
+        dw[e] = (dy[lo:hi] * _gate(gates, slots, lo, hi, dtype)).T @ rows[lo:hi]
+    return dw
+
+
+def scatter_lora_dbias(
+    dy, sorted_scattered_idxs, expert_offsets, top_k, gates=None, y_grouped=False, *, dtype=torch.float64
+) -> Tensor:
+    """dbias[e] = Σ gate·dy over the rows of e: [E, N]."""
+    slots = sorted_scattered_idxs
+    dy = _to_grouped(dy.to(dtype), slots, top_k, per_token=gates is not None, grouped=y_grouped)
+    dbias = dy.new_zeros(expert_offsets.numel(), dy.shape[1])
+    for e, lo, hi in _segments(expert_offsets):
+        dbias[e] = (dy[lo:hi] * _gate(gates, slots, lo, hi, dtype)).sum(0)
+    return dbias
+
+
+def _halves(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """(gate columns, up columns) of h [rows, 2I]."""
+    return (h[:, 0::2], h[:, 1::2]) if interleaved else tuple(h.chunk(2, dim=1))
+
+
+def _activation(g: Tensor, act: str, alpha: float) -> tuple[Tensor, Tensor]:
+    """f(g) and f'(g)."""
+    if act == "silu":
+        s = torch.sigmoid(alpha * g)
+        return g * s, s * (1 + alpha * g * (1 - s))
+    if act == "gelu":
+        phi = 0.5 * (1 + torch.erf(g / math.sqrt(2)))
+        return g * phi, phi + g * torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)
+    c, a = math.sqrt(2 / math.pi), 0.044715
+    t = torch.tanh(c * (g + a * g**3))
+    return 0.5 * g * (1 + t), 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * c * (1 + 3 * a * g * g)
+
+
+def glu(
+    h, act="silu", alpha=1.0, limit=None, up_shift=0.0, interleaved=False, *, dtype=torch.float64
+) -> Tensor:
+    """f(min(g, limit))·(clamp(u, ±limit) + up_shift): h [rows, 2I] → [rows, I]."""
+    g, u = _halves(h.to(dtype), interleaved)
+    if limit is not None:
+        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+    return _activation(g, act, alpha)[0] * (u + up_shift)
+
+
+def glu_backward(
+    dy, h, act="silu", alpha=1.0, limit=None, up_shift=0.0, interleaved=False, *, dtype=torch.float64
+) -> Tensor:
+    """Gradient of `glu` with respect to h; a clamped element takes none."""
+    g, u = _halves(h.to(dtype), interleaved)
+    dy = dy.to(dtype)
+    g_in, u_in = g, u
+    if limit is not None:
+        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+    f, df = _activation(g, act, alpha)
+    dg, du = dy * (u + up_shift) * df, dy * f
+    if limit is not None:
+        dg, du = dg * (g_in <= limit), du * (u_in.abs() <= limit)
+    return torch.stack((dg, du), dim=2).flatten(1) if interleaved else torch.cat((dg, du), dim=1)
+
+
+REFERENCE = {
+    "flatten_sort_count": flatten_sort_count,
+    "scatter_lora": scatter_lora,
+    "scatter_lora_dx": scatter_lora_dx,
+    "scatter_lora_dab": scatter_lora_dab,
+    "scatter_lora_dw": scatter_lora_dw,
+    "scatter_lora_dbias": scatter_lora_dbias,
+    "glu": glu,
+    "glu_backward": glu_backward,
+}

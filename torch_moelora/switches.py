@@ -1,0 +1,43 @@
+"""The environment variables that the Python side obeys, read once, at import. README, "Switches", documents
+them.
+
+`MOELORA_ISA` is read on the C++ side (csrc/dispatch/isa.cpp), and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Switches:
+    """backend: "triton", or None for the C++ kernels on CPU tensors. autotune: search Triton
+    configurations.
+    """
+
+    backend: str | None
+    autotune: bool
+    triton_interpret: bool
+
+
+def read(environ: Mapping[str, str]) -> Switches:
+    """Switches from `environ`. Raises ImportError on a value that means nothing."""
+    backend = environ.get("MOELORA_BACKEND") or None
+    if backend not in (None, "triton"):
+        raise ImportError(f"MOELORA_BACKEND must be triton or unset, got {backend}")
+    flags = {}
+    for name in ("MOELORA_AUTOTUNE", "TRITON_INTERPRET"):
+        value = environ.get(name) or "0"
+        if name.startswith("MOELORA") and value not in ("0", "1"):
+            raise ImportError(f"{name} must be 0, 1 or unset, got {value}")
+        flags[name] = value.lower() in ("1", "true", "on", "yes", "y")
+    if backend == "triton" and not flags["TRITON_INTERPRET"]:
+        raise ImportError(
+            "MOELORA_BACKEND=triton must come with TRITON_INTERPRET=1, got TRITON_INTERPRET unset"
+        )
+    return Switches(backend, flags["MOELORA_AUTOTUNE"], flags["TRITON_INTERPRET"])
+
+
+SWITCHES = read(os.environ)
