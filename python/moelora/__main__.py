@@ -1,0 +1,38 @@
+"""`python -m moelora`."""
+
+import sys
+
+from moelora import MoeloraError, options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line. Returns its exit status: 2 for what the user can mend, 130 when interrupted."""
+    explicit = vars(options.parser().parse_args(argv))
+    explicit.pop("command")
+    try:
+        from moelora import finetune
+
+        finetune.main(explicit)
+    except MoeloraError as error:
+        print(f"moelora: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"moelora: {_interrupted(explicit)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _interrupted(explicit: dict) -> str:
+    from pathlib import Path
+
+    from moelora.training import last_checkpoint
+
+    out = explicit.get("output", options.DEFAULTS["output"])
+    found = last_checkpoint(Path(out))
+    if found is None:
+        return "interrupted before the first checkpoint"
+    return f"interrupted: {found} is complete; go on with: python -m moelora finetune --resume --output {out}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""`enable` and `disable`: the explicit step that puts a model's experts on the operators, and its undoing."""
+
+from __future__ import annotations
+
+from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
+from torch import nn
+
+from moelora import adapters, experts
+from moelora.errors import MoeloraError
+from moelora.reporting import AdapterReport, LayerReport, Report
+
+
+def enable(model: nn.Module) -> Report:
+    """Run a model's experts, and the PEFT adapters on them, on the operators.
+
+    Works on the instance: experts modules get `experts_implementation="moelora"`, PEFT's expert wrappers lend
+    their LoRA factors as views. State dicts, parameters and their names stay as they are. Call it again after
+    adding adapters; undo it with `disable`.
+
+    Args:
+        model: a transformers model, or a `PeftModel` around one.
+    Returns: which layers use the operators, which do not and why, and the adapters of each.
+    Raises: MoeloraError if no layer can use them; the model is then unchanged.
+    """
+    found = {name: module for name, module in model.named_modules() if experts.is_experts(module)}
+    by_module = adapters.wrappers(model)
+    if not found:
+        raise MoeloraError(f"{_kind(model)} has no expert layers that follow transformers' experts interface")
+    bindings = {name: experts.bind(module) for name, module in found.items()}
+    if all(binding.reason for binding in bindings.values()):
+        name, binding = next(iter(bindings.items()))
+        raise MoeloraError(
+            f"no expert layer of {_kind(model)} can use the operators: {name} {binding.reason}"
+        )
+    experts.register()
+    # Layers share configurations, so what an enabled layer goes back to holds for a new one beside it.
+    earlier = {id(m.config): m._moelora.previous for m in found.values() if hasattr(m, "_moelora")}
+    for name, module in found.items():
+        bindings[name].previous = earlier.get(id(module.config), bindings[name].previous)
+        module._moelora = bindings[name]
+        for wrapper in by_module.get(id(module), []):
+            adapters.hook(wrapper)
+    for module in found.values():
+        module.config._experts_implementation_internal = experts.IMPLEMENTATION
+    return report(model)
+
+
+def disable(model: nn.Module) -> None:
+    """Undo `enable`: every module and configuration is as it was. A model that is not enabled stays so."""
+    for module in model.modules():
+        if isinstance(module, PeftParamWrapper):
+            adapters.unhook(module)
+        binding = vars(module).get("_moelora")
+        if binding is not None:
+            module.config._experts_implementation_internal = binding.previous
+            del module._moelora
+
+
+def report(model: nn.Module) -> Report:
+    """The state of an enabled model's expert layers and their adapters, as `enable` returns it."""
+    by_module = adapters.wrappers(model)
+    return Report(
+        tuple(
+            _layer(name, module, by_module.get(id(module), []))
+            for name, module in model.named_modules()
+            if vars(module).get("_moelora") is not None
+        )
+    )
+
+
+def _layer(name: str, module: nn.Module, wrappers: list[PeftParamWrapper]) -> LayerReport:
+    binding = module._moelora
+    return LayerReport(
+        name=name.removeprefix("base_model.model.").replace(".base_layer", ""),
+        kind=type(module).__name__,
+        path="transformers" if binding.reason else "operators",
+        reason=binding.reason or "",
+        experts=getattr(module, experts.projections(module)[1]).shape[0],
+        gate="module" if "activation" in binding.activation else "fused",
+        adapters=tuple(_adapter(w, name) for w in reversed(wrappers) for name in w.lora_A),
+    )
+
+
+def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
+    active = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+    if wrapper.merged:
+        reason = "merged into the weights"
+    elif adapter in active:
+        reason = adapters.unserved(wrapper, active)
+    else:
+        reason = adapters.unserved(wrapper, [adapter])
+    return AdapterReport(
+        parameter=wrapper.parameter_name,
+        adapter=adapter,
+        rank=wrapper.r[adapter],
+        path="PEFT" if reason else "operators",
+        reason=reason or "",
+        active=adapter in active and not wrapper.disable_adapters,
+        trainable=all(layer[adapter].weight.requires_grad for layer in (wrapper.lora_A, wrapper.lora_B)),
+    )
+
+
+def _kind(model: nn.Module) -> str:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(inner).__name__

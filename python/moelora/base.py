@@ -1,0 +1,151 @@
+"""The default base: a small byte-level Qwen3-MoE, pretrained on the source of Python's standard library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_ASSETS_CACHE
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
+
+import moelora
+from moelora import data, training
+from moelora.errors import MoeloraError, writing
+
+END_OF_TEXT = "<|endoftext|>"
+
+MODEL: dict[str, Any] = {
+    "vocab_size": 257,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "eos_token_id": 256,
+    "pad_token_id": 256,
+    "bos_token_id": None,
+}
+PRETRAINING: dict[str, Any] = {
+    "characters": 3_000_000,
+    "seq_length": 256,
+    "batch_size": 8,
+    "steps": 200,
+    "learning_rate": 3e-3,
+}
+
+
+def default_cache() -> Path:
+    """Where pretrained bases are kept unless the user says otherwise."""
+    return Path(HF_ASSETS_CACHE) / "moelora"
+
+
+def ensure(cache: Path) -> Path:
+    """The directory of the pretrained base in `cache`: pretrained now if it is not there.
+
+    It appears under its name only when complete. Its name covers everything that decides its content.
+    """
+    recipe = {"model": MODEL, "pretraining": PRETRAINING, "python": sys.version_info[:3], "version": 1}
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    directory = cache / f"base-{digest}"
+    if not directory.is_dir():
+        with writing(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=cache))
+        try:
+            pretrain(staging, MODEL, PRETRAINING)
+            with writing(directory):
+                _publish(staging, directory)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return directory
+
+
+def _publish(staging: Path, directory: Path) -> None:
+    try:
+        os.rename(staging, directory)
+    except OSError:
+        if not directory.is_dir():  # else another process was first, with the same content
+            raise
+
+
+def pretrain(directory: Path, config: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Pretrains a model of `config` on the standard library and saves it and its tokenizer in `directory`."""
+    tokenizer = byte_tokenizer()
+    train, held_out = data.split(standard_library(settings["characters"]), 0.05, seed=0)
+    length = settings["seq_length"]
+    train = data.blocks(tokenizer, train, length, "standard library's text")
+    held_out = data.blocks(tokenizer, held_out, length, "standard library's held-out text")
+    set_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**config, output_router_logits=True, router_aux_loss_coef=0.01)
+    )
+    moelora.enable(model)
+    trainer, progress = training.trainer(
+        model,
+        train,
+        held_out[:32],
+        directory,
+        "pretraining",
+        max_steps=settings["steps"],
+        per_device_train_batch_size=settings["batch_size"],
+        learning_rate=settings["learning_rate"],
+        warmup_steps=settings["steps"] // 20,
+        save_strategy="no",
+        seed=0,
+    )
+    try:
+        trainer.train()
+    finally:
+        progress.close()
+    moelora.disable(model)
+    model.config.output_router_logits = False
+    with writing(directory):
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the 256 bytes, and one that ends a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+def standard_library(characters: int) -> list[str]:
+    """About that many characters of Python's own standard library, one document a source file.
+
+    Raises: MoeloraError if this Python comes without its source.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents: list[str] = []
+    for path in sorted([*root.glob("*.py"), *root.glob("*/*.py")]):
+        if path.parent.name in {"site-packages", "dist-packages", "test", "tests", "pydoc_data", "idlelib"}:
+            continue  # pydoc_data is what the demonstration tunes on
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        documents += [text] if text.strip() else []
+        characters -= len(text)
+        if characters <= 0:
+            break
+    if len(documents) < 10:
+        raise MoeloraError(
+            f"expected the standard library's source in {root}, found {len(documents)} files: use --model"
+        )
+    return documents

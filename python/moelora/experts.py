@@ -1,0 +1,186 @@
+"""transformers' experts interface on the operators.
+
+A model class that follows the interface stores its experts as 3-D parameters and calls the function
+registered under `config._experts_implementation`. `experts_forward` is that function: it reads the layout
+from the module (weights, biases, orientation), the gate from a numerical probe, and the LoRA factors from
+the `Binding` that `moelora.enable` left on the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from torch_moelora.functional import glu, moe_mlp
+
+IMPLEMENTATION = "moelora"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Factors(NamedTuple):
+    """One adapter's LoRA factors for one projection, as views of PEFT's parameters."""
+
+    a: Tensor  # [E, R, K]
+    b: Tensor  # [E, N, R]
+    scaling: float
+
+
+@dataclass
+class Binding:
+    """What `enable` knows of an experts module: lives on it as `_moelora`, outside its state dict."""
+
+    previous: str | None  # the experts implementation to go back to
+    reason: str | None  # why the operators cannot serve this module; None if they can
+    activation: dict[str, Any]  # `moe_mlp`'s arguments for what happens between the projections
+    lora: dict[str, Factors] = field(
+        default_factory=dict
+    )  # parameter name → factors, only while its wrapper runs
+
+
+def register() -> None:
+    """Make `experts_implementation="moelora"` known to transformers; calling it again changes nothing."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module`'s class follows transformers' experts interface."""
+    return hasattr(type(module).forward, "__wrapped__") and all(
+        hasattr(module, flag)
+        for flag in ("is_concatenated", "is_transposed", "has_bias", "has_gate", "config")
+    )
+
+
+def projections(module: nn.Module) -> tuple[str, str]:
+    """The names of the module's two weights, in the order in which they are applied."""
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why the operators cannot run this experts module, or None if they can."""
+    if getattr(module, "has_post_expert_norm", False):
+        return "normalises each expert's output before the routing weights"
+    for name in projections(module):
+        weight = getattr(module, name, None)
+        if not isinstance(weight, Tensor):
+            return f"has no parameter {name}"
+        if weight.ndim != 3:
+            return f"{name} has {weight.ndim} dimensions, expected [experts, out, in]"
+        if weight.dtype not in DTYPES:
+            return (
+                f"{name} is {str(weight.dtype).removeprefix('torch.')}, expected a 16-, 32- or 64-bit float"
+            )
+    return None
+
+
+def bind(module: nn.Module) -> Binding:
+    """A new binding for an experts module, without touching the module."""
+    reason = unsupported(module)
+    activation = {} if reason else recognise_activation(module)
+    return Binding(module.config._experts_implementation, reason, activation)
+
+
+def recognise_activation(module: nn.Module) -> dict[str, Any]:
+    """`moe_mlp`'s arguments for the module's activation: a fused gate that agrees, else the module's own.
+
+    The module's gate is compared with the operator on probe values that reach beyond every clamp, so a model
+    class is recognised by what it computes and never by its name or its configuration.
+    """
+    if not module.has_gate:
+        return {"gated": False, "activation": module.act_fn}
+    own: Callable[[Tensor], Tensor] = module._apply_gate
+    known = {f"{name}{suffix}" for name in projections(module) for suffix in ("", "_bias")}
+    if any(name not in known for name, _ in module.named_parameters()):
+        return {"activation": own}  # a learned gate can look like a fused one until it is trained
+    width = module.gate_up_proj.shape[2 if module.is_transposed else 1]
+    probe = torch.randn(16, width, generator=torch.Generator().manual_seed(0))
+    probe *= torch.logspace(-1, 2, 16).unsqueeze(1)
+    try:
+        with torch.no_grad():
+            expected = own(probe)
+    except (RuntimeError, ValueError, TypeError):  # a gate that only runs on the model's own device or dtype
+        return {"activation": own}
+    for candidate in _fused_candidates(module):
+        found = glu(probe, **candidate)
+        if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
+            return candidate
+    return {"activation": own}
+
+
+def _fused_candidates(module: nn.Module) -> list[dict[str, Any]]:
+    """Every fused gate worth trying, with the constants that the module itself holds as clamp and slope."""
+    constants = {
+        float(v) for v in vars(module).values() if isinstance(v, float | int) and not isinstance(v, bool)
+    }
+    slopes = [("silu", alpha) for alpha in sorted({1.0, 1.702} | {c for c in constants if 0 < c < 10})]
+    return [
+        {"act": act, "alpha": alpha, "limit": limit, "up_shift": shift, "interleaved": interleaved}
+        for interleaved in (False, True)
+        for act, alpha in [*slopes, ("gelu", 1.0), ("gelu_tanh", 1.0)]
+        for shift in (0.0, 1.0)
+        for limit in [None, *sorted(c for c in constants if 0 < c < 1000)]
+    ]
+
+
+def experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """transformers' experts function on the operators.
+
+    Args:
+        self: the experts module.
+        hidden_states: [..., H], floating point.
+        top_k_index: [..., top_k] int; an id outside the experts is skipped (expert parallelism).
+        top_k_weights: [..., top_k] routing weights.
+    Returns: [..., H] in the dtype of `hidden_states`.
+    """
+    binding = getattr(self, "_moelora", None)
+    if binding is None:  # chosen by name, without `enable`: no adapters to hook, so nothing to undo either
+        binding = self._moelora = bind(self)
+    if binding.reason is not None:
+        return fallback(self, binding)(self, hidden_states, top_k_index, top_k_weights)
+    first, second = projections(self)
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    weight = getattr(self, first)
+    # As transformers' own functions do: norms may hand over fp32 where the experts are 16-bit.
+    x = x if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+    gates = top_k_weights.reshape(-1, top_k_weights.shape[-1])
+    gates = gates if gates.dtype in (x.dtype, torch.float32) else gates.to(x.dtype)
+    out = moe_mlp(
+        x,
+        top_k_index.reshape(-1, top_k_index.shape[-1]),
+        gates,
+        _oriented(self, weight),
+        _oriented(self, getattr(self, second)),
+        **_lora("gate_up", binding.lora.get(first)),
+        **_lora("down", binding.lora.get(second)),
+        gate_up_bias=getattr(self, f"{first}_bias") if self.has_bias else None,
+        down_bias=getattr(self, f"{second}_bias") if self.has_bias else None,
+        **binding.activation,
+    )
+    return out.to(hidden_states.dtype).reshape(hidden_states.shape)
+
+
+def fallback(module: nn.Module, binding: Binding) -> Callable[..., Tensor]:
+    """The function that ran the module before: a registered one, or the class's own forward."""
+    name = binding.previous
+    if name is None or name == IMPLEMENTATION or name not in ALL_EXPERTS_FUNCTIONS:
+        return type(module).forward.__wrapped__
+    return ALL_EXPERTS_FUNCTIONS[name]
+
+
+def _lora(projection: str, factors: Factors | None) -> dict[str, Any]:
+    """`moe_mlp`'s LoRA arguments for one projection."""
+    if factors is None:
+        return {}
+    values = zip(("lora_a", "lora_b", "scaling"), factors, strict=True)
+    return {f"{projection}_{name}": value for name, value in values}
+
+
+def _oriented(module: nn.Module, weight: Tensor) -> Tensor:
+    """The weight as [E, out, in], a view."""
+    return weight.transpose(1, 2) if module.is_transposed else weight

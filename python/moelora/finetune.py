@@ -1,0 +1,243 @@
+"""`python -m moelora finetune`: LoRA fine-tuning of a mixture-of-experts language model, end to end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, set_seed
+
+import moelora
+from moelora import base, data, models, options, results, showcase, training
+from moelora.errors import MoeloraError, writing
+from moelora.reporting import Report
+
+OPTIONS = "options.json"
+EVALUATION_ROWS = 96
+RELOAD_TOKENS = 64
+
+
+@dataclass
+class Run:
+    """A model with its adapter and its data, ready to train."""
+
+    options: argparse.Namespace
+    out: Path
+    checkpoint: Path | None  # to resume from
+    source: Path
+    tokenizer: PreTrainedTokenizerBase
+    train: Tensor  # [n, seq_length] int64
+    held_out: Tensor  # [m, seq_length] int64
+    model: PeftModel
+    report: Report
+
+
+def main(explicit: dict[str, Any]) -> None:
+    """Runs the command with the options that were given. MoeloraError tells the user what to mend."""
+    _quiet()
+    started = time.perf_counter()
+    run = prepare(explicit)
+    summary = train(run)
+    adapter = results.write_adapter(run.out, run.model, run.tokenizer)
+    loss = summary["held_out_loss"]
+    results.write_curve(run.out, summary["losses"], loss["base"], loss["tuned"])
+    show(run, adapter, summary)
+    summary["seconds"] = time.perf_counter() - started
+    results.write_summary(run.out, summary)
+    _forget_checkpoints(run.out)
+    written = f"{results.ADAPTER}, {results.CURVE} and {results.SUMMARY}"
+    print(f"wrote {written} to {run.out} in {summary['seconds']:.0f} s")
+
+
+def prepare(explicit: dict[str, Any]) -> Run:
+    """Everything before the training: options, data, base model, adapter, operators; the cheap checks first."""
+    out = Path(explicit.get("output", options.DEFAULTS["output"]))
+    checkpoint = _checkpoint(out, explicit)
+    chosen = options.settle(explicit, _recorded(checkpoint) if checkpoint else {})
+    documents = data.read_files(chosen.data, chosen.field) if chosen.data else data.language_reference()
+    source = _source(chosen)
+    config, tokenizer = models.inspect(source)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and chosen.seq_length > limit:
+        raise MoeloraError(f"--seq-length is {chosen.seq_length}, the model reads at most {limit} tokens")
+    rows = [
+        data.blocks(tokenizer, texts, chosen.seq_length, f"{what} text")
+        for what, texts in zip(
+            ("training", "held-out"), data.split(documents, chosen.held_out, chosen.seed), strict=True
+        )
+    ]
+    model = models.load(source, chosen.dtype)
+    dtype = str(model.dtype).removeprefix("torch.")
+    size = f"{models.count(model) / 1e6:.1f} M parameters"
+    print(f"base     {source}: {type(model).__name__}, {size}, {dtype}")
+    print(f"data     {rows[0].numel():,} tokens to train on, {rows[1].numel():,} held out")
+    set_seed(chosen.seed)
+    adapted = models.adapt(model, chosen.rank, chosen.alpha, chosen.projections, chosen.target_modules)
+    report = moelora.enable(adapted)
+    trainable = models.count(adapted, trainable=True) / 1e6
+    print(f"adapter  rank {chosen.rank}, alpha {chosen.alpha:g}, {trainable:.2f} M trainable parameters")
+    print(f"\n{report}\n")
+    return Run(chosen, out, checkpoint, source, tokenizer, *rows, adapted, report)
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Trains the adapter, and tells how: losses, speed, and what the base made of the prompt."""
+    trainer, progress = _trainer(run)
+    try:
+        before = training.held_out_loss(trainer)
+        print(f"held-out loss before: {before:.3f}")
+        base_sample = _sample(run, adapted=False) if run.options.sample else None
+        set_seed(run.options.seed)
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        after = training.held_out_loss(trainer)
+    finally:
+        progress.close()
+    print(f"held-out loss after:  {after:.3f}")
+    return {
+        **_facts(run),
+        "held_out_loss": {"base": before, "tuned": after},
+        "losses": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+        "step_seconds": statistics.median(progress.seconds) if progress.seconds else None,
+        "tokens_per_second": progress.tokens_per_second(len(progress.seconds)),
+        "base_sample": base_sample,
+    }
+
+
+def show(run: Run, adapter: Path, summary: dict[str, Any]) -> None:
+    """The continuation, the race and the reload: printed, and added to `summary`."""
+    if run.options.sample:
+        summary["tuned_sample"] = _sample(run, adapted=True)
+        summary["prompt"] = run.tokenizer.decode(_prompt(run))
+        for title in ("prompt", "base_sample", "tuned_sample"):
+            text = summary[title].strip("\n").replace("\n", "\n       │ ")
+            print(f"{title.removesuffix('_sample'):<7}│ {text}")
+    if run.options.compare:
+        race = showcase.race(run.model, run.train[: run.options.batch_size], run.options.compare)
+        summary["race"] = race
+        print(
+            f"forward + backward of {race['tokens']} tokens: {race['operators_seconds'] * 1e3:.0f} ms with the "
+            f"operators, {race['transformers_peft_seconds'] * 1e3:.0f} ms with transformers' experts + PEFT "
+            f"({race['speedup']:.1f}x, medians of {race['pairs']})"
+        )
+    difference = showcase.reload(run.model, adapter, run.held_out[:1, :RELOAD_TOKENS])
+    summary["reload_difference"] = difference
+    print(f"adapter reloaded with plain PEFT: logits agree (relative difference {difference:.0e})")
+
+
+def _source(chosen: argparse.Namespace) -> Path:
+    if chosen.model:
+        return Path(chosen.model)
+    return base.ensure(Path(chosen.cache_dir) if chosen.cache_dir else base.default_cache())
+
+
+def _checkpoint(out: Path, explicit: dict[str, Any]) -> Path | None:
+    """The checkpoint to resume from; complains where the output directory does not fit the command."""
+    if out.exists() and not out.is_dir():
+        raise MoeloraError(f"--output {out} is a file, expected a directory")
+    found = training.last_checkpoint(out)
+    if explicit.get("resume"):
+        if found is None:
+            raise MoeloraError(f"nothing to resume in {out}: expected a checkpoint of an unfinished run")
+        return found
+    if found is not None and not explicit.get("overwrite"):
+        raise MoeloraError(
+            f"{out} holds an unfinished run ({found.name}): --resume goes on with it, --overwrite starts anew"
+        )
+    return None
+
+
+def _recorded(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / OPTIONS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MoeloraError(
+            f"{checkpoint} cannot be resumed: expected its options in {OPTIONS}, got {error}"
+        ) from None
+
+
+def _trainer(run: Run) -> tuple[training.AtomicTrainer, training.Progress]:
+    chosen = run.options
+    if chosen.overwrite:
+        _forget_checkpoints(run.out)
+    with writing(run.out):
+        run.out.mkdir(parents=True, exist_ok=True)
+    spread = torch.linspace(0, len(run.held_out) - 1, min(EVALUATION_ROWS, len(run.held_out))).long()
+    trainer, progress = training.trainer(
+        run.model,
+        run.train,
+        run.held_out[spread],
+        run.out,
+        "tuning",
+        max_steps=chosen.steps,
+        per_device_train_batch_size=chosen.batch_size,
+        per_device_eval_batch_size=chosen.batch_size,
+        gradient_accumulation_steps=chosen.grad_accumulation,
+        gradient_checkpointing=chosen.gradient_checkpointing,
+        learning_rate=chosen.learning_rate,
+        warmup_steps=max(1, chosen.steps // 20),
+        save_steps=chosen.save_every,
+        seed=chosen.seed,
+    )
+    text = json.dumps(vars(chosen), indent=2)
+    trainer.finish_checkpoint = lambda path: (path / OPTIONS).write_text(text, encoding="utf-8")
+    return trainer, progress
+
+
+def _sample(run: Run, adapted: bool) -> str:
+    with nullcontext() if adapted else run.model.disable_adapter():
+        return showcase.sample(run.model, run.tokenizer, _prompt(run), run.options.sample, run.options.seed)
+
+
+def _prompt(run: Run) -> Tensor:
+    """[n] int64: what to continue."""
+    if run.options.prompt:
+        return torch.tensor(run.tokenizer(run.options.prompt)["input_ids"], dtype=torch.int64)
+    return run.held_out[0, : min(64, run.held_out.shape[1] // 2)]
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    return {
+        "base": run.source,
+        "options": vars(run.options),
+        "train_tokens": run.train.numel(),
+        "held_out_tokens": run.held_out.numel(),
+        "trainable_parameters": models.count(run.model, trainable=True),
+        "experts": run.report.to_dict(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        },
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _forget_checkpoints(out: Path) -> None:
+    staging = out / training.STAGING
+    for path in out.glob("checkpoint-*"):
+        shutil.rmtree(staging, ignore_errors=True)
+        path.rename(staging)  # so that an interrupted removal leaves nothing that looks like a checkpoint
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _quiet() -> None:
+    """Only this command's own lines: the libraries' notes are about defaults that were chosen on purpose."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")

@@ -1,0 +1,99 @@
+"""Local checkpoints: what they are, whether they have experts, and loading them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from moelora.errors import MoeloraError
+from moelora.experts import is_experts, projections
+
+
+def inspect(directory: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The configuration and tokenizer of a checkpoint whose model has experts. No weights are loaded.
+
+    Raises: MoeloraError naming the directory and what it lacks.
+    """
+    _check_directory(directory)
+    with _loading(directory):
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        with torch.device("meta"):
+            outline = AutoModelForCausalLM.from_config(config)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if not any(is_experts(module) for module in outline.modules()):
+        raise MoeloraError(
+            f"{directory} holds a {type(outline).__name__}, which has no expert layers: expected a "
+            "mixture-of-experts model that follows transformers' experts interface"
+        )
+    return config, tokenizer
+
+
+def load(directory: Path, dtype: str) -> PreTrainedModel:
+    """The causal language model in `directory`; `dtype` is a name or "auto".
+
+    Raises: MoeloraError if it cannot be loaded.
+    """
+    with _loading(directory):
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+
+
+@contextmanager
+def _loading(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
+        raise MoeloraError(f"cannot load a language model from {directory}: {_first_line(error)}") from None
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        raise MoeloraError(f"{directory} is not a directory, expected a local transformers checkpoint")
+    for pattern, what in (("config.json", "a config.json"), ("*.safetensors", "weights (*.safetensors)")):
+        if not any(directory.glob(pattern)):
+            raise MoeloraError(f"{directory} is not a transformers checkpoint: expected {what} in it")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def adapt(
+    model: PreTrainedModel, rank: int, alpha: float, which: str, target_modules: list[str]
+) -> PeftModel:
+    """`model` with PEFT's LoRA on its experts (`which`: both, gate_up or down) and on `target_modules`."""
+    targets = set()
+    for name, module in model.named_modules():
+        if is_experts(module):
+            first, second = projections(module)
+            chosen = {"both": (first, second), "gate_up": (first,), "down": (second,)}[which]
+            targets |= {f"{name.rpartition('.')[2]}.{projection}" for projection in chosen}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=target_modules,
+        target_parameters=sorted(targets),
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise MoeloraError(f"PEFT cannot adapt {type(model).__name__}: {_first_line(error)}") from None
+
+
+def count(model: nn.Module, trainable: bool = False) -> int:
+    """How many parameters a model has, or how many of them are trainable."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

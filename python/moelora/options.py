@@ -1,0 +1,196 @@
+"""The command line's options: what they are called, what they default to and what they accept."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from moelora import MoeloraError
+
+
+def _number(kind: type, low: float, description: str) -> Callable[[str], Any]:
+    """An argparse type: a finite number of `kind` that is at least `low` (above it for floats)."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and (value > low if kind is float else value >= low)):
+            raise argparse.ArgumentTypeError(f"expected {description}, got {text!r}")
+        return value
+
+    return parse
+
+
+_COUNT = _number(int, 1, "a whole number of at least 1")
+_FROM_ZERO = _number(int, 0, "a whole number of at least 0")
+_FROM_TWO = _number(int, 2, "a whole number of at least 2")
+_POSITIVE = _number(float, 0.0, "a number above 0")
+
+
+def _fraction(text: str) -> float:
+    value = _POSITIVE(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction between 0 and 1, got {text!r}")
+    return value
+
+
+class Option(NamedTuple):
+    """One option; a default of None is explained in its help text."""
+
+    flag: str
+    default: Any
+    help: str
+    keywords: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.flag[2:].replace("-", "_")
+
+
+def _option(flag: str, default: Any, help: str, metavar: str | None = None, **keywords: Any) -> Option:
+    return Option(flag, default, help, keywords | ({"metavar": metavar} if metavar else {}))
+
+
+def _switch(flag: str, help: str) -> Option:
+    return Option(flag, False, help, {"action": "store_true"})
+
+
+_FINETUNE: dict[str, list[Option]] = {
+    "model and data": [
+        _option(
+            "--model",
+            None,
+            "a local transformers checkpoint with safetensors (default: a small byte-level Qwen3-MoE, "
+            "pretrained on first use on Python's standard library)",
+            "DIR",
+        ),
+        _option(
+            "--data",
+            None,
+            "text files, or .jsonl files with one object a line (default: Python's language reference)",
+            "FILE",
+            nargs="+",
+        ),
+        _option("--field", "text", "the field of a .jsonl object that holds the text", "NAME"),
+        _option("--held-out", 0.1, "share of the data kept for evaluation", "FRACTION", type=_fraction),
+        _option(
+            "--dtype",
+            "auto",
+            "the frozen model's dtype; auto is the checkpoint's. LoRA parameters are always float32",
+            choices=["auto", "float32", "bfloat16", "float16"],
+        ),
+        _option(
+            "--cache-dir",
+            None,
+            "where the pretrained default model is kept (default: moelora in the Hugging Face assets cache)",
+            "DIR",
+        ),
+    ],
+    "adapter": [
+        _option("--rank", 16, "LoRA rank", "R", type=_COUNT),
+        _option(
+            "--alpha",
+            None,
+            "LoRA alpha; scaling is alpha / rank (default: twice the rank)",
+            "A",
+            type=_POSITIVE,
+        ),
+        _option(
+            "--projections", "both", "which expert projections to adapt", choices=["both", "gate_up", "down"]
+        ),
+        _option(
+            "--target-modules",
+            [],
+            "linear layers to adapt beside the experts, such as q_proj v_proj (default: none)",
+            "NAME",
+            nargs="+",
+        ),
+    ],
+    "training": [
+        _option("--steps", 120, "optimizer steps", "N", type=_COUNT),
+        _option("--learning-rate", 2e-3, "peak learning rate; cosine decay to 0", "LR", type=_POSITIVE),
+        _option("--seq-length", 256, "tokens in a sequence", "N", type=_FROM_TWO),
+        _option("--batch-size", 8, "sequences in a forward pass", "N", type=_COUNT),
+        _option("--grad-accumulation", 1, "forward passes in an optimizer step", "N", type=_COUNT),
+        _switch("--gradient-checkpointing", "recompute activations in the backward: less memory, more time"),
+        _option("--seed", 0, "seed of the data split, the order and the adapter", "N", type=_FROM_ZERO),
+    ],
+    "output": [
+        _option("--output", "out", "where the adapter, checkpoints, loss curve and summary go", "DIR"),
+        _option("--save-every", 25, "steps between checkpoints", "N", type=_COUNT),
+        _switch(
+            "--resume",
+            "go on from the last checkpoint in the output directory, with its options",
+        ),
+        _switch("--overwrite", "start anew where an unfinished run left checkpoints"),
+    ],
+    "what is shown at the end": [
+        _option(
+            "--compare",
+            5,
+            "steps to time beside transformers' own experts + PEFT; 0 for none",
+            "N",
+            type=_FROM_ZERO,
+        ),
+        _option("--sample", 160, "tokens of sampled continuation; 0 for none", "N", type=_FROM_ZERO),
+        _option("--prompt", None, "what to continue (default: the start of the held-out text)", "TEXT"),
+    ],
+}
+
+# These may differ when a run is resumed: they do not touch what is trained.
+FREE_ON_RESUME = ("cache_dir", "output", "save_every", "resume", "overwrite", "compare", "sample", "prompt")
+
+DEFAULTS: dict[str, Any] = {option.name: option.default for group in _FINETUNE.values() for option in group}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are a single line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"moelora: error: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `python -m moelora`. Options that are not given are absent from its result."""
+    top = _Parser(prog="python -m moelora", description="LoRA fine-tuning of mixture-of-experts models.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    finetune = commands.add_parser(
+        "finetune",
+        argument_default=argparse.SUPPRESS,
+        help="tune a model's experts on text and write a PEFT adapter",
+        description="Tunes the experts of a mixture-of-experts language model on text with LoRA, and writes "
+        "an adapter in PEFT's format, a loss curve and a summary. Without options it needs no download: it "
+        "tunes a small model on text that comes with Python, in a few minutes on two cores.",
+    )
+    for title, options in _FINETUNE.items():
+        group = finetune.add_argument_group(title)
+        for option in options:
+            shown = option.default is not None and option.default is not False and option.default != []
+            text = option.help + (f" (default: {option.default})" if shown else "")
+            group.add_argument(option.flag, help=text, default=argparse.SUPPRESS, **option.keywords)
+    return top
+
+
+def settle(explicit: dict[str, Any], recorded: dict[str, Any] | None = None) -> argparse.Namespace:
+    """The options of a run: what was given, then what a resumed run was started with, then the defaults.
+
+    Raises: MoeloraError if an option that decides the training differs from the recorded one.
+    """
+    recorded = recorded or {}
+    for name, value in explicit.items():
+        if name in recorded and name not in FREE_ON_RESUME and recorded[name] != value:
+            flag = "--" + name.replace("_", "-")
+            raise MoeloraError(
+                f"the run to resume was started with {flag} {recorded[name]}, got {value}: leave {flag} out"
+            )
+    kept = {
+        name: value for name, value in recorded.items() if name in DEFAULTS and name not in FREE_ON_RESUME
+    }
+    options = argparse.Namespace(**{**DEFAULTS, **kept, **explicit})
+    if options.alpha is None:
+        options.alpha = 2.0 * options.rank
+    return options

@@ -1,0 +1,91 @@
+"""What `moelora.enable` did, layer by layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """One adapter on one expert parameter."""
+
+    parameter: str
+    adapter: str
+    rank: int
+    path: str  # "operators" or "PEFT"
+    reason: str  # why PEFT, or ""
+    active: bool
+    trainable: bool
+
+    def __str__(self) -> str:
+        notes = [] if self.path == "operators" else [f"by PEFT: {self.reason}"]
+        notes += [] if self.active else ["inactive"]
+        notes += [] if self.trainable else ["frozen"]
+        return f"{self.parameter} r={self.rank}" + (f" ({'; '.join(notes)})" if notes else "")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One expert layer."""
+
+    name: str
+    kind: str  # the module's class
+    path: str  # "operators" or "transformers"
+    reason: str  # why transformers, or ""
+    experts: int
+    gate: str  # "fused" or "module": who computes what is between the projections
+    adapters: tuple[AdapterReport, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Which expert layers run on the operators, which do not and why, and which LoRA parameters they carry.
+
+    Prints as a table in which layers that differ only in their number share a row.
+    """
+
+    layers: tuple[LayerReport, ...] = field(default=())
+
+    @property
+    def served(self) -> tuple[LayerReport, ...]:
+        """The layers that use the operators."""
+        return tuple(layer for layer in self.layers if layer.path == "operators")
+
+    @property
+    def trainable(self) -> int:
+        """How many LoRA parameters on experts are active and trainable."""
+        return sum(a.active and a.trainable for layer in self.layers for a in layer.adapters)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        table = Table(box=None, pad_edge=False, header_style="")
+        for heading in ("expert layers", "class", "experts", "computed by", "LoRA"):
+            table.add_column(heading, justify="right" if heading == "experts" else "left")
+        for names, layer in _rows(self.layers):
+            path = layer.path if not layer.reason else f"{layer.path}: {layer.reason}"
+            path += " (own gate)" if layer.path == "operators" and layer.gate == "module" else ""
+            adapters = ", ".join(map(str, layer.adapters)) or "none"
+            table.add_row(names, layer.kind, str(layer.experts), path, adapters)
+        console = Console(file=StringIO(), width=200, color_system=None)
+        console.print(table)
+        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _rows(layers: tuple[LayerReport, ...]) -> Iterator[tuple[str, LayerReport]]:
+    """(names, example) of the layers that differ only in one number of their name."""
+    groups: dict[tuple, list[LayerReport]] = {}
+    for layer in layers:
+        same = (re.sub(r"\d+", "*", layer.name), *(v for k, v in vars(layer).items() if k != "name"))
+        groups.setdefault(same, []).append(layer)
+    for (pattern, *_), group in groups.items():
+        yield (f"{pattern}  ×{len(group)}" if len(group) > 1 else group[0].name), group[0]

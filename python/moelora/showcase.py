@@ -1,0 +1,105 @@
+"""What a run shows at its end: a sampled text, a race with transformers + PEFT, a reload by plain PEFT."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, set_seed
+
+import moelora
+from moelora.errors import MoeloraError
+
+# Relative difference of logits, by the base's dtype: PEFT rounds W + scaling·B·A to it, the operators do not.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+RACE_SECONDS = 60.0
+
+
+def sample(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: Tensor, tokens: int, seed: int
+) -> str:
+    """A continuation of `prompt` [n] int64, sampled with `seed`, as text."""
+    set_seed(seed)
+    model.eval()
+    prompt = prompt.to(model.device).unsqueeze(0)
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens,
+            do_sample=True,
+            temperature=0.8,
+            top_p=0.95,
+            pad_token_id=tokenizer.pad_token_id
+            if tokenizer.pad_token_id is not None
+            else tokenizer.eos_token_id,
+        )
+    return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
+
+
+def race(model: PeftModel, rows: Tensor, pairs: int) -> dict[str, Any]:
+    """Median seconds of a forward and backward on `rows` [n, length], in turn with the operators and without.
+
+    Leaves the model enabled and without gradients. Stops early once a minute has gone.
+    """
+    rows = rows.to(model.device)
+    seconds: dict[str, list[float]] = {"operators": [], "transformers + PEFT": []}
+    model.train()
+    started = time.perf_counter()
+    for turn in range(pairs + 1):
+        for name, switch in (("operators", moelora.enable), ("transformers + PEFT", moelora.disable)):
+            switch(model)
+            spent = _step(model, rows)
+            if turn > 0:  # the first of each warms up
+                seconds[name].append(spent)
+        if turn > 0 and time.perf_counter() - started > RACE_SECONDS:
+            break
+    moelora.enable(model)
+    ours, theirs = (statistics.median(values) for values in seconds.values())
+    return {
+        "tokens": rows.numel(),
+        "pairs": len(seconds["operators"]),
+        "operators_seconds": ours,
+        "transformers_peft_seconds": theirs,
+        "speedup": theirs / ours,
+    }
+
+
+def _step(model: PeftModel, rows: Tensor) -> float:
+    started = time.perf_counter()
+    model(input_ids=rows, labels=rows).loss.backward()
+    if rows.is_cuda:
+        torch.cuda.synchronize()
+    spent = time.perf_counter() - started
+    model.zero_grad(set_to_none=True)
+    return spent
+
+
+def reload(model: PeftModel, adapter: Path, rows: Tensor) -> float:
+    """Relative difference of the logits on `rows` of `model` and of its base under plain PEFT with `adapter`.
+
+    The tuned adapter is unloaded first, so a large base is not in memory twice; `model` is used up.
+
+    Raises: MoeloraError if they differ by more than rounding.
+    """
+    model.eval()
+    rows = rows.to(model.device)
+    with torch.no_grad():
+        tuned = model(input_ids=rows).logits.double()
+    moelora.disable(model)
+    plain = PeftModel.from_pretrained(model.unload(), adapter).eval()
+    with torch.no_grad():
+        reloaded = plain(input_ids=rows).logits.double()
+    difference = ((tuned - reloaded).norm() / reloaded.norm()).item()
+    allowed = TOLERANCE[plain.dtype]
+    if not difference <= allowed:
+        raise MoeloraError(
+            f"{adapter} reloaded with plain PEFT gives other logits: relative difference {difference:.1e}, "
+            f"expected at most {allowed:.0e}"
+        )
+    return difference

@@ -1,0 +1,154 @@
+"""transformers' Trainer with a progress bar that shows tokens/s and checkpoints that are whole or absent."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from moelora.data import Blocks
+from moelora.errors import MoeloraError, writing
+
+STAGING = ".incomplete"
+
+
+class AtomicTrainer(Trainer):
+    """A Trainer whose checkpoints appear under their name only when complete.
+
+    `finish_checkpoint(directory)` may add files to a checkpoint before it appears.
+    """
+
+    finish_checkpoint: Callable[[Path], None] | None = None
+    _staging: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        out = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = out / STAGING
+        try:
+            with writing(out / name):
+                shutil.rmtree(self._staging, ignore_errors=True)
+                super()._save_checkpoint(model, trial)
+                if self.finish_checkpoint is not None:
+                    self.finish_checkpoint(self._staging / name)
+                shutil.rmtree(out / name, ignore_errors=True)
+                os.replace(self._staging / name, out / name)
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        rotate_checkpoints(str(out), save_total_limit=self.args.save_total_limit)
+
+
+class Progress(TrainerCallback):
+    """One bar for the training, with the loss and tokens/s of the last steps, and one for each evaluation."""
+
+    def __init__(self, title: str, tokens_per_step: int):
+        self.title, self.tokens_per_step = title, tokens_per_step
+        self.bar: tqdm | None = None
+        self.evaluation: tqdm | None = None
+        self.seconds: list[float] = []  # of each step of this process
+        self._started = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", dynamic_ncols=True
+        )
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self._started)
+        self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is None or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise MoeloraError(
+                f"the loss is {logs['loss']} at step {state.global_step}: lower --learning-rate"
+            )
+        self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {self.tokens_per_second():.0f} tokens/s")
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self.evaluation is None:
+            self.evaluation = tqdm(
+                total=len(eval_dataloader), desc="held-out", leave=False, dynamic_ncols=True
+            )
+        self.evaluation.update(1)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluation.close()
+        self.evaluation = None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """Close whatever bar is open, so that what is printed next starts on its own line."""
+        for bar in (self.bar, self.evaluation):
+            if bar is not None:
+                bar.close()
+        self.bar = self.evaluation = None
+
+    def tokens_per_second(self, last: int = 10) -> float:
+        """Tokens a second over the last steps."""
+        recent = self.seconds[-last:]
+        return self.tokens_per_step * len(recent) / sum(recent) if recent else 0.0
+
+
+def trainer(
+    model: nn.Module, train: Tensor, held_out: Tensor, out: Path, title: str, **arguments: Any
+) -> tuple[AtomicTrainer, Progress]:
+    """A Trainer over rows of tokens ([n, length] int64 each) and its progress bar.
+
+    `arguments` are TrainingArguments; each step's loss is kept in `state.log_history`.
+    """
+    args = TrainingArguments(
+        output_dir=str(out),
+        lr_scheduler_type="cosine",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        prediction_loss_only=True,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=False,
+        save_total_limit=1,
+        **arguments,
+    )
+    rows = args.train_batch_size * args.gradient_accumulation_steps
+    if len(train) < args.train_batch_size:
+        raise MoeloraError(
+            f"the training text fills {len(train)} sequences, expected a batch of {args.train_batch_size}"
+        )
+    progress = Progress(title, rows * train.shape[1])
+    result = AtomicTrainer(
+        model, args, train_dataset=Blocks(train), eval_dataset=Blocks(held_out), callbacks=[progress]
+    )
+    result.remove_callback(PrinterCallback)
+    result.remove_callback(ProgressCallback)
+    return result, progress
+
+
+def held_out_loss(of: AtomicTrainer) -> float:
+    """Mean loss on the held-out rows, in nats a token."""
+    return of.evaluate()["eval_loss"]
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest complete checkpoint in `out`, or None."""
+    found = get_last_checkpoint(str(out)) if out.is_dir() else None
+    return Path(found) if found else None
