@@ -1,0 +1,228 @@
+"""Gradients through autograd: exact, economical, once only, and under autocast."""
+
+import itertools
+
+import build
+import pytest
+import torch
+from cases import BF16, FP16, FP32, FP64, Case
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch_moelora import functional
+
+SMALL = Case(tokens=4, top_k=2, experts=3, k=4, n=5, rank=2, dtype=FP64, bias="same", gates="same")
+NAMES = ("x", "weight", "lora_a", "lora_b", "bias", "gates")
+
+
+def call(p: build.Problem, tensors: dict[str, Tensor | None] | None = None) -> Tensor:
+    """scatter_lora on a problem, with some of its tensors replaced."""
+    t = {name: getattr(p, name) for name in NAMES} | (tensors or {})
+    return functional.scatter_lora(
+        t["x"], t["weight"], *p.routing, lora_a=t["lora_a"], lora_b=t["lora_b"], scaling=p.case.scaling,
+        bias=t["bias"], gates=t["gates"], x_grouped=p.case.x_grouped, y_grouped=p.case.y_grouped,
+    )  # fmt: skip
+
+
+def leaves(p: build.Problem, names=NAMES) -> dict[str, Tensor]:
+    return {n: getattr(p, n).detach().clone().requires_grad_() for n in names if getattr(p, n) is not None}
+
+
+class Seen(TorchDispatchMode):
+    """Names of the moelora operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "moelora":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+GRADCHECK = {
+    "gates": SMALL,
+    "no gates, slot order": SMALL.with_(gates="none"),
+    "grouped result": SMALL.with_(gates="none", y_grouped=True),
+    "grouped input with gates": SMALL.with_(x_grouped=True),
+    "grouped on both sides": SMALL.with_(gates="none", x_grouped=True, y_grouped=True),
+    "no LoRA": SMALL.with_(rank=0),
+    "no bias": SMALL.with_(bias="none"),
+    "sentinels": SMALL.with_(routing="sentinels"),
+    "an expert twice for a token": SMALL.with_(experts=1),
+}
+
+
+@pytest.mark.operators
+@pytest.mark.parametrize("case", GRADCHECK.values(), ids=GRADCHECK)
+def test_gradcheck(case):
+    p = build.build(case)
+    tensors = leaves(p)
+    names = list(tensors)
+    torch.autograd.gradcheck(
+        lambda *args: call(p, dict(zip(names, args, strict=True))), tuple(tensors.values())
+    )
+
+
+@pytest.mark.operators
+@pytest.mark.parametrize("options", [("silu", 1.702, 1.0, 1.0, True), ("gelu",), ("gelu_tanh",), ("silu",)])
+def test_gradcheck_glu(options):
+    h = torch.randn(5, 8, dtype=FP64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    torch.autograd.gradcheck(lambda h: functional.glu(h, *options), (h,))
+
+
+EXPECTED = {
+    "x": {"scatter_lora_dx"},
+    "gates": {"scatter_lora_dx"},
+    "weight": {"scatter_lora_dw"},
+    "lora_a": {"scatter_lora_dab"},
+    "lora_b": {"scatter_lora_dab"},
+    "bias": {"scatter_lora_dbias"},
+}
+
+
+@pytest.mark.parametrize(
+    "needed", [c for r in (1, 2) for c in itertools.combinations(NAMES, r)], ids=lambda n: "+".join(n)
+)
+def test_only_what_is_needed_is_computed(needed):
+    p = build.build(SMALL)
+    tensors = leaves(p, needed)
+    y = call(p, tensors)
+    with Seen() as seen:
+        grads = torch.autograd.grad(y.sum(), tuple(tensors.values()))
+    assert set(seen.names) == set().union(*(EXPECTED[name] for name in needed))
+    assert len(seen.names) == len(set(seen.names)), "an operator ran twice"
+    for tensor, grad in zip(tensors.values(), grads, strict=True):
+        assert grad.shape == tensor.shape and grad.dtype == tensor.dtype
+
+
+SAVED = {
+    "x": {"weight", "lora_a", "lora_b", "gates"},
+    "weight": {"x", "gates"},
+    "lora_a": {"x", "lora_a", "lora_b", "gates"},
+    "bias": {"gates"},
+    "gates": {"x", "weight", "lora_a", "lora_b", "bias", "gates"},
+}
+
+
+@pytest.mark.parametrize("needed", SAVED)
+def test_only_inputs_are_saved(needed):
+    """The arguments' own memory, never a copy or the output, and none that its gradient does not read."""
+    p = build.build(SMALL)
+    tensors = leaves(p, (needed,))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = call(p, tensors)
+    owners = {name: tensors.get(name, getattr(p, name)).data_ptr() for name in NAMES}
+    owners |= {"slots": p.slots.data_ptr(), "offsets": p.offsets.data_ptr()}
+    pointers = {pointer: name for name, pointer in owners.items()}
+    names = {pointers[t.data_ptr()] for t in saved}
+    assert names == SAVED[needed] | {"slots", "offsets"}
+    assert y.requires_grad
+
+
+def test_no_graph_without_need():
+    p = build.build(SMALL)
+    assert not call(p).requires_grad
+    with torch.no_grad():
+        assert not call(p, leaves(p)).requires_grad
+
+
+def test_gradients_keep_the_parameters_dtypes():
+    """fp32 LoRA, bias and gates over bf16: fp32 gradients; bf16 x: bf16 gradient."""
+    p = build.build(SMALL.with_(dtype=BF16, lora="fp32", bias="fp32", gates="fp32"))
+    tensors = leaves(p)
+    call(p, tensors).sum().backward()
+    dtypes = {name: t.grad.dtype for name, t in tensors.items()}
+    assert dtypes == {
+        "x": BF16, "weight": BF16, "lora_a": FP32, "lora_b": FP32, "bias": FP32, "gates": FP32
+    }  # fmt: skip
+
+
+def test_gradients_reach_pefts_parameters():
+    """Through the views that a model layer makes of PEFT's [E·R, K] and [N, R·E]."""
+    case = SMALL.with_(experts=3, rank=2)
+    p = build.build(case)
+    a = torch.randn(6, 4, dtype=FP64, requires_grad=True)
+    b = torch.randn(5, 6, dtype=FP64, requires_grad=True)
+    views = {"lora_a": a.view(3, 2, 4), "lora_b": b.view(5, 2, 3).permute(2, 0, 1)}
+    call(p, views).square().sum().backward()
+    dense = p.weight + case.scaling * torch.einsum("enr,erk->enk", views["lora_b"], views["lora_a"])
+    da, db = a.grad.clone(), b.grad.clone()
+    a.grad = b.grad = None
+    call(p, {"weight": dense, "lora_a": None, "lora_b": None}).square().sum().backward()
+    torch.testing.assert_close(da, a.grad)
+    torch.testing.assert_close(db, b.grad)
+
+
+BACKWARDS = ("x", "weight", "lora_a", "bias")
+
+
+@pytest.mark.parametrize("needed", BACKWARDS)
+def test_double_backward_raises(needed):
+    p = build.build(SMALL)
+    tensors = leaves(p, (needed,))
+    y = call(p, tensors).square().sum()
+    (grad,) = torch.autograd.grad(y, tuple(tensors.values()), create_graph=True)
+    (name,) = EXPECTED[needed]
+    with pytest.raises(RuntimeError, match=f"^{name}: moelora operators can be differentiated once only"):
+        grad.sum().backward()
+
+
+def test_double_backward_of_glu_raises():
+    h = torch.randn(3, 4, dtype=FP64, requires_grad=True)
+    (grad,) = torch.autograd.grad(functional.glu(h).sum(), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="^glu_backward: moelora operators can be differentiated once only"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_autocast(dtype):
+    """x, weight and bias follow; fp32 LoRA and gates stay masters, and all gradients come back as they went in."""
+    p = build.build(SMALL.with_(dtype=FP32, k=32, n=24, tokens=20))
+    tensors = leaves(p)
+    with torch.autocast("cpu", dtype=dtype):
+        y = call(p, tensors)
+    assert y.dtype == dtype
+    y.float().sum().backward()
+    for name, t in tensors.items():
+        assert t.grad is not None and t.grad.dtype == FP32, name
+    by_hand = {n: t.detach().to(dtype) for n, t in tensors.items() if n in ("x", "weight", "bias")}
+    assert torch.equal(y, call(p, {n: t.detach() for n, t in tensors.items()} | by_hand))
+
+
+def test_autocast_leaves_fp64_and_disabled_regions_alone():
+    p = build.build(SMALL)
+    with torch.autocast("cpu", dtype=BF16):
+        assert call(p).dtype == FP64
+        with torch.autocast("cpu", enabled=False):
+            assert call(build.build(SMALL.with_(dtype=FP32))).dtype == FP32
+
+
+def test_autocast_brings_another_half_along():
+    p = build.build(SMALL.with_(dtype=FP16))
+    with torch.autocast("cpu", dtype=BF16):
+        assert call(p).dtype == BF16
+
+
+def test_backward_inside_autocast():
+    p = build.build(SMALL.with_(dtype=FP32))
+    tensors = leaves(p)
+    with torch.autocast("cpu", dtype=BF16):
+        call(p, tensors).float().sum().backward()
+    assert tensors["lora_a"].grad.dtype == FP32
+
+
+def test_checkpoint_recomputes_the_same():
+    p = build.build(SMALL)
+    grads = []
+    for wrapped in (False, True):
+        tensors = leaves(p)
+        names = list(tensors)
+        f = lambda *args: call(p, dict(zip(names, args, strict=True)))  # noqa: B023, E731
+        args = tuple(tensors.values())
+        y = torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False) if wrapped else f(*args)
+        y.square().sum().backward()
+        grads.append([t.grad for t in args])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
