@@ -1,4 +1,6 @@
-"""The problems that operator tests run: named rows, each with its reason, and a hypothesis strategy for the rest."""
+"""The problems that operator tests run: named rows, each with its reason, and a hypothesis strategy for the
+rest.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 import itertools
 
-import build
+import problems
 import pytest
 import torch
 from cases import BF16, FP16, FP32, FP64, Case
@@ -15,7 +15,7 @@ SMALL = Case(tokens=4, top_k=2, experts=3, k=4, n=5, rank=2, dtype=FP64, bias="s
 NAMES = ("x", "weight", "lora_a", "lora_b", "bias", "gates")
 
 
-def call(p: build.Problem, tensors: dict[str, Tensor | None] | None = None) -> Tensor:
+def call(p: problems.Problem, tensors: dict[str, Tensor | None] | None = None) -> Tensor:
     """scatter_lora on a problem, with some of its tensors replaced."""
     t = {name: getattr(p, name) for name in NAMES} | (tensors or {})
     return functional.scatter_lora(
@@ -24,7 +24,7 @@ def call(p: build.Problem, tensors: dict[str, Tensor | None] | None = None) -> T
     )  # fmt: skip
 
 
-def leaves(p: build.Problem, names=NAMES) -> dict[str, Tensor]:
+def leaves(p: problems.Problem, names=NAMES) -> dict[str, Tensor]:
     return {n: getattr(p, n).detach().clone().requires_grad_() for n in names if getattr(p, n) is not None}
 
 
@@ -57,7 +57,7 @@ GRADCHECK = {
 @pytest.mark.operators
 @pytest.mark.parametrize("case", GRADCHECK.values(), ids=GRADCHECK)
 def test_gradcheck(case):
-    p = build.build(case)
+    p = problems.build(case)
     tensors = leaves(p)
     names = list(tensors)
     torch.autograd.gradcheck(
@@ -86,7 +86,7 @@ EXPECTED = {
     "needed", [c for r in (1, 2) for c in itertools.combinations(NAMES, r)], ids=lambda n: "+".join(n)
 )
 def test_only_what_is_needed_is_computed(needed):
-    p = build.build(SMALL)
+    p = problems.build(SMALL)
     tensors = leaves(p, needed)
     y = call(p, tensors)
     with Seen() as seen:
@@ -109,7 +109,7 @@ SAVED = {
 @pytest.mark.parametrize("needed", SAVED)
 def test_only_inputs_are_saved(needed):
     """The arguments' own memory, never a copy or the output, and none that its gradient does not read."""
-    p = build.build(SMALL)
+    p = problems.build(SMALL)
     tensors = leaves(p, (needed,))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -123,7 +123,7 @@ def test_only_inputs_are_saved(needed):
 
 
 def test_no_graph_without_need():
-    p = build.build(SMALL)
+    p = problems.build(SMALL)
     assert not call(p).requires_grad
     with torch.no_grad():
         assert not call(p, leaves(p)).requires_grad
@@ -131,7 +131,7 @@ def test_no_graph_without_need():
 
 def test_gradients_keep_the_parameters_dtypes():
     """fp32 LoRA, bias and gates over bf16: fp32 gradients; bf16 x: bf16 gradient."""
-    p = build.build(SMALL.with_(dtype=BF16, lora="fp32", bias="fp32", gates="fp32"))
+    p = problems.build(SMALL.with_(dtype=BF16, lora="fp32", bias="fp32", gates="fp32"))
     tensors = leaves(p)
     call(p, tensors).sum().backward()
     dtypes = {name: t.grad.dtype for name, t in tensors.items()}
@@ -143,7 +143,7 @@ def test_gradients_keep_the_parameters_dtypes():
 def test_gradients_reach_pefts_parameters():
     """Through the views that a model layer makes of PEFT's [E·R, K] and [N, R·E]."""
     case = SMALL.with_(experts=3, rank=2)
-    p = build.build(case)
+    p = problems.build(case)
     a = torch.randn(6, 4, dtype=FP64, requires_grad=True)
     b = torch.randn(5, 6, dtype=FP64, requires_grad=True)
     views = {"lora_a": a.view(3, 2, 4), "lora_b": b.view(5, 2, 3).permute(2, 0, 1)}
@@ -161,26 +161,30 @@ BACKWARDS = ("x", "weight", "lora_a", "bias")
 
 @pytest.mark.parametrize("needed", BACKWARDS)
 def test_double_backward_raises(needed):
-    p = build.build(SMALL)
+    p = problems.build(SMALL)
     tensors = leaves(p, (needed,))
     y = call(p, tensors).square().sum()
     (grad,) = torch.autograd.grad(y, tuple(tensors.values()), create_graph=True)
     (name,) = EXPECTED[needed]
-    with pytest.raises(RuntimeError, match=f"^{name}: moelora operators can be differentiated once only"):
+    with pytest.raises(RuntimeError, match=rf"^{name}: moelora operators can be differentiated once only"):
         grad.sum().backward()
 
 
 def test_double_backward_of_glu_raises():
     h = torch.randn(3, 4, dtype=FP64, requires_grad=True)
     (grad,) = torch.autograd.grad(functional.glu(h).sum(), h, create_graph=True)
-    with pytest.raises(RuntimeError, match="^glu_backward: moelora operators can be differentiated once only"):
+    with pytest.raises(
+        RuntimeError, match=r"^glu_backward: moelora operators can be differentiated once only"
+    ):
         grad.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_autocast(dtype):
-    """x, weight and bias follow; fp32 LoRA and gates stay masters, and all gradients come back as they went in."""
-    p = build.build(SMALL.with_(dtype=FP32, k=32, n=24, tokens=20))
+    """x, weight and bias follow; fp32 LoRA and gates stay masters, and all gradients come back as they went
+    in.
+    """
+    p = problems.build(SMALL.with_(dtype=FP32, k=32, n=24, tokens=20))
     tensors = leaves(p)
     with torch.autocast("cpu", dtype=dtype):
         y = call(p, tensors)
@@ -193,21 +197,21 @@ def test_autocast(dtype):
 
 
 def test_autocast_leaves_fp64_and_disabled_regions_alone():
-    p = build.build(SMALL)
+    p = problems.build(SMALL)
     with torch.autocast("cpu", dtype=BF16):
         assert call(p).dtype == FP64
         with torch.autocast("cpu", enabled=False):
-            assert call(build.build(SMALL.with_(dtype=FP32))).dtype == FP32
+            assert call(problems.build(SMALL.with_(dtype=FP32))).dtype == FP32
 
 
 def test_autocast_brings_another_half_along():
-    p = build.build(SMALL.with_(dtype=FP16))
+    p = problems.build(SMALL.with_(dtype=FP16))
     with torch.autocast("cpu", dtype=BF16):
         assert call(p).dtype == BF16
 
 
 def test_backward_inside_autocast():
-    p = build.build(SMALL.with_(dtype=FP32))
+    p = problems.build(SMALL.with_(dtype=FP32))
     tensors = leaves(p)
     with torch.autocast("cpu", dtype=BF16):
         call(p, tensors).float().sum().backward()
@@ -215,7 +219,7 @@ def test_backward_inside_autocast():
 
 
 def test_checkpoint_recomputes_the_same():
-    p = build.build(SMALL)
+    p = problems.build(SMALL)
     grads = []
     for wrapped in (False, True):
         tensors = leaves(p)

@@ -1,4 +1,6 @@
-"""torch.compile(fullgraph=True, dynamic=True) and torch.export: no graph breaks, no recompiles over changing T."""
+"""torch.compile(fullgraph=True, dynamic=True) and torch.export: no graph breaks, no recompiles over changing
+T.
+"""
 
 import pytest
 import torch
@@ -115,9 +117,7 @@ def test_changing_scaling_does_not_break_the_graph():
     slots, offsets = functional.flatten_sort_count(ids, E)
 
     def f(x, scaling):
-        return functional.scatter_lora(
-            x, weight, slots, offsets, TOP_K, lora_a=a, lora_b=b, scaling=scaling
-        )
+        return functional.scatter_lora(x, weight, slots, offsets, TOP_K, lora_a=a, lora_b=b, scaling=scaling)
 
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
     for scaling in (0.5, 1.0, 2.0):

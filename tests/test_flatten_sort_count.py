@@ -1,6 +1,6 @@
 """flatten_sort_count against the reference: exact, stable, sentinels last."""
 
-import build
+import problems
 import pytest
 import torch
 from cases import ROUTINGS, Case
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.operators
 
 
 def check(expert_idxs: torch.Tensor, num_experts: int) -> None:
-    slots, offsets = build.call("flatten_sort_count", expert_idxs, num_experts)
+    slots, offsets = problems.call("flatten_sort_count", expert_idxs, num_experts)
     ref_slots, ref_offsets = reference.flatten_sort_count(expert_idxs, num_experts)
     assert slots.dtype == torch.int64 and offsets.dtype == torch.int32
     assert torch.equal(offsets, ref_offsets)
@@ -31,7 +31,7 @@ def check(expert_idxs: torch.Tensor, num_experts: int) -> None:
     ids=["two experts", "sentinels below and above", "only sentinels", "the same expert three times"],
 )
 def test_by_hand(ids, num_experts, slots, offsets):
-    got = build.call("flatten_sort_count", torch.tensor(ids), num_experts)
+    got = problems.call("flatten_sort_count", torch.tensor(ids), num_experts)
     assert [t.tolist() for t in got] == [slots, offsets]
 
 
@@ -45,7 +45,7 @@ def test_by_hand(ids, num_experts, slots, offsets):
 )
 def test_matches_reference(tokens, top_k, experts, routing, dtype, seed):
     case = Case(tokens=tokens, top_k=top_k, experts=experts, routing=routing, index_dtype=dtype)
-    check(build.expert_ids(case, torch.Generator().manual_seed(seed)), experts)
+    check(problems.expert_ids(case, torch.Generator().manual_seed(seed)), experts)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

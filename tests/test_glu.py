@@ -2,7 +2,7 @@
 
 import math
 
-import build
+import problems
 import pytest
 import torch
 from cases import BF16, DTYPES, FP16, FP32, FP64, ROW_LAYOUTS
@@ -27,10 +27,11 @@ TOLERANCE = {BF16: 3e-3, FP16: 5e-4, FP32: 2e-6, FP64: 1e-13}
 
 def check(h: torch.Tensor, dy: torch.Tensor, options: tuple) -> None:
     for name, args in (("glu", (h, *options)), ("glu_backward", (dy, h, *options))):
-        out, ref = build.call(name, *args), reference.REFERENCE[name](*args)
+        out, ref = problems.call(name, *args), reference.REFERENCE[name](*args)
         assert out.shape == ref.shape and out.dtype == h.dtype and out.is_contiguous()
         assert not out.isnan().any(), name
-        # Near a zero of f, f' or u + up_shift the result is far below its factors: a floor of a tenth of theirs.
+        # Near a zero of f, f' or u + up_shift the result is far below its factors: a floor of a tenth of
+        # theirs.
         scale = math.hypot(ref.norm().item(), 0.1 * math.sqrt(ref.numel()))
         tol = TOLERANCE[h.dtype] * (1 + 2 / math.sqrt(max(ref.numel(), 1)))
         error = (out.double() - ref).norm().item()
@@ -41,7 +42,7 @@ def tensors(rows: int, inner: int, dtype: torch.dtype, layout: str, seed: int, s
     gen = torch.Generator().manual_seed(seed)
     h = (torch.randn(rows, 2 * inner, generator=gen, dtype=FP64) * spread).to(dtype)
     dy = torch.randn(rows, inner, generator=gen, dtype=FP64).to(dtype)
-    return build.rows_like(h, layout), build.rows_like(dy, layout)
+    return problems.rows_like(h, layout), problems.rows_like(dy, layout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,7 +79,7 @@ def test_saturation(options, dtype):
 def test_a_tie_with_the_limit_takes_the_gradient():
     """torch.clamp's convention."""
     h = torch.tensor([[2.0, 2.0], [2.0, -2.0], [2.5, 0.0], [0.0, 2.5]], dtype=FP64)
-    grad = build.call("glu_backward", torch.ones(4, 1, dtype=FP64), h, "silu", 1.0, 2.0, 0.0, False)
+    grad = problems.call("glu_backward", torch.ones(4, 1, dtype=FP64), h, "silu", 1.0, 2.0, 0.0, False)
     leaf = h.clone().requires_grad_()
     (torch.nn.functional.silu(leaf[:, :1].clamp(max=2)) * leaf[:, 1:].clamp(-2, 2)).sum().backward()
     torch.testing.assert_close(grad, leaf.grad)

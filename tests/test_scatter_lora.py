@@ -1,6 +1,6 @@
 """scatter_lora against the reference."""
 
-import build
+import problems
 import pytest
 import torch
 from cases import BF16, FP32, LORA_LAYOUTS, REAL_SIZE, ROW_LAYOUTS, ROWS, WEIGHT_LAYOUTS, Case, cases
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.operators
 
 
 def check(case: Case) -> None:
-    build.check("scatter_lora", build.build(case).forward_args(), case, (case.dtype,))
+    problems.check("scatter_lora", problems.build(case).forward_args(), case, (case.dtype,))
 
 
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.reason)
@@ -48,28 +48,28 @@ def test_real_size():
 
 def test_orders_agree():
     """The grouped result is the slot-order result, permuted, to the bit."""
-    p = build.build(Case(dtype=BF16, routing="sentinels"))
+    p = problems.build(Case(dtype=BF16, routing="sentinels"))
     args = p.forward_args()
-    by_slot = build.call("scatter_lora", *args)
-    grouped = build.call("scatter_lora", *args[:-1], True)
+    by_slot = problems.call("scatter_lora", *args)
+    grouped = problems.call("scatter_lora", *args[:-1], True)
     assert torch.equal(grouped, by_slot[p.slots])
 
 
 def test_zero_b_changes_nothing():
     """A fresh adapter (B = 0) gives the base's result to the bit."""
     case = Case(dtype=BF16, k=64, n=48, rank=8)
-    p = build.build(case)
+    p = problems.build(case)
     p.lora_b = torch.zeros_like(p.lora_b)
-    with_lora = build.call("scatter_lora", *p.forward_args())
+    with_lora = problems.call("scatter_lora", *p.forward_args())
     p.lora_a = p.lora_b = None
-    assert torch.equal(with_lora, build.call("scatter_lora", *p.forward_args()))
+    assert torch.equal(with_lora, problems.call("scatter_lora", *p.forward_args()))
 
 
 def test_gates_are_applied_in_the_accumulators():
     """Σ gate·row over the slots is rounded once: bf16 partial sums would miss this bound."""
     case = Case(dtype=BF16, gates="fp32", tokens=64, top_k=4, k=64, n=128, rank=0)
-    p = build.build(case)
-    out = build.call("scatter_lora", *p.forward_args())
+    p = problems.build(case)
+    out = problems.call("scatter_lora", *p.forward_args())
     ref = reference.scatter_lora(*p.forward_args())
     exact = ref.to(BF16)
     assert (out != exact).float().mean() < 0.02
@@ -78,7 +78,7 @@ def test_gates_are_applied_in_the_accumulators():
 def test_large_values_do_not_overflow_on_the_way():
     """Products beyond fp16's range are fine as long as the result is inside it."""
     case = Case(dtype=torch.float16, rank=0, k=2, n=3, tokens=4, top_k=1, experts=1)
-    p = build.build(case)
+    p = problems.build(case)
     p.x = torch.full((4, 2), 3e4).half()
     p.weight = torch.tensor([4.0, -4.0]).half().expand(1, 3, 2)
-    assert (build.call("scatter_lora", *p.forward_args()) == 0).all()
+    assert (problems.call("scatter_lora", *p.forward_args()) == 0).all()

@@ -1,6 +1,6 @@
 """scatter_lora_dab: gradients of A and B against the reference."""
 
-import build
+import problems
 import pytest
 import torch
 from cases import BF16, FP32, HALVES, LORA_LAYOUTS, REAL_SIZE, ROW_LAYOUTS, ROWS, Case, cases
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.operators
 
 def check(case: Case) -> None:
     dtype = FP32 if case.lora == "fp32" and case.dtype in HALVES else case.dtype
-    build.check("scatter_lora_dab", build.build(case).dab_args(), case, (dtype, dtype))
+    problems.check("scatter_lora_dab", problems.build(case).dab_args(), case, (dtype, dtype))
 
 
 @pytest.mark.parametrize("case", [c for c in ROWS if c.rank], ids=lambda case: case.reason)
@@ -42,13 +42,13 @@ def test_real_size():
 
 def test_results_do_not_copy_the_parameters_strides():
     """Contiguous [E, R, K] and [E, N, R] even for PEFT's expert-fastest B."""
-    p = build.build(Case(dtype=BF16, lora="fp32", lora_layout="peft"))
-    da, db = build.call("scatter_lora_dab", *p.dab_args())
+    p = problems.build(Case(dtype=BF16, lora="fp32", lora_layout="peft"))
+    da, db = problems.call("scatter_lora_dab", *p.dab_args())
     assert da.is_contiguous() and db.is_contiguous() and not p.lora_b.is_contiguous()
 
 
 def test_experts_without_rows_get_exact_zeros():
-    p = build.build(Case(routing="one_expert", experts=4))
-    da, db = build.call("scatter_lora_dab", *p.dab_args())
+    p = problems.build(Case(routing="one_expert", experts=4))
+    da, db = problems.call("scatter_lora_dab", *p.dab_args())
     assert torch.count_nonzero(da[:3]) == 0 and torch.count_nonzero(db[:3]) == 0
     assert torch.count_nonzero(da[3]) and torch.count_nonzero(db[3])

@@ -1,6 +1,6 @@
 """scatter_lora_dbias: gradient of the bias against the reference."""
 
-import build
+import problems
 import pytest
 from cases import BF16, FP32, ROW_LAYOUTS, ROWS, Case, cases
 from hypothesis import given
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.operators
 
 def check(case: Case) -> None:
     case = case.with_(rank=0)  # dbias does not depend on LoRA
-    build.check("scatter_lora_dbias", build.build(case).dbias_args(), case, (case.dtype,))
+    problems.check("scatter_lora_dbias", problems.build(case).dbias_args(), case, (case.dtype,))
 
 
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.reason)

@@ -1,6 +1,6 @@
 """scatter_lora_dw: gradient of the base weight against the reference."""
 
-import build
+import problems
 import pytest
 from cases import BF16, FP32, REAL_SIZE, ROW_LAYOUTS, ROWS, Case, cases
 from hypothesis import given
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.operators
 
 def check(case: Case) -> None:
     case = case.with_(rank=0)  # dW does not depend on LoRA
-    build.check("scatter_lora_dw", build.build(case).dw_args(), case, (case.dtype,))
+    problems.check("scatter_lora_dw", problems.build(case).dw_args(), case, (case.dtype,))
 
 
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.reason)

@@ -1,6 +1,6 @@
 """scatter_lora_dx: dx and dgates against the reference."""
 
-import build
+import problems
 import pytest
 import torch
 from cases import BF16, FP32, FP64, LORA_LAYOUTS, REAL_SIZE, ROW_LAYOUTS, ROWS, WEIGHT_LAYOUTS, Case, cases
@@ -12,8 +12,8 @@ pytestmark = pytest.mark.operators
 
 def check(case: Case, with_x: bool = True) -> None:
     gate_dtype = FP64 if case.dtype == FP64 else FP32
-    args = build.build(case).dx_args(with_x)
-    build.check("scatter_lora_dx", args, case, (case.dtype, gate_dtype))
+    args = problems.build(case).dx_args(with_x)
+    problems.check("scatter_lora_dx", args, case, (case.dtype, gate_dtype))
 
 
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.reason)
@@ -50,14 +50,14 @@ def test_real_size():
 
 @pytest.mark.parametrize(("gates", "with_x"), [("none", True), ("same", False), ("none", False)])
 def test_dgates_is_empty_where_there_are_none(gates, with_x):
-    args = build.build(Case(dtype=BF16, gates=gates)).dx_args(with_x)
-    _, dgates = build.call("scatter_lora_dx", *args)
+    args = problems.build(Case(dtype=BF16, gates=gates)).dx_args(with_x)
+    _, dgates = problems.call("scatter_lora_dx", *args)
     assert dgates.shape == (0,) and dgates.dtype == FP32
 
 
 def test_dx_does_not_depend_on_dgates():
     """dx is the same to the bit whether dgates is asked for or not."""
-    p = build.build(Case(dtype=BF16, gates="same", bias="same", k=64, n=96, rank=8))
-    with_x, _ = build.call("scatter_lora_dx", *p.dx_args(True))
-    without, _ = build.call("scatter_lora_dx", *p.dx_args(False))
+    p = problems.build(Case(dtype=BF16, gates="same", bias="same", k=64, n=96, rank=8))
+    with_x, _ = problems.call("scatter_lora_dx", *p.dx_args(True))
+    without, _ = problems.call("scatter_lora_dx", *p.dx_args(False))
     assert torch.equal(with_x, without)

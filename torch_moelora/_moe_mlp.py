@@ -43,7 +43,7 @@ def glu_then_scatter_lora(
     h: Tensor, options: tuple, weight, slots, offsets, top_k, lora_a, lora_b, scaling, bias, gates
 ) -> Tensor:
     """glu with `options`, then scatter_lora with x_grouped: h [S, 2I] → [T, N]."""
-    if torch.is_autocast_enabled(h.device.type):
+    if h.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(h.device.type):
         # Here and not in the operator's own autocast kernel: the backward must see the tensors that were
         # used.
         h, weight, lora_a, lora_b, bias, gates = follow(h.device.type, h, weight, lora_a, lora_b, bias, gates)

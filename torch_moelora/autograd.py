@@ -85,7 +85,9 @@ def scatter_lora_gradients(dy: Tensor, call: Call, needs: Needs, bias_dtype: tor
 
 def _scatter_lora_setup(ctx, inputs, output) -> None:
     call = Call(*inputs)
-    needs = Needs(*(ctx.needs_input_grad[Call._fields.index(name)] for name in Needs._fields))
+    # The dispatcher leaves out trailing arguments that equal their defaults; none of those needs a gradient.
+    need = (*ctx.needs_input_grad, *[False] * len(inputs))
+    needs = Needs(*(need[Call._fields.index(name)] for name in Needs._fields))
     with_lora = needs.dx or needs.lora
     ctx.save_for_backward(
         call.x if needs.rows else None,

@@ -189,7 +189,8 @@ def _squares(args: tuple) -> tuple:
 def magnitudes(name: str, args: tuple) -> tuple[Tensor, ...]:
     """The root of the sum of squares of all terms of each result.
 
-    The operators are multilinear, so this is the reference on squared arguments. It is the size of a result whose
+    The operators are multilinear, so this is the reference on squared arguments. It is the size of a result
+    whose
     terms do not happen to cancel: the right scale for rounding errors of few elements.
     """
     out = reference.REFERENCE[name](*_squares(args))

@@ -1,0 +1,69 @@
+"""Bit-identical results from run to run, whatever the number of threads."""
+
+import problems
+import pytest
+import torch
+from cases import BF16, FP16, FP32, FP64, Case
+
+pytestmark = pytest.mark.operators
+
+CASES = {
+    "skewed routing, bf16, fp32 LoRA": Case(
+        tokens=300, top_k=4, experts=6, k=96, n=130, rank=17, dtype=BF16, lora="fp32", gates="fp32",
+        bias="same", routing="few_experts",
+    ),
+    "one expert with all rows": Case(
+        tokens=700, top_k=2, experts=3, k=64, n=70, rank=8, dtype=BF16, gates="same", routing="one_expert"
+    ),
+    "fp16": Case(tokens=120, top_k=2, experts=5, k=65, n=33, rank=5, dtype=FP16, bias="same"),
+    "fp32, few rows an expert": Case(tokens=40, top_k=4, experts=40, k=160, n=96, rank=4, bias="same"),
+    "fp64": Case(tokens=60, top_k=2, experts=4, k=48, n=40, rank=4, dtype=FP64, gates="same"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def everything(p: problems.Problem) -> list[torch.Tensor]:
+    h = p.dy if p.case.n % 2 == 0 else p.dy[:, 1:]
+    ids = problems.expert_ids(p.case, torch.Generator().manual_seed(1))
+    results = [
+        *problems.call("flatten_sort_count", ids, p.case.experts),
+        problems.call("scatter_lora", *p.forward_args()),
+        *problems.call("scatter_lora_dx", *p.dx_args()),
+        *problems.call("scatter_lora_dab", *p.dab_args()),
+        problems.call("scatter_lora_dw", *p.dw_args()),
+        problems.call("scatter_lora_dbias", *p.dbias_args()),
+        problems.call("glu", h),
+    ]
+    return [*results, problems.call("glu_backward", results[-1], h)]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_same_bits(case, threads):
+    p = problems.build(case)
+    threads(1)
+    expected = everything(p)
+    for count in (1, 2, 3, 2, 3):
+        threads(count)
+        for i, (a, b) in enumerate(zip(expected, everything(p), strict=True)):
+            assert torch.equal(a, b), f"result {i} differs with {count} threads"
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_a_row_does_not_depend_on_the_others(dtype, threads):
+    """A token's result has the same bits alone and in a batch, as long as the same kernel shape serves it.
+
+    Summation over K is in one order per element; rows are only ever placed side by side.
+    """
+    case = Case(tokens=64, top_k=1, experts=1, k=200, n=96, rank=8, dtype=dtype)
+    p = problems.build(case)
+    whole = problems.call("scatter_lora", *p.forward_args())
+    p.x, p.slots = p.x[:32], p.slots[:32]
+    p.offsets = torch.tensor([32], dtype=torch.int32)
+    assert torch.equal(problems.call("scatter_lora", *p.forward_args()), whole[:32])

@@ -1,0 +1,110 @@
+"""Red until every operator of schemas.py has everything that an operator must have."""
+
+import ast
+import importlib.util
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+import torch_moelora
+from torch_moelora import checks, fake, reference, schemas
+
+TESTS = Path(__file__).parent
+PACKAGE = Path(torch_moelora.__file__).parent
+OPS = list(schemas.SCHEMAS)
+
+
+def arguments(op: str) -> list[tuple[str, object]]:
+    """(name, default) of the schema."""
+    schema = getattr(torch.ops.moelora, op).default._schema
+    return [
+        (a.name, a.default_value if a.has_default_value() else inspect.Parameter.empty)
+        for a in schema.arguments
+    ]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta", "Autograd"])
+def test_kernels(op, key):
+    """Meta is the fake; an operator without an Autograd kernel would give wrong zeros instead of an error."""
+    if key == "Autograd" and op == "flatten_sort_count":
+        pytest.skip("takes and gives integers")
+    found = torch._C._dispatch_has_kernel_for_dispatch_key(f"moelora::{op}", key)
+    assert found, f"{op} has no {key} kernel"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_schema_is_functional(op):
+    schema = getattr(torch.ops.moelora, op).default._schema
+    assert not schema.is_mutable
+    assert not any(r.alias_info for r in schema.returns)
+
+
+def test_reference_fakes_and_checks_are_complete():
+    assert set(reference.REFERENCE) == set(OPS)
+    assert set(fake.FAKES) == set(OPS)
+    for op in OPS:
+        assert callable(getattr(checks, op))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_reference_takes_the_schemas_arguments(op):
+    parameters = inspect.signature(reference.REFERENCE[op]).parameters.values()
+    given = [(p.name, p.default) for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    assert given == arguments(op)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fake_takes_the_schemas_arguments(op):
+    """In order and with its defaults: the dispatcher leaves out arguments that equal theirs."""
+    parameters = inspect.signature(fake.FAKES[op]).parameters.values()
+    assert [p.default for p in parameters] == [default for _, default in arguments(op)]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_has_a_test_file(op):
+    """glu_backward is tested with glu."""
+    assert (TESTS / f"test_{op.removesuffix('_backward')}.py").exists()
+
+
+def test_triton_has_every_operator():
+    if not (PACKAGE / "triton" / "register.py").exists():
+        pytest.skip("this tree has no Triton kernels")
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    from torch_moelora.triton import register
+
+    assert set(register.IMPLEMENTATIONS) == set(OPS)
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level packages that a file imports, "." for its own."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." if node.level else node.module.split(".")[0])
+    return found
+
+
+def test_reference_imports_nothing_of_ours():
+    assert imports(PACKAGE / "reference.py") <= {"__future__", "math", "torch"}
+    assert imports(PACKAGE / "schemas.py") == set()
+
+
+def test_the_operators_need_only_torch():
+    """transformers and peft belong to the model layer; rich is an optional nicety of `python -m
+    torch_moelora`.
+    """
+    for path in PACKAGE.glob("*.py"):
+        assert not imports(path) & {"transformers", "peft", "accelerate", "safetensors", "moelora"}, path.name
+
+
+def test_the_environment_is_read_in_one_place():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "switches.py":
+            text = path.read_text()
+            assert "environ" not in text and "getenv" not in text, path
