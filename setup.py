@@ -12,6 +12,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+PACKAGE = "torch_moelora"
+OPERATORS = "libmoelora_ops.so"
 
 
 class CMakeBuild(build_ext):
@@ -37,5 +39,13 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), *jobs], check=True)
 
+    def copy_extensions_to_source(self):
+        """Editable installs: the operators' library goes beside the module, into the source tree."""
+        super().copy_extensions_to_source()
+        self.copy_file(str(Path(self.build_lib) / PACKAGE / OPERATORS), str(ROOT / PACKAGE / OPERATORS))
 
-setup(ext_modules=[Extension("torch_moelora._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    def get_outputs(self):
+        return [*super().get_outputs(), str(Path(self.build_lib) / PACKAGE / OPERATORS)]
+
+
+setup(ext_modules=[Extension(f"{PACKAGE}._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,7 @@
+#include "bindings/arrays.h"
+
+namespace moelora {
+
+void bind_arrays(pybind11::module_&) {}
+
+}  // namespace moelora

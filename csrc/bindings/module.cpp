@@ -1,0 +1,49 @@
+// torch_moelora._C: the instruction-set report, and the core on numpy arrays for tests. No torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings/arrays.h"
+#include "dispatch/table.h"
+
+namespace py = pybind11;
+
+namespace moelora {
+namespace {
+
+py::dict isa_report() {
+  py::list built, detected, permitted, usable;
+  py::dict reasons, chosen;
+  for (const IsaState& s : isa_states()) {
+    if (s.built) built.append(name_of(s.isa));
+    if (s.detected) detected.append(name_of(s.isa));
+    if (s.detected && s.permitted) permitted.append(name_of(s.isa));
+    if (s.usable())
+      usable.append(name_of(s.isa));
+    else
+      reasons[name_of(s.isa)] = s.reason;
+  }
+  for (DType t : {DType::bf16, DType::f16, DType::f32, DType::f64})
+    chosen[name_of(t)] = name_of(kernels_for(t).isa);
+  py::dict report;
+  report["built"] = built;
+  report["detected"] = detected;
+  report["permitted"] = permitted;
+  report["usable"] = usable;
+  report["chosen"] = chosen;
+  report["override"] = isa_override().empty() ? py::object(py::none()) : py::str(isa_override());
+  report["reasons"] = reasons;
+  return report;
+}
+
+}  // namespace
+}  // namespace moelora
+
+PYBIND11_MODULE(_C, m) {
+  try {
+    moelora::chosen_isa();
+  } catch (const std::exception& e) {
+    throw py::import_error(e.what());
+  }
+  m.def("isa_report", &moelora::isa_report, "Instruction sets built, detected, permitted, usable and chosen.");
+  moelora::bind_arrays(m);
+}

@@ -1,0 +1,68 @@
+#include "dispatch/table.h"
+
+#include <stdexcept>
+
+#include "ukernel/kernel_sets.h"
+
+namespace moelora {
+namespace {
+
+struct Row {
+  Isa isa;
+  const Kernels& (*kernels)();
+  bool takes[kDTypes];  // bf16, fp16, fp32, fp64
+  Blocking blocking;
+};
+
+// Best first for every dtype.
+// fp32 sums are cut every 512 steps to keep rounding at the level of short sums; bf16 needs no such cut.
+const Row kRows[] = {
+#ifdef MOELORA_BUILT_avx512_bf16
+    {Isa::avx512_bf16, bf16_kernels_avx512_bf16, {true, false, false, false},
+     //row_chunk segment depth outputs token_chunk outer_rows outer_cols outer_depth
+     {128, 48, 4096, 1024, 4096, 192, 256, 512}},
+#endif
+#ifdef MOELORA_BUILT_avx512
+    {Isa::avx512, f32_kernels_avx512, {true, true, true, false},
+     {128, 48, 512, 1024, 4096, 96, 256, 512}},
+#endif
+#ifdef MOELORA_BUILT_avx2
+    {Isa::avx2, f32_kernels_avx2, {true, true, true, false},
+     {96, 48, 512, 1024, 4096, 96, 256, 512}},
+#endif
+    {Isa::portable, f32_kernels_portable, {true, true, true, false},
+     {64, 48, 512, 1024, 4096, 96, 128, 512}},
+    {Isa::portable, f64_kernels_portable, {false, false, false, true},
+     {64, 48, 512, 1024, 4096, 96, 128, 512}},
+};
+
+bool usable(Isa isa) {
+  for (const IsaState& s : isa_states())
+    if (s.isa == isa) return s.usable();
+  return false;
+}
+
+KernelChoice choose(DType dtype) {
+  const Isa best = chosen_isa();
+  for (const Row& row : kRows)
+    if (row.takes[static_cast<int>(dtype)] && row.isa >= best && usable(row.isa))
+      return {row.isa, &row.kernels(), row.blocking};
+  throw std::logic_error("no kernel set takes this dtype");
+}
+
+}  // namespace
+
+const KernelChoice& kernels_for(DType dtype) {
+  static const KernelChoice choices[kDTypes] = {choose(DType::bf16), choose(DType::f16), choose(DType::f32),
+                                                choose(DType::f64)};
+  return choices[static_cast<int>(dtype)];
+}
+
+std::vector<KernelChoice> usable_kernels() {
+  std::vector<KernelChoice> all;
+  for (const Row& row : kRows)
+    if (usable(row.isa)) all.push_back({row.isa, &row.kernels(), row.blocking});
+  return all;
+}
+
+}  // namespace moelora

@@ -1,0 +1,33 @@
+// Instruction set × dtype -> micro-kernels and blocking.
+#pragma once
+
+#include "dispatch/isa.h"
+#include "ukernel/ukernel.h"
+
+namespace moelora {
+
+// How drivers cut their loops. Values never change results, only where data waits.
+struct Blocking {
+  int64_t row_chunk;      // rows of one expert in a task; their packed panels share L2
+  int64_t segment;        // weight rows per accumulator block in the row orientation; the block stays in L2
+  int64_t depth;          // contraction steps per pass; one packed panel of them fits half of L2
+  int64_t outputs;        // output columns of a task
+  int64_t token_chunk;    // tokens whose sums a task holds in fp32
+  int64_t outer_rows;     // rows of a weight-gradient block
+  int64_t outer_cols;     // columns of it; block and panel fit L2
+  int64_t outer_depth;    // tokens per pass
+};
+
+struct KernelChoice {
+  Isa isa;
+  const Kernels* kernels;
+  Blocking blocking;
+};
+
+// Kernels for tensors of `dtype`: the chosen instruction set where it has that type, else the best below it.
+const KernelChoice& kernels_for(DType dtype);
+
+// Every kernel set that can run on this machine, whatever MOELORA_ISA says; for tests.
+std::vector<KernelChoice> usable_kernels();
+
+}  // namespace moelora

@@ -1,0 +1,33 @@
+// One block of a grouped contraction: some rows of one expert × some outputs, in either orientation.
+#pragma once
+
+#include "driver/grouped.h"
+
+namespace moelora {
+
+// Rows [row0, row1) in grouped order, outputs [out0, out1), all of one expert.
+struct BlockRange {
+  int64_t expert, row0, row1, out0, out1;
+};
+
+// fp32 sums of a token range × output range, for out_order token.
+struct TokenSums {
+  char* sums;       // [tokens][width], accumulator type
+  int64_t token0, width, out0;
+};
+
+// Weight rows are the tile's L operand, read in place; x is packed into lanes. For weights contiguous along the depth.
+void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
+                           const TokenSums* sums, Arena& arena);
+
+// x rows are the tile's L operand, read in place; weights are packed into lanes. For all other weights.
+void panel_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
+                             const TokenSums* sums, Arena& arena);
+
+// Outputs per accumulator block; also the width of one part of ⟨row, dot⟩.
+int64_t segment_width(const KernelChoice& choice, const GroupedLinear& op);
+bool uses_row_orientation(const GroupedLinear& op);
+
+inline int64_t accumulator_size(const Kernels& k) { return k.compute == DType::f64 ? 8 : 4; }
+
+}  // namespace moelora

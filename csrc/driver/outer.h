@@ -1,0 +1,23 @@
+// The contraction behind dA, dB and dW: for every expert the sum of outer products of its rows.
+#pragma once
+
+#include "core/views.h"
+#include "dispatch/table.h"
+#include "driver/runtime.h"
+
+namespace moelora {
+
+// out[e][i][j] = Σ gates[slot] · left[row][i] · right[row][j] over the expert's rows, in grouped order.
+struct GroupedOuter {
+  const Routing* routing;
+  RowsIn left;                    // [.., I]
+  RowsIn right;                   // [.., J]
+  const double* gates = nullptr;  // [S] by slot
+  void* out;                      // [E, I, J], or [E, J, I] if transposed; contiguous
+  DType out_dtype;
+  bool transposed = false;
+};
+
+void run_grouped_outer(const KernelChoice& choice, const GroupedOuter& op, const Runtime& runtime);
+
+}  // namespace moelora

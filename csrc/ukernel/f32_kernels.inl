@@ -1,0 +1,57 @@
+// A whole set of fp32 kernels from a vector policy.
+#pragma once
+
+#include "ukernel/glu.inl"
+#include "ukernel/pack.inl"
+#include "ukernel/rows.inl"
+#include "ukernel/tile.inl"
+
+namespace {
+
+// The tile's and the packs' operations where operands are accumulators' type.
+template <class V, moelora::DType Compute>
+struct Plain : V {
+  using acc_t = typename V::acc_t;
+  using elem = acc_t;
+  using opvec = typename V::vec;
+  using unit = typename V::vec;
+  static constexpr int pack = 1;
+  static constexpr moelora::DType compute = Compute;
+
+  static opvec broadcast(const elem* p) { return V::set1(*p); }
+  static opvec broadcast_last(const elem* p) { return V::set1(*p); }
+  static opvec load_panel(const elem* p) { return V::load(p); }
+
+  template <class T>
+  static unit load_units(const T* p, int64_t n) {
+    return V::load_n(p, n);
+  }
+  template <class T>
+  static unit interleave(const T* a, const T*, int64_t n) {
+    return V::load_n(a, n);
+  }
+  static unit zero_units() { return V::zero(); }
+  static void store_units(elem* p, unit v) { V::store(p, v); }
+};
+
+template <class V, class Op, class T>
+void fill_storage(moelora::Kernels& k, moelora::DType storage) {
+  fill_packs<V, Op, T>(k, storage);
+  fill_rows_of<V, T>(k, storage);
+  fill_glu<V, T>(k, storage);
+}
+
+template <class V, int MaxRows, int MaxVecs>
+moelora::Kernels f32_kernels(const char* name) {
+  using Op = Plain<V, moelora::DType::f32>;
+  moelora::Kernels k{};
+  k.name = name;
+  fill_tiles<Op, MaxRows, MaxVecs>(k);
+  fill_rows<V>(k);
+  fill_storage<V, Op, moelora::bf16_t>(k, moelora::DType::bf16);
+  fill_storage<V, Op, moelora::f16_t>(k, moelora::DType::f16);
+  fill_storage<V, Op, float>(k, moelora::DType::f32);
+  return k;
+}
+
+}  // namespace

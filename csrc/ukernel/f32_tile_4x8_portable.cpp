@@ -1,0 +1,9 @@
+// fp32 on any CPU; bf16 and fp16 are widened on the way in.
+#include "ukernel/f32_kernels.inl"
+#include "ukernel/kernel_sets.h"
+#include "ukernel/vec_portable.inl"
+
+const moelora::Kernels& moelora::f32_kernels_portable() {
+  static const Kernels kernels = f32_kernels<PortableVec<float, 4>, 4, 2>("f32_tile_4x8_portable");
+  return kernels;
+}

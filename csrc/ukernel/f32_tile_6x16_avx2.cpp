@@ -1,0 +1,11 @@
+// fp32 FMA on AVX2; bf16 and fp16 are widened on the way in.
+#include <immintrin.h>
+
+#include "ukernel/f32_kernels.inl"
+#include "ukernel/kernel_sets.h"
+#include "ukernel/vec_avx2.inl"
+
+const moelora::Kernels& moelora::f32_kernels_avx2() {
+  static const Kernels kernels = f32_kernels<F32x8, 6, 2>("f32_tile_6x16_avx2");
+  return kernels;
+}

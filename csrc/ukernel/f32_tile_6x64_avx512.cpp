@@ -1,0 +1,11 @@
+// fp32 FMA on AVX-512; bf16 and fp16 are widened on the way in.
+#include <immintrin.h>
+
+#include "ukernel/f32_kernels.inl"
+#include "ukernel/kernel_sets.h"
+#include "ukernel/vec_avx512.inl"
+
+const moelora::Kernels& moelora::f32_kernels_avx512() {
+  static const Kernels kernels = f32_kernels<F32x16, 6, 4>("f32_tile_6x64_avx512");
+  return kernels;
+}

@@ -1,0 +1,115 @@
+// Packing and conversion over a vector policy. Include inside an instruction set's unit only.
+//
+// P: elem (compute type), acc_t, lanes, pack, unit (a vector of `lanes` units, a unit being `pack` elements)
+//    load_units(const T*, n)          lanes · pack consecutive elements, those from n on are zero
+//    interleave(const T*, const T*, n) lane j: the unit (a[j], b[j]) (pack 2; b may be null) or a[j] (pack 1)
+//    transpose(unit (&)[lanes]), store_units(elem*, unit)
+#pragma once
+
+#include "ukernel/gather.inl"
+#include "ukernel/ukernel.h"
+
+namespace {
+
+// panel: [ceil(n / pack)][panel_lanes][pack] from rows [n_rows][n]
+template <class P, class T>
+void pack_lanes(const moelora::PackArgs& args) {
+  constexpr int kLanes = P::lanes, kUnit = P::lanes * P::pack;
+  auto* panel = static_cast<typename P::elem*>(args.panel);
+  const int64_t line = args.panel_lanes * P::pack;
+  T buffer[kUnit];
+  for (int64_t lane = 0; lane < args.panel_lanes; lane += kLanes) {
+    for (int64_t p = 0; p < args.n; p += kUnit) {
+      const int64_t left = args.n - p;
+      const int64_t count = left < kUnit ? left : kUnit;
+      typename P::unit v[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        if (lane + i < args.n_rows) {
+          const T* row = static_cast<const T*>(args.rows[lane + i]) + (args.first + p) * args.stride;
+          v[i] = P::load_units(gathered(buffer, row, args.stride, count), count);
+        } else {
+          v[i] = P::zero_units();
+        }
+      }
+      P::transpose(v);
+      const int64_t lines = (count + P::pack - 1) / P::pack;
+      typename P::elem* dst = panel + (p / P::pack) * line + lane * P::pack;
+      for (int64_t i = 0; i < lines; ++i) P::store_units(dst + i * line, v[i]);
+    }
+  }
+}
+
+// panel: [ceil(n_rows / pack)][panel_lanes][pack] from rows [n_rows][n]
+template <class P, class T>
+void pack_depth(const moelora::PackArgs& args) {
+  constexpr int kLanes = P::lanes;
+  auto* panel = static_cast<typename P::elem*>(args.panel);
+  const int64_t line = args.panel_lanes * P::pack;
+  T buffer_a[kLanes], buffer_b[kLanes];
+  for (int64_t p = 0; p < args.n_rows; p += P::pack, panel += line) {
+    const T* a = static_cast<const T*>(args.rows[p]) + args.first * args.stride;
+    const T* b = nullptr;
+    if (P::pack == 2 && p + 1 < args.n_rows)
+      b = static_cast<const T*>(args.rows[p + 1]) + args.first * args.stride;
+    for (int64_t lane = 0; lane < args.panel_lanes; lane += kLanes) {
+      const int64_t left = args.n - lane;
+      if (left <= 0) {
+        P::store_units(panel + lane * P::pack, P::zero_units());
+        continue;
+      }
+      const int64_t count = left < kLanes ? left : kLanes;
+      const T* a_at = gathered(buffer_a, a + lane * args.stride, args.stride, count);
+      const T* b_at = b ? gathered(buffer_b, b + lane * args.stride, args.stride, count) : nullptr;
+      P::store_units(panel + lane * P::pack, P::interleave(a_at, b_at, count));
+    }
+  }
+}
+
+template <class V, class P, class T>
+void convert(void* dst, const void* src, int64_t n, int64_t stride) {
+  auto* d = static_cast<typename P::elem*>(dst);
+  const T* s = static_cast<const T*>(src);
+  T buffer[V::lanes];
+  for (int64_t i = 0; i < n; i += V::lanes) {
+    const int64_t count = n - i < V::lanes ? n - i : V::lanes;
+    V::store_n(d + i, V::load_n(gathered(buffer, s + i * stride, stride, count), count), count);
+  }
+}
+
+// dst: [n][n_rows], from rows [n_rows][n]
+template <class V, class P, class T>
+void transpose_in(void* dst, int64_t ldd, const moelora::PackArgs& args, const void* scale) {
+  constexpr int kLanes = V::lanes;
+  auto* d = static_cast<typename P::elem*>(dst);
+  const auto* factor = static_cast<const typename V::acc_t*>(scale);
+  T buffer[kLanes];
+  for (int64_t j = 0; j < args.n_rows; j += kLanes) {
+    const int64_t lanes_here = args.n_rows - j < kLanes ? args.n_rows - j : kLanes;
+    for (int64_t i = 0; i < args.n; i += kLanes) {
+      const int64_t count = args.n - i < kLanes ? args.n - i : kLanes;
+      typename V::vec v[kLanes];
+      for (int q = 0; q < kLanes; ++q) {
+        if (q < lanes_here) {
+          const T* row = static_cast<const T*>(args.rows[j + q]) + (args.first + i) * args.stride;
+          v[q] = V::load_n(gathered(buffer, row, args.stride, count), count);
+          if (factor) v[q] = V::mul(v[q], V::set1(factor[j + q]));
+        } else {
+          v[q] = V::zero();
+        }
+      }
+      V::transpose(v);
+      for (int64_t q = 0; q < count; ++q) V::store_n(d + (i + q) * ldd + j, v[q], lanes_here);
+    }
+  }
+}
+
+template <class V, class P, class T>
+void fill_packs(moelora::Kernels& k, moelora::DType storage) {
+  const int t = static_cast<int>(storage);
+  k.pack_lanes[t] = pack_lanes<P, T>;
+  k.pack_depth[t] = pack_depth<P, T>;
+  k.convert[t] = convert<V, P, T>;
+  k.transpose_in[t] = transpose_in<V, P, T>;
+}
+
+}  // namespace

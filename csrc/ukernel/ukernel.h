@@ -1,0 +1,96 @@
+// The micro-kernel contract. Every instruction set fills one `Kernels` per compute type; drivers call nothing else.
+//
+//   tile      C[i, j] (+)= Σ_s Σ_p L_s[i][p] · R_s[p][j]        i < rows, j < vecs · lanes
+//
+// L   `rows` pointers, one per row; each row holds `depth` elements of the compute type with unit stride, in place
+//     wherever the caller's tensor allows it. Not padded: nothing beyond `depth` elements is read.
+// R   a packed panel. `pack` consecutive p stand side by side (2 for bf16 dot products, else 1):
+//
+//         p = 0,1      lane 0: p0 p1 | lane 1: p0 p1 | …      | lane panel_lanes-1: p0 p1
+//         p = 2,3      lane 0: p2 p3 | lane 1: p2 p3 | …
+//         …            ceil(depth / pack) such lines; a missing last p is zero, lanes beyond the data are zero
+//
+// C   row-major accumulators (fp32, or fp64 for fp64), `ldc` elements between rows. accumulate = false overwrites C and
+//     never reads it. The whole tile is written: C has room for every lane, whatever the number of valid ones.
+//
+// Each C element is one chain of fused multiply-adds over p in ascending order, segment after segment, whatever the
+// tile's shape: results do not depend on how a driver cuts its blocks. Edges in i are the caller's (a table entry for
+// each number of rows), edges in j are zero lanes, edges in p are the kernel's.
+//
+// Two segments make LoRA part of the contraction: [x | s·xAᵀ] · [W | B]ᵀ.
+//
+// No allocation, no threads, no torch, no standard library here.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace moelora {
+
+constexpr int kMaxTileRows = 8;
+constexpr int kMaxTileVecs = 4;
+
+struct Segment {
+  const void* const* l;  // [rows] pointers, compute type
+  const void* r;         // packed panel
+  int64_t depth;
+};
+
+struct TileArgs {
+  Segment segments[2];
+  int n_segments;
+  int64_t panel_lanes;  // lanes between two lines of R
+  void* c;
+  int64_t ldc;
+  bool accumulate;
+};
+
+// Sources of the pack functions are rows: pointers to element `0` of each, `stride` elements between neighbours.
+// Elements [first, first + n) of each row are taken and converted to the compute type.
+struct PackArgs {
+  const void* const* rows;
+  int64_t n_rows;
+  int64_t first, n;
+  int64_t stride;
+  void* panel;
+  int64_t panel_lanes;
+};
+
+enum class Activation : uint8_t { silu, gelu, gelu_tanh };
+
+struct GluArgs {
+  Activation act;
+  double alpha, limit, up_shift;  // limit = +inf: no clamp
+  bool interleaved;
+};
+
+struct Kernels {
+  const char* name;
+  DType compute;  // element type of L and R
+  int pack;       // 1 or 2
+  int lanes;      // of one accumulator vector
+  int rows, vecs; // largest tile
+  void (*tile[kMaxTileRows][kMaxTileVecs])(const TileArgs&);  // [rows - 1][vecs - 1]
+
+  // Indexed by the storage type of the source or destination; nullptr where this compute type does not take it.
+  void (*pack_lanes[kDTypes])(const PackArgs&);  // rows are lanes of the panel, their elements run along p
+  void (*pack_depth[kDTypes])(const PackArgs&);  // rows are p, their elements run along the lanes
+  // dst[i] = src[i · stride], i < n, in the compute type
+  void (*convert[kDTypes])(void* dst, const void* src, int64_t n, int64_t stride);
+  // dst[i][j] = src[j][i], i < n, j < n_rows, in the compute type; dst rows are `ldd` apart. Rows scaled by scale[j].
+  void (*transpose_in[kDTypes])(void* dst, int64_t ldd, const PackArgs& src, const void* scale);
+
+  // Accumulator rows. c, bias, acc: accumulator type.
+  void (*transpose)(void* dst, int64_t ldd, const void* src, int64_t lds, int64_t rows, int64_t cols);
+  void (*store[kDTypes])(void* dst, const void* c, const void* bias, double scale, int64_t n);  // scale · (c + bias)
+  void (*add)(void* acc, const void* c, const void* bias, double scale, int64_t n);             // acc += scale · (c + bias)
+  void (*add_row[kDTypes])(void* acc, const void* src, int64_t stride, double scale, int64_t n);  // acc += scale · src
+  double (*dot[kDTypes])(const void* c, const void* x, int64_t stride, int64_t n);              // Σ c · x
+
+  void (*glu[kDTypes])(void* y, const void* h, int64_t h_stride, int64_t width, const GluArgs&);
+  void (*glu_backward[kDTypes])(void* dh, const void* dy, int64_t dy_stride, const void* h, int64_t h_stride,
+                                int64_t width, const GluArgs&);
+};
+
+}  // namespace moelora

@@ -1,0 +1,1 @@
+"""CUDA implementations of the operators, in Triton."""
