@@ -61,51 +61,64 @@ const void** row_addresses(const Routing& routing, const RowsIn& in, int64_t row
   return rows;
 }
 
-const void** u_addresses(const Kernels& k, const GroupedLinear& op, int64_t row0, int64_t count, Arena& arena) {
-  const void** rows = arena.take_array<const void*>(count);
-  const int64_t pitch = op.b.cols * size_of(k.compute);
-  for (int64_t i = 0; i < count; ++i) rows[i] = static_cast<const char*>(op.u) + (row0 + i) * pitch;
-  return rows;
+// u as a matrix: [routed, rank]
+Matrix u_matrix(const Kernels& k, const GroupedLinear& op) {
+  return {op.u, k.compute, op.routing->slots, op.b.cols, op.b.cols, 1};
 }
 
-// Rows of one expert packed as lanes: panels of `lanes` rows.
-struct LanePanels {
-  int64_t lanes, count;
-  char* x;  // [count][depth][lanes]
-  char* u;  // [count][rank][lanes]
-  int64_t x_bytes, u_bytes;
-
-  int64_t rows_in(int64_t panel, int64_t rows) const { return min64(lanes, rows - panel * lanes); }
+// Some rows of one expert packed as lanes.
+struct LanePanel {
+  int64_t first, rows;  // within the block
+  int64_t lanes;
+  char* x;  // [depth/pack][lanes][pack]
+  char* u;  // [rank/pack][lanes][pack]
 };
 
-LanePanels pack_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& range, Arena& arena) {
+// Panels of nearly equal numbers of vectors.
+int64_t panel_count(const Kernels& k, int64_t rows) { return ceil_div(ceil_div(rows, k.lanes), k.vecs); }
+
+LanePanel* pack_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& range, Arena& arena) {
   const int64_t rows = range.row1 - range.row0, rank = op.u ? op.b.cols : 0;
-  LanePanels panels;
-  panels.lanes = k.lanes * k.vecs;
-  panels.count = ceil_div(rows, panels.lanes);
-  panels.x_bytes = panel_bytes(k, op.w.cols, panels.lanes);
-  panels.u_bytes = panel_bytes(k, rank, panels.lanes);
-  panels.x = static_cast<char*>(arena.take(panels.count * panels.x_bytes));
-  panels.u = static_cast<char*>(arena.take(panels.count * panels.u_bytes));
+  const int64_t count = panel_count(k, rows), vectors = ceil_div(rows, k.lanes);
+  LanePanel* panels = arena.take_array<LanePanel>(count);
   const void** x = row_addresses(*op.routing, op.x, range.row0, rows, arena);
-  const void** u = rank ? u_addresses(k, op, range.row0, rows, arena) : nullptr;
-  for (int64_t j = 0; j < panels.count; ++j) {
-    const int64_t here = panels.rows_in(j, rows), first = j * panels.lanes;
-    const int64_t lanes = round_up(here, k.lanes);
-    k.pack_lanes[static_cast<int>(op.x.matrix.dtype)]({x + first, here, 0, op.w.cols, op.x.matrix.col_stride,
-                                                       panels.x + j * panels.x_bytes, lanes});
-    if (rank)
-      k.pack_lanes[static_cast<int>(k.compute)](
-          {u + first, here, 0, rank, 1, panels.u + j * panels.u_bytes, lanes});
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t v0 = j * vectors / count, v1 = (j + 1) * vectors / count;
+    LanePanel& panel = panels[j];
+    panel.first = v0 * k.lanes;
+    panel.rows = min64(v1 * k.lanes, rows) - panel.first;
+    panel.lanes = (v1 - v0) * k.lanes;
+    panel.x = static_cast<char*>(arena.take(panel_bytes(k, op.w.cols, panel.lanes)));
+    panel.u = static_cast<char*>(arena.take(panel_bytes(k, rank, panel.lanes)));
+    k.pack_lanes[static_cast<int>(op.x.matrix.dtype)](
+        {x + panel.first, panel.rows, 0, op.w.cols, op.x.matrix.col_stride, panel.x, panel.lanes});
+    if (rank) pack_panel(k, u_matrix(k, op), range.row0 + panel.first, panel.rows, 0, rank, panel.u, panel.lanes, arena);
   }
   return panels;
 }
 
-// Addresses of rows [first, first + count) of `m`, columns [col0, col0 + cols), as L rows.
-void weight_rows(const Kernels& k, const Matrix& m, int64_t first, int64_t count, int64_t col0, int64_t cols,
-                 const void** rows, Arena& arena) {
-  for (int64_t i = 0; i < count; ++i) rows[i] = m.at(first + i, 0);
-  left_rows(k, m, rows, count, col0, cols, arena);
+// c: [width][ldc] (+)= weight rows [out, out + width) · panel, steps [p, p + steps); LoRA joins the last pass.
+void multiply_panel(const Kernels& k, const Matrix& w, const Matrix& b, const LanePanel& panel, int64_t out,
+                    int64_t width, int64_t p, int64_t steps, char* c, int64_t ldc, Arena& arena) {
+  const int64_t vecs = panel.lanes / k.lanes, tallest = k.max_rows[vecs - 1];
+  const bool with_lora = b.data && p + steps == w.cols;
+  for (int64_t i = 0; i < width; i += tallest) {
+    Arena::Scope scope(arena);
+    const int64_t rows = min64(tallest, width - i);
+    const LeftRows w_rows = left_rows(k, w, out + i, rows, p, steps, arena);
+    const LeftRows b_rows = with_lora ? left_rows(k, b, out + i, rows, 0, b.cols, arena) : LeftRows{};
+    const Segment base{w_rows.data, w_rows.stride, panel.x + p * panel.lanes * size_of(k.compute), steps};
+    const Segment lora{b_rows.data, b_rows.stride, panel.u, b.cols};
+    k.tile({{base, lora}, with_lora ? 2 : 1, static_cast<int>(rows), static_cast<int>(vecs), panel.lanes,
+            c + i * ldc * accumulator_size(k), ldc, p > 0});
+  }
+}
+
+// The expert's x rows as L rows: in place where they are evenly spaced.
+LeftRows x_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& range, Arena& arena) {
+  const int64_t rows = range.row1 - range.row0, depth = op.w.cols;
+  if (op.x.order == RowOrder::grouped) return left_rows(k, op.x.matrix, range.row0, rows, 0, depth, arena);
+  return copied_rows(k, op.x.matrix, row_addresses(*op.routing, op.x, range.row0, rows, arena), rows, 0, depth, arena);
 }
 
 }  // namespace
@@ -122,43 +135,21 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
   Arena::Scope scope(arena);
   const Kernels& k = *choice.kernels;
   const Epilogue epilogue(choice, op, range, sums, arena);
-  const int64_t rows = range.row1 - range.row0, depth = op.w.cols, rank = op.u ? op.b.cols : 0;
-  const int64_t acc = accumulator_size(k), segment = choice.blocking.segment;
-  const LanePanels panels = pack_rows(k, op, range, arena);
-  const int64_t c_bytes = segment * panels.lanes * acc;
-  char* c = static_cast<char*>(arena.take(panels.count * c_bytes));
-  char* by_row = static_cast<char*>(arena.take(c_bytes));
+  const int64_t depth = op.w.cols, acc = accumulator_size(k), segment = choice.blocking.segment;
+  const int64_t widest = k.lanes * k.vecs, count = panel_count(k, range.row1 - range.row0);
+  const LanePanel* panels = pack_rows(k, op, range, arena);
+  char* c = static_cast<char*>(arena.take(segment * widest * acc));
+  char* by_row = static_cast<char*>(arena.take(segment * widest * acc));
   const Matrix w = op.w[range.expert], b = op.u ? op.b[range.expert] : Matrix{};
 
   for (int64_t out = range.out0; out < range.out1; out += segment) {
     const int64_t width = min64(segment, range.out1 - out);
-    for (int64_t p = 0; p < depth; p += choice.blocking.depth) {
-      const int64_t steps = min64(choice.blocking.depth, depth - p);
-      const bool last = p + steps == depth;
-      for (int64_t i = 0; i < width; i += k.rows) {
-        Arena::Scope tile_scope(arena);
-        const int64_t tile_rows = min64(k.rows, width - i);
-        const void *w_rows[kMaxTileRows], *b_rows[kMaxTileRows];
-        weight_rows(k, w, out + i, tile_rows, p, steps, w_rows, arena);
-        if (rank && last) weight_rows(k, b, out + i, tile_rows, 0, rank, b_rows, arena);
-        for (int64_t j = 0; j < panels.count; ++j) {
-          const int64_t lanes = round_up(panels.rows_in(j, rows), k.lanes);
-          const char* x_panel = panels.x + j * panels.x_bytes + p * lanes * size_of(k.compute);
-          TileArgs args{{{w_rows, x_panel, steps}, {b_rows, panels.u + j * panels.u_bytes, rank}},
-                        rank && last ? 2 : 1,
-                        lanes,
-                        c + j * c_bytes + i * panels.lanes * acc,
-                        panels.lanes,
-                        p > 0};
-          k.tile[tile_rows - 1][lanes / k.lanes - 1](args);
-        }
-      }
-    }
-    for (int64_t j = 0; j < panels.count; ++j) {
-      const int64_t here = panels.rows_in(j, rows);
-      k.transpose(by_row, segment, c + j * c_bytes, panels.lanes, width, here);
-      for (int64_t i = 0; i < here; ++i)
-        epilogue(range.row0 + j * panels.lanes + i, by_row + i * segment * acc, out, width);
+    for (const LanePanel* panel = panels; panel < panels + count; ++panel) {
+      for (int64_t p = 0; p < depth; p += choice.blocking.depth)
+        multiply_panel(k, w, b, *panel, out, width, p, min64(choice.blocking.depth, depth - p), c, widest, arena);
+      k.transpose(by_row, segment, c, widest, width, panel->rows);
+      for (int64_t i = 0; i < panel->rows; ++i)
+        epilogue(range.row0 + panel->first + i, by_row + i * segment * acc, out, width);
     }
   }
 }
@@ -172,33 +163,27 @@ void panel_orientation_block(const KernelChoice& choice, const GroupedLinear& op
   const int64_t rows = range.row1 - range.row0, depth = op.w.cols, rank = op.u ? op.b.cols : 0;
   const int64_t acc = accumulator_size(k), widest = k.lanes * k.vecs;
   const int64_t pass = min64(choice.blocking.depth, depth), size = size_of(k.compute);
-  const void** x = row_addresses(*op.routing, op.x, range.row0, rows, arena);
-  left_rows(k, op.x.matrix, x, rows, 0, depth, arena);
-  const void** x_pass = arena.take_array<const void*>(rows);
-  const void** u = rank ? u_addresses(k, op, range.row0, rows, arena) : nullptr;
+  const LeftRows x = x_rows(k, op, range, arena);
+  const LeftRows u = rank ? left_rows(k, u_matrix(k, op), range.row0, rows, 0, rank, arena) : LeftRows{};
   char* w_panel = static_cast<char*>(arena.take(panel_bytes(k, pass, widest)));
   char* b_panel = static_cast<char*>(arena.take(panel_bytes(k, rank, widest)));
   char* c = static_cast<char*>(arena.take(rows * widest * acc));
   const Matrix w = op.w[range.expert], b = op.u ? op.b[range.expert] : Matrix{};
-  const int64_t tiles = ceil_div(rows, k.rows);
 
   for (int64_t out = range.out0; out < range.out1; out += widest) {
     const int64_t width = min64(widest, range.out1 - out), lanes = round_up(width, k.lanes);
+    const int64_t tiles = ceil_div(rows, k.max_rows[lanes / k.lanes - 1]);
     if (rank) pack_panel(k, b, out, width, 0, rank, b_panel, lanes, arena);
     for (int64_t p = 0; p < depth; p += pass) {
       const int64_t steps = min64(pass, depth - p);
       const bool last = p + steps == depth;
       pack_panel(k, w, out, width, p, steps, w_panel, lanes, arena);
-      for (int64_t i = 0; i < rows; ++i) x_pass[i] = static_cast<const char*>(x[i]) + p * size;
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t first = t * rows / tiles, tile_rows = (t + 1) * rows / tiles - first;
-        TileArgs args{{{x_pass + first, w_panel, steps}, {u + first, b_panel, rank}},
-                      rank && last ? 2 : 1,
-                      lanes,
-                      c + first * widest * acc,
-                      widest,
-                      p > 0};
-        k.tile[tile_rows - 1][lanes / k.lanes - 1](args);
+        const Segment base{x.at(first, p * size), x.stride, w_panel, steps};
+        const Segment lora{u.at(first, 0), u.stride, b_panel, rank};
+        k.tile({{base, lora}, rank && last ? 2 : 1, static_cast<int>(tile_rows), static_cast<int>(lanes / k.lanes),
+                lanes, c + first * widest * acc, widest, p > 0});
       }
     }
     for (int64_t i = 0; i < rows; ++i) epilogue(range.row0 + i, c + i * widest * acc, out, width);

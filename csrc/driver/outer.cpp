@@ -77,12 +77,11 @@ void outer_block(const KernelChoice& choice, const GroupedOuter& op, const Outer
     for (int64_t j = 0; j < width; j += widest) {
       const int64_t here = min64(widest, width - j), lanes = round_up(here, k.lanes);
       k.pack_depth[static_cast<int>(m.dtype)]({from, rows, range.j0 + j, here, m.col_stride, panel, lanes});
-      for (int64_t i = 0; i < height; i += k.rows) {
-        const int64_t tile_rows = min64(k.rows, height - i);
-        const void* l[kMaxTileRows];
-        for (int64_t q = 0; q < tile_rows; ++q) l[q] = left + (i + q) * rows * size_of(k.compute);
-        TileArgs args{{{l, panel, rows}, {}}, 1, lanes, c + (i * pitch + j) * acc, pitch, row0 > begin};
-        k.tile[tile_rows - 1][lanes / k.lanes - 1](args);
+      const int64_t tallest = k.max_rows[lanes / k.lanes - 1], l_stride = rows * size_of(k.compute);
+      for (int64_t i = 0; i < height; i += tallest) {
+        const Segment segment{left + i * l_stride, l_stride, panel, rows};
+        k.tile({{segment, {}}, 1, static_cast<int>(min64(tallest, height - i)), static_cast<int>(lanes / k.lanes), lanes,
+                c + (i * pitch + j) * acc, pitch, row0 > begin});
       }
     }
   }

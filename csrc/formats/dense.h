@@ -1,6 +1,8 @@
 // Plain strided weights in the storage types: rows serve in place where they can, else a tile is unpacked.
 #pragma once
 
+#include <cstring>
+
 #include "core/arena.h"
 #include "core/views.h"
 #include "ukernel/ukernel.h"
@@ -12,21 +14,42 @@ inline bool rows_in_place(const Kernels& k, const Matrix& m) {
   return m.dtype == k.compute && (m.col_stride == 1 || m.cols <= 1);
 }
 
-// Pointers to columns [first, first + n) of `count` rows starting at `pointers`' current rows, in the compute type.
-// rows[i] holds the address of the row's column 0 and is replaced; converted copies live in `arena`.
-inline void left_rows(const Kernels& k, const Matrix& m, const void** rows, int64_t count, int64_t first, int64_t n,
-                      Arena& arena) {
-  const int64_t step = size_of(m.dtype) * m.col_stride;
-  if (rows_in_place(k, m)) {
-    for (int64_t i = 0; i < count; ++i) rows[i] = static_cast<const char*>(rows[i]) + first * step;
-    return;
-  }
-  const int64_t pitch = round_up(n * size_of(k.compute), 64);
+// Rows of a tile's L operand.
+struct LeftRows {
+  const char* data;
+  int64_t stride;  // bytes
+
+  const void* at(int64_t row, int64_t column_bytes) const { return data + row * stride + column_bytes; }
+};
+
+// Row pitch of copies: whole cache lines, and an odd number of them, so that rows do not share cache sets.
+inline int64_t copy_pitch(const Kernels& k, int64_t columns) {
+  const int64_t lines = ceil_div(columns * size_of(k.compute), 64);
+  return (lines | 1) * 64;
+}
+
+// Copies columns [first, first + n) of rows starting at rows[i] (addresses of column 0) in the compute type.
+inline LeftRows copied_rows(const Kernels& k, const Matrix& m, const void* const* rows, int64_t count, int64_t first,
+                            int64_t n, Arena& arena) {
+  const int64_t pitch = copy_pitch(k, n), step = size_of(m.dtype) * m.col_stride;
   char* copy = static_cast<char*>(arena.take(count * pitch));
-  for (int64_t i = 0; i < count; ++i, copy += pitch) {
-    k.convert[static_cast<int>(m.dtype)](copy, static_cast<const char*>(rows[i]) + first * step, n, m.col_stride);
-    rows[i] = copy;
+  for (int64_t i = 0; i < count; ++i) {
+    const char* row = static_cast<const char*>(rows[i]) + first * step;
+    if (rows_in_place(k, m))
+      std::memcpy(copy + i * pitch, row, static_cast<size_t>(n * size_of(k.compute)));
+    else
+      k.convert[static_cast<int>(m.dtype)](copy + i * pitch, row, n, m.col_stride);
   }
+  return {copy, pitch};
+}
+
+// Rows [row0, row0 + count) of `m`, columns [first, first + n): in place where possible.
+inline LeftRows left_rows(const Kernels& k, const Matrix& m, int64_t row0, int64_t count, int64_t first, int64_t n,
+                          Arena& arena) {
+  if (rows_in_place(k, m)) return {m.at(row0, first), m.row_stride * size_of(m.dtype)};
+  const void** rows = arena.take_array<const void*>(count);
+  for (int64_t i = 0; i < count; ++i) rows[i] = m.at(row0 + i, 0);
+  return copied_rows(k, m, rows, count, first, n, arena);
 }
 
 // Bytes of a packed panel of `depth` steps.

@@ -17,6 +17,7 @@ struct Bf16Dot : F32x16 {
   static opvec broadcast(const elem* p) { return (__m512bh)_mm512_set1_epi32(moelora::bit_cast<int>(pair(p))); }
   static opvec broadcast_last(const elem* p) { return (__m512bh)_mm512_set1_epi32(p->bits); }
   static opvec load_panel(const elem* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static void stage(elem* dst, const elem* src, int64_t n) { _mm512_store_si512(dst, load_units(src, n)); }
   static vec fma(opvec a, opvec b, vec c) { return _mm512_dpbf16_ps(c, a, b); }
 
   struct Pair {
@@ -58,7 +59,7 @@ const moelora::Kernels& moelora::bf16_kernels_avx512_bf16() {
   static const Kernels kernels = [] {
     Kernels k{};
     k.name = "bf16_tile_6x64_avx512_bf16";
-    fill_tiles<Bf16Dot, 6, 4>(k);
+    fill_tiles<Bf16Dot, 24, 12, 8, 6>(k);
     fill_rows<F32x16>(k);
     fill_storage<F32x16, Bf16Dot, bf16_t>(k, DType::bf16);
     fill_storage<F32x16, Bf16Dot, float>(k, DType::f32);

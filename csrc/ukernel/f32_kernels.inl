@@ -21,6 +21,9 @@ struct Plain : V {
   static opvec broadcast(const elem* p) { return V::set1(*p); }
   static opvec broadcast_last(const elem* p) { return V::set1(*p); }
   static opvec load_panel(const elem* p) { return V::load(p); }
+  static void stage(elem* dst, const elem* src, int64_t n) {
+    for (int64_t i = 0; i < n; i += V::lanes) V::store(dst + i, V::load_n(src + i, n - i));
+  }
 
   template <class T>
   static unit load_units(const T* p, int64_t n) {
@@ -41,12 +44,12 @@ void fill_storage(moelora::Kernels& k, moelora::DType storage) {
   fill_glu<V, T>(k, storage);
 }
 
-template <class V, int MaxRows, int MaxVecs>
+template <class V, int... TallestTiles>
 moelora::Kernels f32_kernels(const char* name) {
   using Op = Plain<V, moelora::DType::f32>;
   moelora::Kernels k{};
   k.name = name;
-  fill_tiles<Op, MaxRows, MaxVecs>(k);
+  fill_tiles<Op, TallestTiles...>(k);
   fill_rows<V>(k);
   fill_storage<V, Op, moelora::bf16_t>(k, moelora::DType::bf16);
   fill_storage<V, Op, moelora::f16_t>(k, moelora::DType::f16);

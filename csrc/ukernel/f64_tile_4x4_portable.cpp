@@ -9,7 +9,7 @@ const moelora::Kernels& moelora::f64_kernels_portable() {
     using Op = Plain<V, DType::f64>;
     Kernels k{};
     k.name = "f64_tile_4x4_portable";
-    fill_tiles<Op, 4, 2>(k);
+    fill_tiles<Op, 4, 4>(k);
     fill_rows<V>(k);
     fill_storage<V, Op, double>(k, DType::f64);
     return k;

@@ -2,7 +2,7 @@
 //
 //   tile      C[i, j] (+)= Σ_s Σ_p L_s[i][p] · R_s[p][j]        i < rows, j < vecs · lanes
 //
-// L   `rows` pointers, one per row; each row holds `depth` elements of the compute type with unit stride, in place
+// L   `rows` rows, `l_stride` bytes apart; each holds `depth` elements of the compute type with unit stride, in place
 //     wherever the caller's tensor allows it. Not padded: nothing beyond `depth` elements is read.
 // R   a packed panel. `pack` consecutive p stand side by side (2 for bf16 dot products, else 1):
 //
@@ -14,8 +14,8 @@
 //     never reads it. The whole tile is written: C has room for every lane, whatever the number of valid ones.
 //
 // Each C element is one chain of fused multiply-adds over p in ascending order, segment after segment, whatever the
-// tile's shape: results do not depend on how a driver cuts its blocks. Edges in i are the caller's (a table entry for
-// each number of rows), edges in j are zero lanes, edges in p are the kernel's.
+// tile's shape: results do not depend on how a driver cuts its blocks. Any 1 <= rows <= max_rows[vecs - 1] will do; edges
+// in j are zero lanes; edges in p are the kernel's.
 //
 // Two segments make LoRA part of the contraction: [x | s·xAᵀ] · [W | B]ᵀ.
 //
@@ -28,18 +28,19 @@
 
 namespace moelora {
 
-constexpr int kMaxTileRows = 8;
 constexpr int kMaxTileVecs = 4;
 
 struct Segment {
-  const void* const* l;  // [rows] pointers, compute type
-  const void* r;         // packed panel
+  const void* l;     // [rows][depth], compute type
+  int64_t l_stride;  // bytes between rows
+  const void* r;     // packed panel
   int64_t depth;
 };
 
 struct TileArgs {
   Segment segments[2];
   int n_segments;
+  int rows, vecs;
   int64_t panel_lanes;  // lanes between two lines of R
   void* c;
   int64_t ldc;
@@ -70,8 +71,10 @@ struct Kernels {
   DType compute;  // element type of L and R
   int pack;       // 1 or 2
   int lanes;      // of one accumulator vector
-  int rows, vecs; // largest tile
-  void (*tile[kMaxTileRows][kMaxTileVecs])(const TileArgs&);  // [rows - 1][vecs - 1]
+  int vecs;       // widest tile
+  int max_rows[kMaxTileVecs];  // tallest tile of 1, 2, … vecs
+  void (*tile)(const TileArgs&);
+  void (*release)();  // gives back per-thread state of the matrix unit once a thread is done; may be null
 
   // Indexed by the storage type of the source or destination; nullptr where this compute type does not take it.
   void (*pack_lanes[kDTypes])(const PackArgs&);  // rows are lanes of the panel, their elements run along p
