@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +19,14 @@ def writing(path: Path) -> Iterator[None]:
     """Turns what libraries raise when a disk is full or a directory read-only into one line about `path`."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except SafetensorError as error:
+        reason = re.sub(r".*I/O error: | \(os error \d+\)", "", str(error))
     except RuntimeError as error:
-        # torch.save reports a failed write as a RuntimeError from its zip writer.
-        if "PytorchStreamWriter" not in str(error) and "file write failed" not in str(error):
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
             raise
-        reason = "the disk is full or the file cannot be written"
+        reason = "torch.save failed, is the disk full?"  # its zip writer does not tell more
     else:
         return
     raise MoeloraError(f"cannot write {path}: {reason}")

@@ -64,7 +64,7 @@ def main(explicit: dict[str, Any]) -> None:
 
 
 def prepare(explicit: dict[str, Any]) -> Run:
-    """Everything before the training: options, data, base model, adapter, operators; the cheap checks first."""
+    """Everything before the training: options, data, base model, adapter, operators. Cheap checks first."""
     out = Path(explicit.get("output", options.DEFAULTS["output"]))
     checkpoint = _checkpoint(out, explicit)
     chosen = options.settle(explicit, _recorded(checkpoint) if checkpoint else {})
@@ -126,16 +126,21 @@ def show(run: Run, adapter: Path, summary: dict[str, Any]) -> None:
             text = summary[title].strip("\n").replace("\n", "\n       │ ")
             print(f"{title.removesuffix('_sample'):<7}│ {text}")
     if run.options.compare:
-        race = showcase.race(run.model, run.train[: run.options.batch_size], run.options.compare)
-        summary["race"] = race
-        print(
-            f"forward + backward of {race['tokens']} tokens: {race['operators_seconds'] * 1e3:.0f} ms with the "
-            f"operators, {race['transformers_peft_seconds'] * 1e3:.0f} ms with transformers' experts + PEFT "
-            f"({race['speedup']:.1f}x, medians of {race['pairs']})"
-        )
+        summary["race"] = showcase.race(run.model, run.train[: run.options.batch_size], run.options.compare)
+        print(_told(summary["race"]))
     difference = showcase.reload(run.model, adapter, run.held_out[:1, :RELOAD_TOKENS])
     summary["reload_difference"] = difference
     print(f"adapter reloaded with plain PEFT: logits agree (relative difference {difference:.0e})")
+
+
+def _told(race: dict[str, Any]) -> str:
+    if "error" in race:
+        return f"no comparison: transformers' experts + PEFT cannot run this model ({race['error']})"
+    ours, theirs = race["operators_seconds"] * 1e3, race["transformers_peft_seconds"] * 1e3
+    return (
+        f"forward + backward of {race['tokens']} tokens: {ours:.0f} ms on the operators, {theirs:.0f} ms "
+        f"with transformers' experts + PEFT ({race['speedup']:.1f}x, medians of {race['pairs']})"
+    )
 
 
 def _source(chosen: argparse.Namespace) -> Path:

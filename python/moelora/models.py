@@ -88,10 +88,16 @@ def adapt(
         target_modules=target_modules,
         target_parameters=sorted(targets),
     )
+    kind = type(model).__name__
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise MoeloraError(f"PEFT cannot adapt {type(model).__name__}: {_first_line(error)}") from None
+        raise MoeloraError(f"PEFT cannot adapt {kind}: {_first_line(error)}") from None
+    found = adapted.base_model.targeted_module_names
+    for name in target_modules:
+        if not any(module == name or module.endswith(f".{name}") for module in found):
+            raise MoeloraError(f"--target-modules {name} names no layer of {kind}")
+    return adapted
 
 
 def count(model: nn.Module, trainable: bool = False) -> int:

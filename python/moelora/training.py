@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +64,12 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", dynamic_ncols=True
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.title,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
         )
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -80,12 +86,14 @@ class Progress(TrainerCallback):
             raise MoeloraError(
                 f"the loss is {logs['loss']} at step {state.global_step}: lower --learning-rate"
             )
-        self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {self.tokens_per_second():.0f} tokens/s")
+        self.bar.set_postfix_str(
+            f"loss {logs['loss']:.3f}, {self.tokens_per_second():.0f} tokens/s", refresh=False
+        )
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if self.evaluation is None:
             self.evaluation = tqdm(
-                total=len(eval_dataloader), desc="held-out", leave=False, dynamic_ncols=True
+                total=len(eval_dataloader), desc="held-out", leave=False, dynamic_ncols=True, delay=2.0
             )
         self.evaluation.update(1)
 
@@ -124,16 +132,11 @@ def trainer(
         report_to="none",
         disable_tqdm=True,
         prediction_loss_only=True,
-        dataloader_drop_last=True,
         dataloader_pin_memory=False,
         save_total_limit=1,
         **arguments,
     )
-    rows = args.train_batch_size * args.gradient_accumulation_steps
-    if len(train) < args.train_batch_size:
-        raise MoeloraError(
-            f"the training text fills {len(train)} sequences, expected a batch of {args.train_batch_size}"
-        )
+    rows = min(args.train_batch_size, len(train)) * args.gradient_accumulation_steps
     progress = Progress(title, rows * train.shape[1])
     result = AtomicTrainer(
         model, args, train_dataset=Blocks(train), eval_dataset=Blocks(held_out), callbacks=[progress]

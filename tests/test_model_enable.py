@@ -1,0 +1,285 @@
+"""`enable`, `disable` and `report`: what they change, what they leave, what they say."""
+
+import copy
+
+import moelora
+import pytest
+import torch
+from model_tiny import adapt, build, difference, fill, gradients, logits, wrappers
+from moelora import adapters
+from moelora.experts import recognise_activation
+from peft import LoraConfig
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import use_experts_implementation
+
+
+def _experts(model):
+    return [module for module in model.modules() if hasattr(module, "is_concatenated")]
+
+
+def _weights_built(model, monkeypatch) -> list[str]:
+    """The parameters for which PEFT builds a whole weight in one forward."""
+    built = []
+    original = torch.nn.utils.parametrize.register_parametrization
+
+    def spy(module, name, *args, **kwargs):
+        built.append(name)
+        return original(module, name, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils.parametrize, "register_parametrization", spy)
+        logits(model)
+    return built
+
+
+def test_round_trip_leaves_no_trace():
+    model = adapt(build("qwen3_moe"))
+    before, state = logits(model), {name: id(p) for name, p in model.named_parameters()}
+    keys, text = list(model.state_dict()), repr(model)
+    moelora.enable(model)
+    assert list(model.state_dict()) == keys and repr(model) == text
+    assert {name: id(p) for name, p in model.named_parameters()} == state
+    assert all(isinstance(w, ParamWrapper) and type(w) is not ParamWrapper for w in wrappers(model))
+    assert "moelora" not in str(model.config.to_dict())
+    moelora.disable(model)
+    assert all(type(w) is ParamWrapper for w in wrappers(model))
+    assert all(
+        m.config._experts_implementation == "eager" and "_moelora" not in vars(m) for m in _experts(model)
+    )
+    assert torch.equal(logits(model), before)
+    moelora.disable(model)
+
+
+def test_enable_twice_is_enable_once():
+    model = adapt(build("qwen3_moe"))
+    first = moelora.enable(model)
+    assert moelora.enable(model) == first == moelora.report(model)
+    moelora.disable(model)
+    assert all(m.config._experts_implementation == "eager" for m in _experts(model))
+
+
+def test_no_weight_is_built(monkeypatch):
+    model = adapt(build("gpt_oss"))
+    assert _weights_built(model, monkeypatch) == ["down_proj", "gate_up_proj"] * 2
+    moelora.enable(model)
+    assert _weights_built(model, monkeypatch) == []
+
+
+def test_report_names_layers_and_adapters():
+    report = moelora.enable(adapt(build("qwen3_moe"), "down", rank=3))
+    (row,) = [line for line in str(report).splitlines() if "layers" in line and "mlp" in line]
+    name, *cells = row.split()
+    assert name == "model.layers.*.mlp.experts"
+    assert cells == ["×2", "Qwen3MoeExperts", "5", "operators", "down_proj", "r=3"]
+    assert report.to_dict()["layers"][1]["adapters"][0]["parameter"] == "down_proj"
+
+
+def test_report_says_frozen():
+    model = adapt(build("qwen3_moe"))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    report = moelora.enable(model)
+    assert report.trainable == 0 and "frozen" in str(report)
+
+
+def test_model_without_experts_is_an_error():
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    with pytest.raises(moelora.MoeloraError, match="LlamaForCausalLM has no expert layers"):
+        moelora.enable(LlamaForCausalLM(config))
+
+
+def test_model_that_cannot_be_served_is_an_error_and_unchanged():
+    model = build("qwen3_moe")
+    for module in _experts(model):
+        module.has_post_expert_norm = True
+    with pytest.raises(
+        moelora.MoeloraError, match=r"layers\.0\.mlp\.experts normalises each expert's output"
+    ):
+        moelora.enable(model)
+    assert all("_moelora" not in vars(module) for module in model.modules())
+
+
+def test_layer_that_cannot_be_served_goes_its_old_way():
+    model = adapt(build("qwen3_moe"))
+    expected = gradients(model)
+    _experts(model)[1].has_post_expert_norm = True  # eager does not look at it
+    report = moelora.enable(model)
+    assert [layer.path for layer in report.layers] == ["operators", "transformers"]
+    assert "normalises" in str(report) and report.trainable == 4
+    found = gradients(model)
+    assert all(difference(found[1][name], gradient) < 1e-5 for name, gradient in expected[1].items())
+
+
+@pytest.mark.parametrize(
+    "state", ["disabled", "merged", "unloaded", "eager", "two adapters", "switched", "deleted"]
+)
+def test_states_behave_as_peft(state):
+    def run(enabled):
+        model = adapt(build("qwen3_moe"))
+        model.add_adapter("second", LoraConfig(**_config_of(model)))
+        fill(model, seed=4)
+        if enabled:
+            moelora.enable(model)
+        return _in_state(model, state)
+
+    assert difference(run(True), run(False)) < 1e-5
+
+
+def _config_of(model) -> dict:
+    config = model.peft_config["default"]
+    return {
+        "r": 2,
+        "lora_alpha": 5,
+        "target_modules": [],
+        "target_parameters": sorted(config.target_parameters),
+    }
+
+
+def _in_state(model, state: str) -> torch.Tensor:
+    if state == "disabled":
+        with model.disable_adapter():
+            return logits(model)
+    if state == "merged":
+        model.merge_adapter()
+    elif state == "unloaded":
+        return logits(model.unload())
+    elif state == "eager":
+        model.get_base_model().set_experts_implementation("eager")
+    elif state == "two adapters":
+        model.base_model.set_adapter(["default", "second"])
+    elif state == "switched":
+        model.set_adapter("second")
+    elif state == "deleted":
+        model.set_adapter("second")
+        model.delete_adapter("default")
+    return logits(model)
+
+
+def test_two_active_adapters_are_reported_and_warned_of_once(caplog, monkeypatch):
+    monkeypatch.setattr(adapters, "_warned", set())
+    model = adapt(build("qwen3_moe"))
+    model.add_adapter("second", LoraConfig(**_config_of(model)))
+    model.base_model.set_adapter(["default", "second"])
+    report = moelora.enable(model)
+    assert "by PEFT: 2 adapters are active, expected one" in str(report)
+    logits(model)
+    assert "2 adapters are active" in caplog.text
+    caplog.clear()
+    logits(model)
+    assert not caplog.text
+
+
+def test_adapters_added_after_enable_train():
+    model = build("qwen3_moe")
+    moelora.enable(model)
+    model = adapt(model)
+    _, late = gradients(model)
+    assert moelora.report(model).trainable == 4
+    moelora.enable(model)
+    _, found = gradients(model)
+    assert all(difference(found[name], gradient) < 1e-5 for name, gradient in late.items())
+
+
+def test_copy_of_an_enabled_model_is_its_own():
+    model = adapt(build("qwen3_moe"))
+    moelora.enable(model)
+    twin = copy.deepcopy(model)
+    fill(twin, seed=9)
+    assert difference(logits(twin), logits(model)) > 1e-3
+    moelora.disable(twin)
+    assert moelora.report(model).served and not moelora.report(twin).layers
+
+
+# ---- gates
+
+_CONFIG = Qwen3MoeConfig(hidden_size=8, num_hidden_layers=1)
+
+
+class _Experts(nn.Module):
+    def __init__(self, config, act="silu"):
+        super().__init__()
+        first, rows = ("gate_up_proj", 12) if self.gated else ("up_proj", 6)
+        setattr(self, first, nn.Parameter(torch.randn(3, rows, 8)))
+        self.down_proj = nn.Parameter(torch.randn(3, 8, 6))
+        self.act_fn = ACT2FN[act]
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        raise NotImplementedError
+
+
+def _with_gate(gate=None, act="silu", has_gate=True, **attributes):
+    members = {"gated": has_gate} | ({} if gate is None else {"_apply_gate": gate})
+    cls = use_experts_implementation(type("Experts", (_Experts,), members), has_gate=has_gate)
+    module = cls(_CONFIG, act=act)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+def _clamped(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+    return (up + 1) * gate * torch.sigmoid(gate * self.slope)
+
+
+def _clamped_after(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return self.act_fn(gate).clamp(max=self.limit) * up.clamp(-self.limit, self.limit)
+
+
+def _swapped(self, gate_up):
+    up, gate = gate_up.chunk(2, dim=-1)
+    return self.act_fn(gate) * up
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (_with_gate(), ("silu", 1.0, None, 0.0)),
+        (_with_gate(act="gelu"), ("gelu", 1.0, None, 0.0)),
+        (_with_gate(act="gelu_pytorch_tanh"), ("gelu_tanh", 1.0, None, 0.0)),
+        (_with_gate(act="quick_gelu"), ("silu", 1.702, None, 0.0)),
+        (_with_gate(_clamped, limit=5, slope=1.5), ("silu", 1.5, 5.0, 1.0)),
+    ],
+)
+def test_known_gates_are_fused(module, expected):
+    found = recognise_activation(module)
+    assert tuple(found[key] for key in ("act", "alpha", "limit", "up_shift")) == expected
+    assert found["interleaved"] is False
+
+
+@pytest.mark.parametrize("gate", [_clamped_after, _swapped])
+def test_other_gates_are_called_as_they_are(gate):
+    module = _with_gate(gate, limit=5)
+    assert recognise_activation(module) == {"activation": module._apply_gate}
+
+
+def test_gate_with_parameters_is_called_as_it_is():
+    module = _with_gate()
+    module.scale = nn.Parameter(torch.ones(6))
+    assert recognise_activation(module) == {"activation": module._apply_gate}
+
+
+def test_gpt_oss_gate_is_fused():
+    (module, _) = _experts(build("gpt_oss"))
+    assert recognise_activation(module) == {
+        "act": "silu",
+        "alpha": pytest.approx(1.702),
+        "limit": 7.0,
+        "up_shift": 1.0,
+        "interleaved": True,
+    }
+
+
+def test_ungated_experts():
+    module = _with_gate(act="relu2", has_gate=False)
+    moelora.enable(module)
+    x, ids, gates = torch.randn(7, 8), torch.randint(0, 3, (7, 2)), torch.rand(7, 2)
+    inner = torch.einsum("th,tjih->tji", x, module.up_proj[ids]).relu().square()
+    expected = torch.einsum("tj,tji,tjhi->th", gates, inner, module.down_proj[ids])
+    torch.testing.assert_close(module(x, ids, gates), expected, rtol=1e-4, atol=1e-4)
