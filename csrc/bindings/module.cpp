@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/arrays.h"
+#include "bindings/rates.h"
 #include "dispatch/table.h"
 
 namespace py = pybind11;
@@ -46,4 +47,5 @@ PYBIND11_MODULE(_C, m) {
   }
   m.def("isa_report", &moelora::isa_report, "Instruction sets built, detected, permitted, usable and chosen.");
   moelora::bind_arrays(m);
+  moelora::bind_rates(m);
 }
