@@ -1,0 +1,101 @@
+"""What this machine can do at most: multiply-add rate of a dtype, and bandwidth."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from .layer import DTYPES
+
+GIB = 1 << 30
+
+
+@dataclass
+class Ceilings:
+    """FLOP/s and B/s, with how each was measured."""
+
+    rate: float
+    bandwidth: float
+    rate_by: str
+    bandwidth_by: str
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def machine_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = "CPU"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
+        model = next(names, ": CPU").split(":", 1)[1].strip()
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def _best(work: Callable[[], None], seconds: float, synchronize: Callable[[], None]) -> float:
+    """Shortest time of one call, tried for that long."""
+    work()
+    synchronize()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _native(name: str) -> Callable | None:
+    """A measurement in the extension, where it has one."""
+    try:
+        from torch_moelora import _C
+    except ImportError:
+        return None
+    return getattr(_C, name, None)
+
+
+def _torch_rate(dtype: str, device: str, seconds: float) -> tuple[float, str]:
+    n = 8192 if device == "cuda" else 2048
+    a = torch.randn(n, n).to(DTYPES[dtype]).to(device)
+    b, out = a.T.contiguous(), torch.empty_like(a)
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    best = _best(lambda: torch.mm(a, b, out=out), seconds, synchronize)
+    return 2 * n**3 / best, f"torch.mm of {n}³ in {dtype}"
+
+
+def measure_rate(dtype: str, device: str, threads: int, seconds: float) -> tuple[float, str]:
+    native = _native("measure_dot_rate") if device == "cpu" else None
+    if native is None:
+        rate, by = _torch_rate(dtype, device, seconds)
+        return rate, by if device == "cuda" else f"{by}: an estimate from below"
+    from torch_moelora import _C
+
+    isa = _C.isa_report()["chosen"][dtype]
+    return native(isa, threads, seconds), f"{isa} multiply-adds on registers, {threads} threads"
+
+
+def measure_bandwidth(device: str, threads: int, seconds: float) -> tuple[float, str]:
+    if device == "cuda":
+        source = torch.empty(GIB // 4, device=device)
+        target = torch.empty_like(source)
+        best = _best(lambda: target.copy_(source), seconds, torch.cuda.synchronize)
+        return 2 * GIB / best, "device copy of 1 GiB, read and write"
+    native = _native("measure_read_bandwidth")
+    if native is not None:
+        return native(GIB, threads, seconds), f"read of 1 GiB, {threads} threads"
+    source = torch.zeros(GIB // 8, dtype=torch.int64)
+    best = _best(lambda: source.max(), seconds, lambda: None)
+    return GIB / best, "torch reduction over 1 GiB: an estimate from below"
+
+
+def measure(dtype: str, device: str, threads: int, seconds: float = 1.0) -> Ceilings:
+    rate, rate_by = measure_rate(dtype, device, threads, seconds)
+    bandwidth, bandwidth_by = measure_bandwidth(device, threads, seconds)
+    return Ceilings(rate, bandwidth, rate_by, bandwidth_by)

@@ -1,0 +1,26 @@
+"""The contestants, one module each. A module is imported only when its contestant is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from .base import Contestant
+
+MODULES = {
+    "ours": "ours",
+    "ours-compiled": "ours",
+    "loop": "loop",
+    "peft": "transformers_peft",
+    "kt-kernel": "kt_kernel",
+    "grouped-mm": "grouped_mm",
+    "scattermoe": "scattermoe_lora",
+}
+DEFAULT = {
+    "cpu": ("ours", "loop", "peft", "kt-kernel"),
+    "cuda": ("ours", "peft", "grouped-mm", "scattermoe"),
+}
+
+
+def find_contestant(name: str) -> Contestant:
+    module = import_module(f".{MODULES[name]}", __name__)
+    return module.CONTESTANTS[name]

@@ -1,0 +1,126 @@
+"""What a contestant is: something that loads a layer and then runs batches through it, forward and backward.
+
+Imports torch only, like `benchmarks.layer`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..layer import LORA_NAMES, Batch, Case, Layer
+
+Results = dict[str, Tensor]  # "y", "dx", "dgates" and "d" + each of LORA_NAMES, in the shapes of the parameters
+
+
+class Runner:
+    """A layer as one contestant holds it."""
+
+    def time(self, batch: Batch) -> tuple[float, float]:
+        """Seconds of one forward and of its backward."""
+        raise NotImplementedError
+
+    def results(self, batch: Batch) -> Results:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Frees what garbage collection does not."""
+
+
+class AutogradRunner(Runner):
+    """forward(x, expert_idxs, gates) → y, differentiated by torch in x, gates and `parameters`.
+
+    `views` turns the parameters' gradients, in their order, into those of LORA_NAMES.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor, Tensor, Tensor], Tensor],
+        parameters: list[Tensor],
+        views: Callable[[list[Tensor]], list[Tensor]] = list,
+    ) -> None:
+        self.forward, self.parameters, self.views = forward, parameters, views
+
+    def _step(self, batch: Batch, mark: Callable[[], None]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        mark()
+        y = self.forward(batch.x, batch.expert_idxs, batch.gates)
+        mark()
+        grads = torch.autograd.grad(y, [batch.x, batch.gates, *self.parameters], batch.dy)
+        mark()
+        return y, grads
+
+    def time(self, batch: Batch) -> tuple[float, float]:
+        clock = make_clock(batch.x.device)
+        self._step(batch, clock.mark)
+        return clock.intervals()
+
+    def results(self, batch: Batch) -> Results:
+        y, (dx, dgates, *grads) = self._step(batch, lambda: None)
+        named = {f"d{name}": grad for name, grad in zip(LORA_NAMES, self.views(grads), strict=True)}
+        return {"y": y.detach(), "dx": dx, "dgates": dgates, **named}
+
+
+class _CpuClock:
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def mark(self) -> None:
+        self.times.append(time.perf_counter())
+
+    def intervals(self) -> tuple[float, ...]:
+        return tuple(b - a for a, b in zip(self.times, self.times[1:], strict=False))
+
+
+class _CudaClock:
+    """Events on the stream: the launches are not waited for in between."""
+
+    def __init__(self) -> None:
+        torch.cuda.synchronize()
+        self.events: list[torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.events.append(event)
+
+    def intervals(self) -> tuple[float, ...]:
+        torch.cuda.synchronize()
+        pairs = zip(self.events, self.events[1:], strict=False)
+        return tuple(a.elapsed_time(b) / 1e3 for a, b in pairs)
+
+
+def make_clock(device: torch.device | str) -> _CpuClock | _CudaClock:
+    return _CudaClock() if torch.device(device).type == "cuda" else _CpuClock()
+
+
+class Contestant:
+    """Named in `benchmarks.peers`. Subclasses import what they need inside their methods.
+
+    The methods that end in `_here` are for the process that has what the contestant needs; the others may
+    hand over to such a process.
+    """
+
+    name = ""
+    devices = ("cpu", "cuda")
+    owns_weights = False  # keeps its own copy, so that the layer's may be freed once it is loaded
+    python = sys.executable  # of the environment where it can be imported
+
+    def missing_here(self, case: Case) -> str | None:
+        """Why it cannot take part, or None. Imports everything that it needs."""
+        return None
+
+    def load_here(self, layer: Layer) -> Runner:
+        raise NotImplementedError
+
+    def version(self) -> str:
+        return f"torch {torch.__version__}"
+
+    def missing(self, case: Case) -> str | None:
+        return self.missing_here(case)
+
+    def load(self, layer: Layer, threads: int) -> Runner:
+        return self.load_here(layer)

@@ -1,0 +1,70 @@
+"""One line of the result, and the floor it is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from .ceilings import Ceilings
+from .layer import DTYPES, Case
+from .timing import Timing
+
+
+@dataclass
+class Row:
+    """One contestant at one case. `part` is "layer" or an operator, e.g. "scatter_lora gate_up"."""
+
+    part: str
+    case: Case
+    contestant: str
+    timing: Timing
+    flops: int  # of the base products only
+    moved: int  # bytes that must be read or written at least
+    active_experts: int
+    floor: float  # seconds: the larger of flops / rate and moved / bandwidth
+    memory: int | None = None  # peak bytes beyond the weights
+
+    def of_peak(self, ceilings: Ceilings) -> float:
+        return self.flops / self.timing.median / ceilings.rate
+
+    def of_bandwidth(self, ceilings: Ceilings) -> float:
+        return self.moved / self.timing.median / ceilings.bandwidth
+
+    def to_json(self, ceilings: Ceilings) -> dict:
+        case = self.case.to_json()
+        shape = case.pop("shape")
+        del case["check_rows"]
+        return {
+            "part": self.part,
+            "contestant": self.contestant,
+            "shape": shape["name"],
+            **case,
+            "seconds": asdict(self.timing),
+            "flops": self.flops,
+            "bytes": self.moved,
+            "active_experts": self.active_experts,
+            "floor_seconds": self.floor,
+            "gflops_per_second": self.flops / self.timing.median / 1e9,
+            "share_of_peak": self.of_peak(ceilings),
+            "share_of_bandwidth": self.of_bandwidth(ceilings),
+            "peak_memory_beyond_weights_bytes": self.memory,
+        }
+
+
+def floor_seconds(flops: int, moved: int, ceilings: Ceilings) -> float:
+    return max(flops / ceilings.rate, moved / ceilings.bandwidth)
+
+
+def count_active(expert_idxs: Tensor) -> int:
+    return int(expert_idxs.unique().numel())
+
+
+def layer_row(
+    case: Case, contestant: str, timing: Timing, active: int, ceilings: Ceilings, memory: int | None = None
+) -> Row:
+    """Forward and backward of the whole layer: each active expert's weights are read once in each."""
+    flops = case.shape.base_flops(case.tokens)
+    moved = 2 * active * case.shape.weights_per_expert * DTYPES[case.dtype].itemsize
+    floor = floor_seconds(flops, moved, ceilings)
+    return Row("layer", case, contestant, timing, flops, moved, active, floor, memory)

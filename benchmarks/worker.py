@@ -1,0 +1,97 @@
+"""A process that holds one contestant: for its peak memory, or because it needs an environment of its own.
+
+Reads one JSON request a line on standard input and answers each with one line. Everything the contestant
+prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import traceback
+
+import torch
+
+from . import memory
+from .layer import Batch, Case, Layer, make_batch, make_layer
+from .peers import find_contestant
+from .peers.base import Runner
+
+
+class Worker:
+    """The contestant in this process; each method answers the request of its name."""
+
+    def __init__(self) -> None:
+        self.case: Case | None = None
+        self.batches: dict[Case, Batch] = {}
+        self.runner: Runner | None = None
+        self.baseline = 0
+
+    def missing(self, contestant: str, case: dict) -> dict:
+        found = find_contestant(contestant)
+        reason = found.missing_here(Case.from_json(case))
+        return {"reason": reason, "version": None if reason else found.version()}
+
+    def load(self, contestant: str, case: dict, threads: int) -> dict:
+        """Also takes the baseline of `peak`: before the weights, less what they must take."""
+        torch.set_num_threads(threads)
+        self.case = Case.from_json(case)
+        found = find_contestant(contestant)
+        reason = found.missing_here(self.case)
+        if reason:
+            raise RuntimeError(reason)
+        gc.collect()
+        before = memory.resident()
+        layer = make_layer(self.case)
+        self.baseline = before + weight_bytes(layer)
+        self.runner = found.load_here(layer)
+        if found.owns_weights:
+            layer.drop_weights()
+        return {}
+
+    def _batch(self, case: dict) -> Batch:
+        wanted = Case.from_json(case)
+        if wanted not in self.batches:
+            self.batches[wanted] = make_batch(wanted)
+        return self.batches[wanted]
+
+    def time(self, case: dict) -> dict:
+        return {"seconds": self.runner.time(self._batch(case))}
+
+    def results(self, case: dict, path: str) -> dict:
+        torch.save(self.runner.results(self._batch(case)), path)
+        return {}
+
+    def peak(self, case: dict) -> dict:
+        """Peak bytes beyond the weights over two steps: whatever a step leaves behind counts in the second."""
+        batch = self._batch(case)
+        gc.collect()
+        memory.reset_peak()
+        for _ in range(2):
+            self.runner.time(batch)
+        return {"bytes": memory.peak_resident() - self.baseline}
+
+
+def weight_bytes(layer: Layer) -> int:
+    tensors = [*layer.weights.values(), *(bias for bias in layer.biases.values() if bias is not None)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    worker = Worker()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = getattr(worker, request.pop("do"))(**request)
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()
