@@ -1,12 +1,7 @@
 // torch_moelora._C: the instruction-set report, and the core on numpy arrays for tests. No torch.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "bindings/arrays.h"
 #include "bindings/rates.h"
 #include "dispatch/table.h"
-
-namespace py = pybind11;
 
 namespace moelora {
 namespace {
@@ -23,8 +18,7 @@ py::dict isa_report() {
     else
       reasons[name_of(s.isa)] = s.reason;
   }
-  for (DType t : {DType::bf16, DType::f16, DType::f32, DType::f64})
-    chosen[name_of(t)] = name_of(kernels_for(t).isa);
+  for (DType t : {DType::bf16, DType::f16, DType::f32, DType::f64}) chosen[name_of(t)] = name_of(kernels_for(t).isa);
   py::dict report;
   report["built"] = built;
   report["detected"] = detected;
@@ -43,9 +37,11 @@ PYBIND11_MODULE(_C, m) {
   try {
     moelora::chosen_isa();
   } catch (const std::exception& e) {
-    throw py::import_error(e.what());
+    throw pybind11::import_error(e.what());
   }
   m.def("isa_report", &moelora::isa_report, "Instruction sets built, detected, permitted, usable and chosen.");
-  moelora::bind_arrays(m);
+  m.attr("sanitizers") = MOELORA_SANITIZERS;
+  moelora::bind_kernels(m);
+  moelora::bind_drivers(m);
   moelora::bind_rates(m);
 }

@@ -59,7 +59,7 @@ std::shared_ptr<char> zeros(size_t bytes) {
 double measure_dot_rate(const std::string& dtype, int threads, double seconds) {
   const KernelChoice& choice = kernels_for(dtype_named(dtype));
   const Kernels& k = *choice.kernels;
-  constexpr int64_t kDepth = 64;
+  constexpr int64_t kDepth = 128;
   return rate(threads, seconds, [&](int) {
     const int rows = k.max_rows[k.vecs - 1];
     const int64_t lanes = k.lanes * k.vecs, size = size_of(k.compute), acc = size == 8 ? 8 : 4;
@@ -67,8 +67,8 @@ double measure_dot_rate(const std::string& dtype, int threads, double seconds) {
     auto r = zeros(static_cast<size_t>(lanes * kDepth * size));
     auto c = zeros(static_cast<size_t>(rows * lanes * acc));
     return [=, &k] {
-      const TileArgs args{{{l.get(), kDepth * size, r.get(), kDepth}, {}}, 1, rows, k.vecs, lanes, c.get(), lanes,
-                          false};
+      const TileArgs args{{{l.get(), kDepth * size, r.get(), kDepth}, {}}, 1, rows, k.vecs, false, lanes, c.get(),
+                          lanes, false, {}};
       for (int i = 0; i < 1000; ++i) k.tile(args);
       return 2000.0 * rows * static_cast<double>(lanes) * kDepth;
     };

@@ -1,0 +1,260 @@
+// Every micro-kernel of every usable kernel set, on arrays that the caller provides.
+#include <utility>
+#include <vector>
+
+#include "bindings/arrays.h"
+#include "dispatch/table.h"
+
+namespace moelora {
+namespace {
+
+constexpr std::pair<const char*, int64_t Blocking::*> kBlocking[] = {
+    {"row_chunk", &Blocking::row_chunk},     {"segment", &Blocking::segment},
+    {"depth", &Blocking::depth},             {"outputs", &Blocking::outputs},
+    {"token_chunk", &Blocking::token_chunk}, {"outer_rows", &Blocking::outer_rows},
+    {"outer_cols", &Blocking::outer_cols},   {"outer_depth", &Blocking::outer_depth},
+};
+
+py::dict blocking_of(const KernelChoice& choice) {
+  py::dict values;
+  for (const auto& [name, member] : kBlocking) values[name] = choice.blocking.*member;
+  return values;
+}
+
+// The same kernels under other blocking, so that tests reach every loop with small shapes.
+KernelChoice with_blocking(const KernelChoice& choice, const py::kwargs& changes) {
+  KernelChoice changed = choice;
+  for (const auto& [key, value] : changes) {
+    const std::string wanted = py::cast<std::string>(key);
+    bool known = false;
+    for (const auto& [name, member] : kBlocking) {
+      if (wanted != name) continue;
+      known = true;
+      changed.blocking.*member = py::cast<int64_t>(value);
+      require(changed.blocking.*member >= 1, wanted + " must be at least 1");
+    }
+    require(known, "no blocking value is called " + wanted);
+  }
+  require(changed.blocking.depth % choice.kernels->pack == 0, "depth must be a multiple of pack");
+  return changed;
+}
+
+std::vector<std::string> storage_of(const KernelChoice& choice) {
+  std::vector<std::string> names;
+  for (DType t : {DType::bf16, DType::f16, DType::f32, DType::f64})
+    if (choice.kernels->pack_lanes[static_cast<int>(t)]) names.push_back(name_of(t));
+  return names;
+}
+
+std::vector<int> max_rows_of(const KernelChoice& choice) {
+  return {choice.kernels->max_rows, choice.kernels->max_rows + choice.kernels->vecs};
+}
+
+// panel: [ceil(depth / pack)][lanes][pack]
+Array check_panel(const Kernels& k, const py::array& panel, int64_t depth) {
+  const Array a("panel", panel);
+  a.dtype(k.compute).shape({ceil_div(depth, k.pack), -1, k.pack}).contiguous();
+  require(a.size(1) % k.lanes == 0, "panel must have a whole number of vectors of lanes");
+  return a;
+}
+
+// segments: (l [rows, depth], panel) once or twice;  c: [rows, at least vecs · lanes]
+void tile(const KernelChoice& choice, const std::vector<std::pair<py::array, py::array>>& segments, int vecs,
+          const py::array& c, bool accumulate) {
+  const Kernels& k = *choice.kernels;
+  require(segments.size() == 1 || segments.size() == 2, "segments must be one or two pairs (l, panel)");
+  require(vecs >= 1 && vecs <= k.vecs, "vecs must be in [1, " + std::to_string(k.vecs) + "]");
+  const Array to("c", c);
+  to.dtype(accumulator_type(k)).dims(2).unit_columns();
+  const int64_t rows = to.size(0), most = k.max_rows[vecs - 1];
+  require(rows >= 1 && rows <= most, "c must have 1 to " + std::to_string(most) + " rows");
+  require(to.size(1) >= vecs * k.lanes, "c must have at least vecs · lanes columns");
+  TileArgs args{};
+  args.n_segments = static_cast<int>(segments.size());
+  args.rows = static_cast<int>(rows);
+  args.vecs = vecs;
+  for (size_t s = 0; s < segments.size(); ++s) {
+    const Array l("l", segments[s].first);
+    l.dtype(k.compute).shape({rows, -1}).unit_columns();
+    const Array panel = check_panel(k, segments[s].second, l.size(1));
+    require(panel.size(1) >= vecs * k.lanes, "panel must have at least vecs · lanes lanes");
+    require(s == 0 || panel.size(1) == args.panel_lanes, "both panels must have the same number of lanes");
+    args.panel_lanes = panel.size(1);
+    args.segments[s] = {l.data(), l.stride(0) * size_of(k.compute), panel.data(), l.size(1)};
+  }
+  args.c = to.mutable_data();
+  args.ldc = to.stride(0);
+  args.accumulate = accumulate;
+  k.tile(args);
+  if (k.release) k.release();
+}
+
+// Pointers to the rows of `source`, and the part [first, first + n) of each.
+struct Source {
+  std::vector<const void*> rows;
+  PackArgs args;
+};
+
+Source source_rows(const Array& source, int64_t first, std::optional<int64_t> n) {
+  source.dims(2);
+  const int64_t count = n.value_or(source.size(1) - first);
+  require(first >= 0 && count >= 0 && first + count <= source.size(1), "first and n must lie within source's columns");
+  Source s;
+  const Matrix m = source.matrix();
+  for (int64_t i = 0; i < m.rows; ++i) s.rows.push_back(m.at(i, 0));
+  s.args = {s.rows.data(), m.rows, first, count, m.col_stride, nullptr, 0};
+  return s;
+}
+
+// source: [rows, ·], rows become lanes
+void pack_lanes(const KernelChoice& choice, const py::array& panel, const py::array& source, int64_t first,
+                std::optional<int64_t> n) {
+  const Kernels& k = *choice.kernels;
+  const Array from("source", source);
+  Source s = source_rows(from, first, n);
+  const Array to = check_panel(k, panel, s.args.n);
+  require(to.size(1) >= s.args.n_rows, "panel must have a lane for every row of source");
+  s.args.panel = to.mutable_data();
+  s.args.panel_lanes = to.size(1);
+  for_storage(k.pack_lanes, k, "source", from.dtype())(s.args);
+}
+
+// source: [depth, ·], rows become p
+void pack_depth(const KernelChoice& choice, const py::array& panel, const py::array& source, int64_t first,
+                std::optional<int64_t> n) {
+  const Kernels& k = *choice.kernels;
+  const Array from("source", source);
+  Source s = source_rows(from, first, n);
+  const Array to = check_panel(k, panel, s.args.n_rows);
+  require(to.size(1) >= s.args.n, "panel must have a lane for every column of source");
+  s.args.panel = to.mutable_data();
+  s.args.panel_lanes = to.size(1);
+  for_storage(k.pack_depth, k, "source", from.dtype())(s.args);
+}
+
+void convert(const KernelChoice& choice, const py::array& dst, const py::array& source) {
+  const Kernels& k = *choice.kernels;
+  const Array to("dst", dst), from("source", source);
+  to.dims(1).dtype(k.compute).unit_columns();
+  from.shape({to.size(0)});
+  for_storage(k.convert, k, "source", from.dtype())(to.mutable_data(), from.data(), to.size(0), from.stride(0));
+}
+
+// dst: [n, rows] = (scale · source[:, first : first + n])ᵀ, scale: [rows]
+void transpose_in(const KernelChoice& choice, const py::array& dst, const py::array& source,
+                  const OptionalArray& scale, int64_t first, std::optional<int64_t> n) {
+  const Kernels& k = *choice.kernels;
+  const Array to("dst", dst), from("source", source);
+  const Source s = source_rows(from, first, n);
+  to.shape({s.args.n, s.args.n_rows}).dtype(k.compute).unit_columns();
+  const void* factors = nullptr;
+  if (scale)
+    factors = Array("scale", *scale).dtype(accumulator_type(k)).shape({s.args.n_rows}).unit_columns().data();
+  for_storage(k.transpose_in, k, "source", from.dtype())(to.mutable_data(), to.stride(0), s.args, factors);
+}
+
+void transpose(const KernelChoice& choice, const py::array& dst, const py::array& source) {
+  const Kernels& k = *choice.kernels;
+  const Array to("dst", dst), from("source", source);
+  from.dims(2).dtype(accumulator_type(k)).unit_columns();
+  to.shape({from.size(1), from.size(0)}).dtype(accumulator_type(k)).unit_columns();
+  k.transpose(to.mutable_data(), to.stride(0), from.data(), from.stride(0), from.size(0), from.size(1));
+}
+
+// [n] accumulators, or null where there is no bias.
+const void* accumulators(const Kernels& k, const char* name, const OptionalArray& array, int64_t n) {
+  return array ? Array(name, *array).dtype(accumulator_type(k)).shape({n}).unit_columns().data() : nullptr;
+}
+
+void store(const KernelChoice& choice, const py::array& dst, const py::array& c, const OptionalArray& bias,
+           double scale) {
+  const Kernels& k = *choice.kernels;
+  const Array to("dst", dst);
+  const int64_t n = to.dims(1).unit_columns().size(0);
+  for_storage(k.store, k, "dst", to.dtype())(to.mutable_data(), accumulators(k, "c", c, n),
+                                             accumulators(k, "bias", bias, n), scale, n);
+}
+
+void add(const KernelChoice& choice, const py::array& acc, const py::array& c, const OptionalArray& bias,
+         double scale) {
+  const Kernels& k = *choice.kernels;
+  const Array to("acc", acc);
+  const int64_t n = to.dims(1).dtype(accumulator_type(k)).unit_columns().size(0);
+  k.add(to.mutable_data(), accumulators(k, "c", c, n), accumulators(k, "bias", bias, n), scale, n);
+}
+
+void add_row(const KernelChoice& choice, const py::array& acc, const py::array& source, double scale) {
+  const Kernels& k = *choice.kernels;
+  const Array to("acc", acc), from("source", source);
+  const int64_t n = to.dims(1).dtype(accumulator_type(k)).unit_columns().size(0);
+  from.shape({n});
+  for_storage(k.add_row, k, "source", from.dtype())(to.mutable_data(), from.data(), from.stride(0), scale, n);
+}
+
+double dot(const KernelChoice& choice, const py::array& c, const py::array& x) {
+  const Kernels& k = *choice.kernels;
+  const Array from("x", x);
+  const int64_t n = from.dims(1).size(0);
+  return for_storage(k.dot, k, "x", from.dtype())(accumulators(k, "c", c, n), from.data(), from.stride(0), n);
+}
+
+// y: [width], h: [2 · width]
+void glu_row(const KernelChoice& choice, const py::array& y, const py::array& h, const std::string& act, double alpha,
+             std::optional<double> limit, double up_shift, bool interleaved) {
+  const Kernels& k = *choice.kernels;
+  const Array to("y", y), from("h", h);
+  const int64_t width = to.dims(1).unit_columns().size(0);
+  from.dtype(to.dtype()).shape({2 * width});
+  for_storage(k.glu, k, "h", from.dtype())(to.mutable_data(), from.data(), from.stride(0), width,
+                                           glu_args(act, alpha, limit, up_shift, interleaved));
+}
+
+// dh, h: [2 · width], dy: [width]
+void glu_backward_row(const KernelChoice& choice, const py::array& dh, const py::array& dy, const py::array& h,
+                      const std::string& act, double alpha, std::optional<double> limit, double up_shift,
+                      bool interleaved) {
+  const Kernels& k = *choice.kernels;
+  const Array to("dh", dh), grad("dy", dy), from("h", h);
+  const int64_t width = grad.dims(1).size(0);
+  from.shape({2 * width});
+  to.dtype(from.dtype()).shape({2 * width}).unit_columns();
+  grad.dtype(from.dtype());
+  for_storage(k.glu_backward, k, "h", from.dtype())(to.mutable_data(), grad.data(), grad.stride(0), from.data(),
+                                                    from.stride(0), width,
+                                                    glu_args(act, alpha, limit, up_shift, interleaved));
+}
+
+}  // namespace
+
+void bind_kernels(py::module_& m) {
+  using namespace py::literals;
+  py::class_<KernelChoice>(m, "KernelSet", "One instruction set's kernels; the methods write into given arrays.")
+      .def_property_readonly("name", [](const KernelChoice& c) { return c.kernels->name; })
+      .def_property_readonly("isa", [](const KernelChoice& c) { return name_of(c.isa); })
+      .def_property_readonly("compute", [](const KernelChoice& c) { return name_of(c.kernels->compute); })
+      .def_property_readonly("pack", [](const KernelChoice& c) { return c.kernels->pack; })
+      .def_property_readonly("lanes", [](const KernelChoice& c) { return c.kernels->lanes; })
+      .def_property_readonly("vecs", [](const KernelChoice& c) { return c.kernels->vecs; })
+      .def_property_readonly("max_rows", max_rows_of)
+      .def_property_readonly("storage", storage_of)
+      .def_property_readonly("blocking", blocking_of)
+      .def("with_blocking", with_blocking)
+      .def("tile", tile, "segments"_a, "vecs"_a, "c"_a, "accumulate"_a = false)
+      .def("pack_lanes", pack_lanes, "panel"_a, "source"_a, "first"_a = 0, "n"_a = py::none())
+      .def("pack_depth", pack_depth, "panel"_a, "source"_a, "first"_a = 0, "n"_a = py::none())
+      .def("convert", convert, "dst"_a, "source"_a)
+      .def("transpose_in", transpose_in, "dst"_a, "source"_a, "scale"_a = py::none(), "first"_a = 0,
+           "n"_a = py::none())
+      .def("transpose", transpose, "dst"_a, "source"_a)
+      .def("store", store, "dst"_a, "c"_a, "bias"_a = py::none(), "scale"_a = 1.0)
+      .def("add", add, "acc"_a, "c"_a, "bias"_a = py::none(), "scale"_a = 1.0)
+      .def("add_row", add_row, "acc"_a, "source"_a, "scale"_a = 1.0)
+      .def("dot", dot, "c"_a, "x"_a)
+      .def("glu", glu_row, "y"_a, "h"_a, "act"_a = "silu", "alpha"_a = 1.0, "limit"_a = py::none(),
+           "up_shift"_a = 0.0, "interleaved"_a = false)
+      .def("glu_backward", glu_backward_row, "dh"_a, "dy"_a, "h"_a, "act"_a = "silu", "alpha"_a = 1.0,
+           "limit"_a = py::none(), "up_shift"_a = 0.0, "interleaved"_a = false);
+  m.def("kernel_sets", usable_kernels, "Every kernel set that this machine can run, best first.");
+}
+
+}  // namespace moelora
