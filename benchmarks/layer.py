@@ -48,7 +48,10 @@ class Case:
 
 @dataclass
 class Layer:
-    """case: shape, rank and dtypes hold; tokens and routing are those of some batch. weights, biases: by projection, [E, N, K] and [E, N]. lora: LORA_NAMES → [E, R, K] or [E, N, R]."""
+    """weights, biases: by projection, [E, N, K] and [E, N]. lora: LORA_NAMES → [E, R, K] or [E, N, R].
+
+    The case's tokens and routing are those of some batch.
+    """
 
     case: Case
     weights: dict[str, Tensor]

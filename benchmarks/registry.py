@@ -89,4 +89,5 @@ def find_shape(name: str) -> Shape:
         return SHAPES[name]
     if Path(name).is_dir():
         return shape_from_config(name)
-    raise ValueError(f"unknown shape {name!r}: one of {', '.join(SHAPES)}, all, or a directory with config.json")
+    known = ", ".join(SHAPES)
+    raise ValueError(f"unknown shape {name!r}: one of {known}, all, or a directory with a config.json")

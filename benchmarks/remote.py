@@ -22,7 +22,7 @@ class Remote:
     """A worker process. What it printed is shown only if it fails."""
 
     def __init__(self, python: str = sys.executable, threads: int = 1) -> None:
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115: closed by close()
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [python, "-m", "benchmarks.worker"],
@@ -54,6 +54,9 @@ class Remote:
         return self
 
     def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.process.kill()
         self.process.communicate()
         self.log.close()
@@ -85,7 +88,7 @@ class RemoteRunner(Runner):
             return torch.load(path)
 
     def close(self) -> None:
-        self.remote.__exit__()
+        self.remote.close()
 
 
 def peak_memory(contestant: str, case: Case, python: str, threads: int) -> int:

@@ -6,8 +6,6 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from . import correctness, remote, timing
 from .ceilings import Ceilings
 from .layer import Batch, Case, Layer, make_batch, make_layer, make_weights
@@ -96,7 +94,7 @@ class Suite:
                 runners[contestant.name] = contestant.load(layer, self.options.threads)
             for tokens in self.options.tokens:
                 case = replace(layer.case, tokens=tokens)
-                passed = {name: runner for name, runner in runners.items() if self._gate(layer, case, name, runner)}
+                passed = {n: runner for n, runner in runners.items() if self._gate(layer, case, n, runner)}
                 self._time_layer(case, passed)
         finally:
             for runner in runners.values():

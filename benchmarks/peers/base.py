@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..layer import LORA_NAMES, Batch, Case, Layer
 
-Results = dict[str, Tensor]  # "y", "dx", "dgates" and "d" + each of LORA_NAMES, in the shapes of the parameters
+# "y", "dx", "dgates", and "d" + each of LORA_NAMES in the parameter's shape.
+Results = dict[str, Tensor]
 
 
 class Runner:

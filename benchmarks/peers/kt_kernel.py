@@ -1,0 +1,157 @@
+"""kt-kernel's AMXBF16_SFT_MOE, in a process of its own: it may need its own environment (benchmarks/README.md),
+prints a lot, and has threads of its own.
+
+Its adapters keep gate and up apart: both get the same A, so that their gradients add up to the fused one's.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..layer import SCALING, Batch, Case, Layer
+from .base import Contestant, Results, Runner
+
+LORA = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
+LONGEST = 16384  # tokens it prepares buffers for
+MULTIPLE = 32  # sizes that are not multiples of this give wrong results, unchecked
+
+
+def _lora(layer: Layer) -> list[Tensor]:
+    """In the order of LORA."""
+    a, b = layer.lora["gate_up_lora_a"], layer.lora["gate_up_lora_b"]
+    inner = layer.shape.inner
+    parts = [a, b[:, :inner], a, b[:, inner:], layer.lora["down_lora_a"], layer.lora["down_lora_b"]]
+    return [part.detach().clone(memory_format=torch.contiguous_format) for part in parts]
+
+
+def _make_wrapper(layer: Layer, threads: int):
+    from kt_kernel.sft.amx import AMXSFTMoEWrapper
+
+    shape, rank = layer.shape, layer.case.rank
+    wrapper = AMXSFTMoEWrapper(
+        layer_idx=0,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        hidden_size=shape.hidden,
+        moe_intermediate_size=shape.inner,
+        num_gpu_experts=0,
+        cpuinfer_threads=threads,
+        threadpool_count=1,
+        weight_path="",
+        chunked_prefill_size=LONGEST,
+        lora_rank=rank,
+        lora_alpha=SCALING * rank,
+        method="AMXBF16_SFT",
+    )
+    gate_up = layer.weights["gate_up"]
+    wrapper.load_weights_from_tensors(
+        gate_up[:, : shape.inner], gate_up[:, shape.inner :], layer.weights["down"], None
+    )
+    return wrapper
+
+
+class _Local(Runner):
+    """In the process that has kt-kernel."""
+
+    def __init__(self, layer: Layer, threads: int) -> None:
+        self.wrapper = _make_wrapper(layer, threads)
+        lora = _lora(layer)
+        self.grads = [torch.zeros_like(part) for part in lora]
+        self.wrapper.init_lora_weights(*lora, *self.grads)
+
+    def _step(self, batch: Batch) -> tuple[tuple[float, float], Tensor, Tensor, Tensor]:
+        start = time.perf_counter()
+        with torch.no_grad():
+            y = self.wrapper.forward(batch.x, batch.expert_idxs, batch.gates)
+            middle = time.perf_counter()
+            dx, dgates = self.wrapper.backward(batch.dy)
+        return (middle - start, time.perf_counter() - middle), y, dx, dgates
+
+    def time(self, batch: Batch) -> tuple[float, float]:
+        return self._step(batch)[0]
+
+    def results(self, batch: Batch) -> Results:
+        _, y, dx, dgates = self._step(batch)
+        gate_a, gate_b, up_a, up_b, down_a, down_b = (grad.clone() for grad in self.grads)
+        return {
+            "y": y,
+            "dx": dx,
+            "dgates": dgates,
+            "dgate_up_lora_a": gate_a.float() + up_a.float(),
+            "dgate_up_lora_b": torch.cat((gate_b, up_b), dim=1),
+            "ddown_lora_a": down_a,
+            "ddown_lora_b": down_b,
+        }
+
+
+def find_python() -> str:
+    """The interpreter that has kt-kernel: $MOELORA_KT_PYTHON, .venv-kt in the checkout, or this one."""
+    own = Path(__file__).parents[2] / ".venv-kt" / "bin" / "python"
+    return os.environ.get("MOELORA_KT_PYTHON") or (str(own) if own.exists() else sys.executable)
+
+
+@lru_cache
+def _import_error(python: str) -> str | None:
+    """The last line of what importing it there says."""
+    try:
+        tried = subprocess.run([python, "-c", "import kt_kernel.sft.amx"], capture_output=True, text=True)
+    except OSError as error:
+        return str(error)
+    return None if tried.returncode == 0 else (tried.stderr.strip() or "failed").splitlines()[-1]
+
+
+class KtKernel(Contestant):
+    name = "kt-kernel"
+    devices = ("cpu",)
+    owns_weights = True
+
+    @property
+    def python(self) -> str:
+        return find_python()
+
+    def missing(self, case: Case) -> str | None:
+        shape = case.shape
+        if (case.dtype, case.lora_dtype) != ("bf16", "bf16"):
+            return "bf16 only"
+        if shape.bias or shape.transposed or shape.glu.get("act", "silu") != "silu":
+            return "no biases, transposed weights or activations other than silu"
+        if shape.hidden % MULTIPLE or shape.inner % MULTIPLE or case.rank % MULTIPLE not in (0, MULTIPLE // 2):
+            return f"sizes must be multiples of {MULTIPLE}, the rank of {MULTIPLE // 2}"
+        return _import_error(self.python)
+
+    def missing_here(self, case: Case) -> str | None:
+        try:
+            import kt_kernel.sft.amx  # noqa: F401
+        except ImportError as error:
+            return str(error)
+        return None
+
+    def version(self) -> str:
+        code = "import importlib.metadata as m; print(m.version('kt-kernel'))"
+        found = subprocess.run([self.python, "-c", code], capture_output=True, text=True)
+        return f"kt-kernel {found.stdout.strip()}"
+
+    def load_here(self, layer: Layer) -> Runner:
+        return _Local(layer, torch.get_num_threads())
+
+    def load(self, layer: Layer, threads: int) -> Runner:
+        from ..remote import Remote, RemoteRunner
+
+        remote = Remote(self.python, threads)
+        try:
+            remote.ask("load", contestant=self.name, case=layer.case.to_json(), threads=threads)
+        except RuntimeError:
+            remote.close()
+            raise
+        return RemoteRunner(remote)
+
+
+CONTESTANTS = {"kt-kernel": KtKernel()}
