@@ -20,7 +20,7 @@ const Row kRows[] = {
 #ifdef MOELORA_BUILT_avx512_bf16
     {Isa::avx512_bf16, bf16_kernels_avx512_bf16, {true, false, false, false},
      //row_chunk segment depth outputs token_chunk outer_rows outer_cols outer_depth
-     {128, 48, 4096, 1024, 4096, 192, 256, 512}},
+     {192, 48, 4096, 1024, 4096, 192, 256, 512}},
 #endif
 #ifdef MOELORA_BUILT_avx512
     {Isa::avx512, f32_kernels_avx512, {true, true, true, false},

@@ -75,7 +75,7 @@ struct LanePanel {
 };
 
 // Panels of nearly equal numbers of vectors.
-int64_t panel_count(const Kernels& k, int64_t rows) { return ceil_div(ceil_div(rows, k.lanes), k.vecs); }
+int64_t panel_count(const Kernels& k, int64_t rows) { return ceil_div(rows, k.lanes * k.vecs); }
 
 LanePanel* pack_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& range, Arena& arena) {
   const int64_t rows = range.row1 - range.row0, rank = op.u ? op.b.cols : 0;
@@ -87,7 +87,7 @@ LanePanel* pack_rows(const Kernels& k, const GroupedLinear& op, const BlockRange
     LanePanel& panel = panels[j];
     panel.first = v0 * k.lanes;
     panel.rows = min64(v1 * k.lanes, rows) - panel.first;
-    panel.lanes = (v1 - v0) * k.lanes;
+    panel.lanes = round_up(panel.rows, k.lane_step());
     panel.x = static_cast<char*>(arena.take(panel_bytes(k, op.w.cols, panel.lanes)));
     panel.u = static_cast<char*>(arena.take(panel_bytes(k, rank, panel.lanes)));
     k.pack_lanes[static_cast<int>(op.x.matrix.dtype)](
@@ -98,9 +98,10 @@ LanePanel* pack_rows(const Kernels& k, const GroupedLinear& op, const BlockRange
 }
 
 // c: [width][ldc] (+)= weight rows [out, out + width) · panel, steps [p, p + steps); LoRA joins the last pass.
+// fetch: these weight rows are new to the caches.
 void multiply_panel(const Kernels& k, const Matrix& w, const Matrix& b, const LanePanel& panel, int64_t out,
-                    int64_t width, int64_t p, int64_t steps, char* c, int64_t ldc, Arena& arena) {
-  const int64_t vecs = panel.lanes / k.lanes, tallest = k.max_rows[vecs - 1];
+                    int64_t width, int64_t p, int64_t steps, bool fetch, char* c, int64_t ldc, Arena& arena) {
+  const int vecs = k.vectors(panel.lanes), tallest = k.max_rows[vecs - 1];
   const bool with_lora = b.data && p + steps == w.cols;
   for (int64_t i = 0; i < width; i += tallest) {
     Arena::Scope scope(arena);
@@ -109,8 +110,13 @@ void multiply_panel(const Kernels& k, const Matrix& w, const Matrix& b, const La
     const LeftRows b_rows = with_lora ? left_rows(k, b, out + i, rows, 0, b.cols, arena) : LeftRows{};
     const Segment base{w_rows.data, w_rows.stride, panel.x + p * panel.lanes * size_of(k.compute), steps};
     const Segment lora{b_rows.data, b_rows.stride, panel.u, b.cols};
-    k.tile({{base, lora}, with_lora ? 2 : 1, static_cast<int>(rows), static_cast<int>(vecs), panel.lanes,
-            c + i * ldc * accumulator_size(k), ldc, p > 0});
+    // While this tile is at work the next rows come from memory.
+    const int64_t next = out + i + rows, size = size_of(w.dtype);
+    const Ahead ahead = fetch && next < w.rows && w.col_stride == 1
+                            ? Ahead{w.at(next, p), w.row_stride * size, min64(rows, w.rows - next), steps * size}
+                            : Ahead{};
+    k.tile({{base, lora}, with_lora ? 2 : 1, static_cast<int>(rows), vecs, k.ends_in_half(panel.lanes), panel.lanes,
+            c + i * ldc * accumulator_size(k), ldc, p > 0, ahead});
   }
 }
 
@@ -119,6 +125,13 @@ LeftRows x_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& ran
   const int64_t rows = range.row1 - range.row0, depth = op.w.cols;
   if (op.x.order == RowOrder::grouped) return left_rows(k, op.x.matrix, range.row0, rows, 0, depth, arena);
   return copied_rows(k, op.x.matrix, row_addresses(*op.routing, op.x, range.row0, rows, arena), rows, 0, depth, arena);
+}
+
+// Tile t of `tiles` fetches its share of the weights that the next panel packs: outputs [out, out + width).
+Ahead next_panel(const Matrix& w, int64_t out, int64_t width, int64_t p, int64_t steps, int64_t t, int64_t tiles) {
+  if (out >= w.rows || w.row_stride != 1) return {};
+  const int64_t first = t * steps / tiles, last = (t + 1) * steps / tiles, size = size_of(w.dtype);
+  return {w.at(out, p + first), w.col_stride * size, last - first, min64(width, w.rows - out) * size};
 }
 
 }  // namespace
@@ -146,7 +159,8 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
     const int64_t width = min64(segment, range.out1 - out);
     for (const LanePanel* panel = panels; panel < panels + count; ++panel) {
       for (int64_t p = 0; p < depth; p += choice.blocking.depth)
-        multiply_panel(k, w, b, *panel, out, width, p, min64(choice.blocking.depth, depth - p), c, widest, arena);
+        multiply_panel(k, w, b, *panel, out, width, p, min64(choice.blocking.depth, depth - p), panel == panels, c,
+                       widest, arena);
       k.transpose(by_row, segment, c, widest, width, panel->rows);
       for (int64_t i = 0; i < panel->rows; ++i)
         epilogue(range.row0 + panel->first + i, by_row + i * segment * acc, out, width);
@@ -171,8 +185,8 @@ void panel_orientation_block(const KernelChoice& choice, const GroupedLinear& op
   const Matrix w = op.w[range.expert], b = op.u ? op.b[range.expert] : Matrix{};
 
   for (int64_t out = range.out0; out < range.out1; out += widest) {
-    const int64_t width = min64(widest, range.out1 - out), lanes = round_up(width, k.lanes);
-    const int64_t tiles = ceil_div(rows, k.max_rows[lanes / k.lanes - 1]);
+    const int64_t width = min64(widest, range.out1 - out), lanes = round_up(width, k.lane_step());
+    const int64_t tiles = ceil_div(rows, k.max_rows[k.vectors(lanes) - 1]);
     if (rank) pack_panel(k, b, out, width, 0, rank, b_panel, lanes, arena);
     for (int64_t p = 0; p < depth; p += pass) {
       const int64_t steps = min64(pass, depth - p);
@@ -182,8 +196,9 @@ void panel_orientation_block(const KernelChoice& choice, const GroupedLinear& op
         const int64_t first = t * rows / tiles, tile_rows = (t + 1) * rows / tiles - first;
         const Segment base{x.at(first, p * size), x.stride, w_panel, steps};
         const Segment lora{u.at(first, 0), u.stride, b_panel, rank};
-        k.tile({{base, lora}, rank && last ? 2 : 1, static_cast<int>(tile_rows), static_cast<int>(lanes / k.lanes),
-                lanes, c + first * widest * acc, widest, p > 0});
+        k.tile({{base, lora}, rank && last ? 2 : 1, static_cast<int>(tile_rows), k.vectors(lanes),
+                k.ends_in_half(lanes), lanes, c + first * widest * acc, widest, p > 0,
+                next_panel(w, out + widest, widest, p, steps, t, tiles)});
       }
     }
     for (int64_t i = 0; i < rows; ++i) epilogue(range.row0 + i, c + i * widest * acc, out, width);

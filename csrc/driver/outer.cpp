@@ -75,13 +75,13 @@ void outer_block(const KernelChoice& choice, const GroupedOuter& op, const Outer
     pack_left(k, op, range, row0, rows, left, rows, arena);
     for (int64_t r = 0; r < rows; ++r) from[r] = m.at(routing.row(op.right.order, row0 + r), 0);
     for (int64_t j = 0; j < width; j += widest) {
-      const int64_t here = min64(widest, width - j), lanes = round_up(here, k.lanes);
+      const int64_t here = min64(widest, width - j), lanes = round_up(here, k.lane_step());
       k.pack_depth[static_cast<int>(m.dtype)]({from, rows, range.j0 + j, here, m.col_stride, panel, lanes});
-      const int64_t tallest = k.max_rows[lanes / k.lanes - 1], l_stride = rows * size_of(k.compute);
+      const int64_t tallest = k.max_rows[k.vectors(lanes) - 1], l_stride = rows * size_of(k.compute);
       for (int64_t i = 0; i < height; i += tallest) {
         const Segment segment{left + i * l_stride, l_stride, panel, rows};
-        k.tile({{segment, {}}, 1, static_cast<int>(min64(tallest, height - i)), static_cast<int>(lanes / k.lanes), lanes,
-                c + (i * pitch + j) * acc, pitch, row0 > begin});
+        k.tile({{segment, {}}, 1, static_cast<int>(min64(tallest, height - i)), k.vectors(lanes), k.ends_in_half(lanes),
+                lanes, c + (i * pitch + j) * acc, pitch, row0 > begin, {}});
       }
     }
   }

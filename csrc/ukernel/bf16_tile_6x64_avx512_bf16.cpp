@@ -3,31 +3,46 @@
 
 #include "ukernel/f32_kernels.inl"
 #include "ukernel/kernel_sets.h"
+#include "ukernel/vec_avx2.inl"
 #include "ukernel/vec_avx512.inl"
 
 namespace {
 
+struct Bf16Pair {
+  bf16_t low, high;
+};
+inline int pair_bits(const bf16_t* p) {
+  Bf16Pair v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return moelora::bit_cast<int>(v);
+}
+
+struct Bf16DotHalf : F32x8 {
+  using opvec = __m256bh;
+  static opvec broadcast(const bf16_t* p) { return (__m256bh)_mm256_set1_epi32(pair_bits(p)); }
+  static opvec broadcast_last(const bf16_t* p) { return (__m256bh)_mm256_set1_epi32(p->bits); }
+  static opvec load_panel(const bf16_t* p) {
+    return (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static vec fma(opvec a, opvec b, vec c) { return _mm256_dpbf16_ps(c, a, b); }
+};
+
 struct Bf16Dot : F32x16 {
+  using Half = Bf16DotHalf;
+  static constexpr bool has_half = true;
   using elem = bf16_t;
   using opvec = __m512bh;
   using unit = __m512i;
   static constexpr int pack = 2;
   static constexpr moelora::DType compute = moelora::DType::bf16;
 
-  static opvec broadcast(const elem* p) { return (__m512bh)_mm512_set1_epi32(moelora::bit_cast<int>(pair(p))); }
+  static opvec broadcast(const elem* p) { return (__m512bh)_mm512_set1_epi32(pair_bits(p)); }
   static opvec broadcast_last(const elem* p) { return (__m512bh)_mm512_set1_epi32(p->bits); }
   static opvec load_panel(const elem* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static void stage(elem* dst, const elem* src, int64_t n) { _mm512_store_si512(dst, load_units(src, n)); }
   static vec fma(opvec a, opvec b, vec c) { return _mm512_dpbf16_ps(c, a, b); }
 
-  struct Pair {
-    bf16_t low, high;
-  };
-  static Pair pair(const elem* p) {
-    Pair v;
-    __builtin_memcpy(&v, p, sizeof(v));
-    return v;
-  }
+  static __m256bh low_half(opvec v) { return (__m256bh)_mm512_castsi512_si256((__m512i)v); }
 
   static unit load_units(const bf16_t* p, int64_t n) {
     const __mmask32 mask = n >= 32 ? 0xffffffffu : (1u << n) - 1u;
@@ -36,6 +51,14 @@ struct Bf16Dot : F32x16 {
   static unit load_units(const float* p, int64_t n) {
     const vec high = n > 16 ? load_n(p + 16, n - 16) : zero();
     return (__m512i)_mm512_cvtne2ps_pbh(high, load_n(p, n));
+  }
+  // Lanes 0-15 and 16-31 of (a[j], b[j]).
+  static void interleave_two(const bf16_t* a, const bf16_t* b, unit* low, unit* high) {
+    const __m512i first = _mm512_loadu_si512(a), second = _mm512_loadu_si512(b);
+    const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    *low = _mm512_permutex2var_epi16(first, order, second);
+    *high = _mm512_permutex2var_epi16(first, _mm512_add_epi16(order, _mm512_set1_epi16(16)), second);
   }
   static unit interleave(const bf16_t* a, const bf16_t* b, int64_t n) {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first16(n), a));
@@ -51,6 +74,9 @@ struct Bf16Dot : F32x16 {
   static unit zero_units() { return _mm512_setzero_si512(); }
   static void transpose(unit (&v)[16]) { transpose_16x16(v); }
   static void store_units(elem* p, unit v) { _mm512_storeu_si512(p, v); }
+  static void store_half(elem* p, unit v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(v));
+  }
 };
 
 }  // namespace

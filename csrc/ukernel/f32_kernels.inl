@@ -8,9 +8,18 @@
 
 namespace {
 
-// The tile's and the packs' operations where operands are accumulators' type.
-template <class V, moelora::DType Compute>
+struct NoHalf {
+  using vec = char;
+  using opvec = char;
+};
+template <class H, moelora::DType Compute>
+struct HalfOf;
+
+// The tile's and the packs' operations where operands are accumulators' type. H: the policy of half as many lanes, if any.
+template <class V, moelora::DType Compute, class H = void>
 struct Plain : V {
+  using Half = typename HalfOf<H, Compute>::type;
+  static constexpr bool has_half = !__is_same(H, void);
   using acc_t = typename V::acc_t;
   using elem = acc_t;
   using opvec = typename V::vec;
@@ -35,6 +44,16 @@ struct Plain : V {
   }
   static unit zero_units() { return V::zero(); }
   static void store_units(elem* p, unit v) { V::store(p, v); }
+  static void store_half(elem* p, unit v) { V::store_n(p, v, V::lanes / 2); }
+};
+
+template <class H, moelora::DType Compute>
+struct HalfOf {
+  using type = Plain<H, Compute>;
+};
+template <moelora::DType Compute>
+struct HalfOf<void, Compute> {
+  using type = NoHalf;
 };
 
 template <class V, class Op, class T>
@@ -44,9 +63,9 @@ void fill_storage(moelora::Kernels& k, moelora::DType storage) {
   fill_glu<V, T>(k, storage);
 }
 
-template <class V, int... TallestTiles>
+template <class V, class H, int... TallestTiles>
 moelora::Kernels f32_kernels(const char* name) {
-  using Op = Plain<V, moelora::DType::f32>;
+  using Op = Plain<V, moelora::DType::f32, H>;
   moelora::Kernels k{};
   k.name = name;
   fill_tiles<Op, TallestTiles...>(k);

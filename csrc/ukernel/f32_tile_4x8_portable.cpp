@@ -4,6 +4,6 @@
 #include "ukernel/vec_portable.inl"
 
 const moelora::Kernels& moelora::f32_kernels_portable() {
-  static const Kernels kernels = f32_kernels<PortableVec<float, 4>, 4, 4>("f32_tile_4x8_portable");
+  static const Kernels kernels = f32_kernels<PortableVec<float, 4>, void, 4, 4>("f32_tile_4x8_portable");
   return kernels;
 }

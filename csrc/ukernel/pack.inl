@@ -3,7 +3,8 @@
 // P: elem (compute type), acc_t, lanes, pack, unit (a vector of `lanes` units, a unit being `pack` elements)
 //    load_units(const T*, n)          lanes · pack consecutive elements, those from n on are zero
 //    interleave(const T*, const T*, n) lane j: the unit (a[j], b[j]) (pack 2; b may be null) or a[j] (pack 1)
-//    transpose(unit (&)[lanes]), store_units(elem*, unit)
+//    transpose(unit (&)[lanes]), store_units(elem*, unit), store_half(elem*, unit): its first half
+//    interleave_two(const T*, const T*, unit*, unit*): two vectors of whole rows, where P offers it
 #pragma once
 
 #include "ukernel/gather.inl"
@@ -34,7 +35,10 @@ void pack_lanes(const moelora::PackArgs& args) {
       P::transpose(v);
       const int64_t lines = (count + P::pack - 1) / P::pack;
       typename P::elem* dst = panel + (p / P::pack) * line + lane * P::pack;
-      for (int64_t i = 0; i < lines; ++i) P::store_units(dst + i * line, v[i]);
+      if (lane + kLanes <= args.panel_lanes)
+        for (int64_t i = 0; i < lines; ++i) P::store_units(dst + i * line, v[i]);
+      else
+        for (int64_t i = 0; i < lines; ++i) P::store_half(dst + i * line, v[i]);
     }
   }
 }
@@ -51,16 +55,28 @@ void pack_depth(const moelora::PackArgs& args) {
     const T* b = nullptr;
     if (P::pack == 2 && p + 1 < args.n_rows)
       b = static_cast<const T*>(args.rows[p + 1]) + args.first * args.stride;
-    for (int64_t lane = 0; lane < args.panel_lanes; lane += kLanes) {
+    int64_t lane = 0;
+    if constexpr (requires(typename P::unit u) { P::interleave_two(a, a, &u, &u); })
+      if (b && args.stride == 1)
+        for (; lane + 2 * kLanes <= args.n; lane += 2 * kLanes) {
+          typename P::unit low, high;
+          P::interleave_two(a + lane, b + lane, &low, &high);
+          P::store_units(panel + lane * P::pack, low);
+          P::store_units(panel + (lane + kLanes) * P::pack, high);
+        }
+    for (; lane < args.panel_lanes; lane += kLanes) {
       const int64_t left = args.n - lane;
-      if (left <= 0) {
-        P::store_units(panel + lane * P::pack, P::zero_units());
-        continue;
-      }
       const int64_t count = left < kLanes ? left : kLanes;
-      const T* a_at = gathered(buffer_a, a + lane * args.stride, args.stride, count);
-      const T* b_at = b ? gathered(buffer_b, b + lane * args.stride, args.stride, count) : nullptr;
-      P::store_units(panel + lane * P::pack, P::interleave(a_at, b_at, count));
+      typename P::unit v = P::zero_units();
+      if (left > 0) {
+        const T* a_at = gathered(buffer_a, a + lane * args.stride, args.stride, count);
+        const T* b_at = b ? gathered(buffer_b, b + lane * args.stride, args.stride, count) : nullptr;
+        v = P::interleave(a_at, b_at, count);
+      }
+      if (lane + kLanes <= args.panel_lanes)
+        P::store_units(panel + lane * P::pack, v);
+      else
+        P::store_half(panel + lane * P::pack, v);
     }
   }
 }

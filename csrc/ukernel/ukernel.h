@@ -37,14 +37,22 @@ struct Segment {
   int64_t depth;
 };
 
+// Memory that will be wanted soon: `rows` runs of `bytes`, `stride` bytes apart. A kernel may fetch it along the way.
+struct Ahead {
+  const void* from = nullptr;
+  int64_t stride = 0, rows = 0, bytes = 0;
+};
+
 struct TileArgs {
   Segment segments[2];
   int n_segments;
   int rows, vecs;
+  bool half;            // the last of the vecs is half as wide; only where Kernels::halves
   int64_t panel_lanes;  // lanes between two lines of R
   void* c;
   int64_t ldc;
   bool accumulate;
+  Ahead ahead;
 };
 
 // Sources of the pack functions are rows: pointers to element `0` of each, `stride` elements between neighbours.
@@ -71,9 +79,13 @@ struct Kernels {
   DType compute;  // element type of L and R
   int pack;       // 1 or 2
   int lanes;      // of one accumulator vector
+  bool halves;    // panels may end in half a vector
   int vecs;       // widest tile
   int max_rows[kMaxTileVecs];  // tallest tile of 1, 2, … vecs
   void (*tile)(const TileArgs&);
+  int lane_step() const { return halves ? lanes / 2 : lanes; }
+  int vectors(int64_t panel_lanes) const { return static_cast<int>((panel_lanes + lanes - 1) / lanes); }
+  bool ends_in_half(int64_t panel_lanes) const { return panel_lanes % lanes != 0; }
   void (*release)();  // gives back per-thread state of the matrix unit once a thread is done; may be null
 
   // Indexed by the storage type of the source or destination; nullptr where this compute type does not take it.

@@ -50,6 +50,7 @@ struct F32x16 {
   using vec = __m512;
   static constexpr int lanes = 16;
 
+  static __m256 low_half(vec v) { return _mm512_castps512_ps256(v); }
   static vec zero() { return _mm512_setzero_ps(); }
   static vec set1(float v) { return _mm512_set1_ps(v); }
   static vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
