@@ -3,10 +3,17 @@
 import pytest
 from hypothesis import HealthCheck, settings
 
+from torch_moelora.switches import SWITCHES
+
 MARKERS = (
     "operators: kernels against reference.py; run again for each MOELORA_ISA",
     "slow: more than about five seconds",
 )
+
+if SWITCHES.backend == "triton":
+    import interpreter_bf16
+
+    interpreter_bf16.install()
 
 # The same examples in every run, so that a red test is somebody's change; `search` looks for new ones.
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}

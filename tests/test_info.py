@@ -1,6 +1,7 @@
 """info(), `python -m torch_moelora`, and the switches."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -40,8 +41,6 @@ def test_unavailable_means_a_reason(name):
 
 
 def run(*args: str, **environ: str) -> subprocess.CompletedProcess:
-    import os
-
     return subprocess.run(
         [sys.executable, *args], capture_output=True, text=True, env=os.environ | environ, timeout=120
     )

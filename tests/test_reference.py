@@ -39,7 +39,7 @@ def test_against_a_formula_per_token(case):
     torch.testing.assert_close(reference.scatter_lora(*p.forward_args()), expected)
 
 
-@pytest.mark.parametrize("case", [c for c in ROWS if c.tokens < 100 and c.rank], ids=lambda c: c.reason)
+@pytest.mark.parametrize("case", [c for c in ROWS if c.rank and c.k * c.n < 20_000], ids=lambda c: c.reason)
 def test_backward_formulas_against_autograd(case):
     case = case.with_(dtype=FP64, lora="same", bias="same", gates="none" if case.gates == "none" else "same")
     p = problems.build(case)

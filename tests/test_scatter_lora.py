@@ -82,3 +82,22 @@ def test_large_values_do_not_overflow_on_the_way():
     p.x = torch.full((4, 2), 3e4).half()
     p.weight = torch.tensor([4.0, -4.0]).half().expand(1, 3, 2)
     assert (problems.call("scatter_lora", *p.forward_args()) == 0).all()
+
+
+def test_parameters_are_never_copied_whole():
+    """Half a terabyte of weight behind strides of 0: only what the routed experts need can be read."""
+    experts, size, rank = 2**20, 512, 8
+    gen = torch.Generator().manual_seed(0)
+    w, a, b = (torch.randn(shape, generator=gen) / 16 for shape in ((size, size), (rank, size), (size, rank)))
+    ids = torch.randint(0, experts, (9, 2), generator=gen)
+    x = torch.randn(9, size, generator=gen).to(BF16)
+    slots, offsets = problems.call("flatten_sort_count", ids, experts)
+    wide = [t.to(BF16).expand(experts, *t.shape) for t in (w, a, b)]
+    y = problems.call("scatter_lora", x, wide[0], slots, offsets, 2, *wide[1:], 0.5)
+    dy = y.clone()
+    dx, _ = problems.call("scatter_lora_dx", dy, wide[0], slots, offsets, 2, *wide[1:], 0.5)
+    merged = wide[0][0].double() + 0.5 * wide[2][0].double() @ wide[1][0].double()
+    expected = x.double().repeat_interleave(2, 0) @ merged.T
+    assert (y.double() - expected).norm() <= 3e-3 * expected.norm()
+    expected = (dy.double() @ merged).view(9, 2, size).sum(1)
+    assert (dx.double() - expected).norm() <= 3e-3 * expected.norm()
