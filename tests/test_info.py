@@ -2,14 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import torch_moelora
-from torch_moelora import report, switches
+from torch_moelora import backends, report, switches
 
 ISAS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
 
@@ -62,6 +64,24 @@ def test_command_line_json():
 def test_import_does_not_import_triton():
     done = run("-c", "import sys, torch_moelora; sys.exit('triton' in sys.modules)")
     assert done.returncode == 0, done.stderr
+
+
+def test_import_without_the_compiled_operators_says_what_to_do(tmp_path):
+    source = Path(torch_moelora.__file__).parent
+    shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torch_moelora"
+    done = run("-c", code)
+    assert done.returncode != 0
+    assert "ImportError: the compiled operators are missing" in done.stderr and "make setup" in done.stderr
+
+
+def test_cuda_without_triton_says_why():
+    reason = backends.triton_unavailable()
+    if reason is None:
+        pytest.skip("the Triton kernels are there")
+    kernel = backends._on_first_call("glu")
+    with pytest.raises(NotImplementedError, match=reason):
+        kernel(torch.zeros(1, 2))
 
 
 def test_isa_override():

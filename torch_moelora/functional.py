@@ -228,18 +228,10 @@ def moe_mlp(
     _check_ungated(gated, activation, limit, up_shift, interleaved)
     top_k = expert_idxs.shape[1]
     slots, offsets = flatten_sort_count(expert_idxs, gate_up_weight.shape[0])
-    h = scatter_lora(
-        x,
-        gate_up_weight,
-        slots,
-        offsets,
-        top_k,
-        lora_a=gate_up_lora_a,
-        lora_b=gate_up_lora_b,
-        scaling=gate_up_scaling,
-        bias=gate_up_bias,
-        y_grouped=True,
-    )
+    h = torch.ops.moelora.scatter_lora(
+        x, gate_up_weight, slots, offsets, top_k, gate_up_lora_a, gate_up_lora_b, gate_up_scaling,
+        gate_up_bias, None, False, True,
+    )  # fmt: skip
     down = (down_weight, slots, offsets, top_k, down_lora_a, down_lora_b, down_scaling, down_bias, gates)
     if gated and activation is None:
         return glu_then_scatter_lora(h, (act, alpha, limit, up_shift, interleaved), *down)
