@@ -204,13 +204,11 @@ def moe_mlp(
     recomputed from h. Differentiable in x, gates and every parameter; once only.
 
     Args:
-        x: [T, H].
+        x, gates: [T, H], [T, top_k].
         expert_idxs: [T, top_k] int32 or int64; ids outside [0, E) are sentinels and contribute nothing.
-        gates: [T, top_k] routing weights.
-        gate_up_weight: [E, 2I, H] ([E, I, H] if not `gated`), any strides, read in place.
-        down_weight: [E, H, I], any strides, read in place.
-        gate_up_lora_a, gate_up_lora_b: [E, R, H], [E, 2I, R]; both or neither.
-        down_lora_a, down_lora_b: [E, R', I], [E, H, R']; both or neither.
+        gate_up_weight, down_weight: [E, 2I, H] ([E, I, H] if not `gated`), [E, H, I], any strides, in place.
+        gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b: [E, R, H], [E, 2I, R], [E, R', I], [E, H, R'];
+            both of a pair or neither.
         gate_up_scaling, down_scaling: factors of the LoRA terms.
         gate_up_bias, down_bias: [E, 2I], [E, H].
         act, alpha, limit, up_shift, interleaved: those of `glu`.
