@@ -49,6 +49,7 @@ def errors(got: Results, want: Results) -> dict[str, float]:
         if got[name].shape != value.shape or not bool(torch.isfinite(got[name]).all()):
             out[name] = float("inf")
             continue
-        difference = got[name].to(value.device, value.dtype) - value
-        out[name] = float(difference.norm() / value.norm())
+        exact = value.double()
+        difference = got[name].to(value.device).double() - exact
+        out[name] = float(difference.norm() / exact.norm())
     return out

@@ -19,6 +19,10 @@ SCALING = 2.0
 LORA_NAMES = ("gate_up_lora_a", "gate_up_lora_b", "down_lora_a", "down_lora_b")
 
 
+def nbytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 @dataclass(frozen=True)
 class Case:
     """One line of the result table, before its contestant."""
@@ -62,9 +66,9 @@ class Layer:
     def shape(self) -> Shape:
         return self.case.shape
 
-    def drop_weights(self) -> None:
-        """For a contestant that keeps a copy of its own."""
-        self.weights = {}
+    def weight_bytes(self) -> int:
+        biases = (bias for bias in self.biases.values() if bias is not None)
+        return nbytes(*self.weights.values(), *biases)
 
 
 @dataclass

@@ -1,9 +1,14 @@
-"""Peak resident memory of this process, from Linux's own counters."""
+"""Peak memory beyond the weights: Linux's own counters of this process, or CUDA's allocator."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+
+import torch
+
+from .layer import Batch, Layer, nbytes
+from .peers.base import Runner
 
 
 def _status(field: str) -> int:
@@ -21,3 +26,19 @@ def reset_peak() -> None:
 
 def peak_resident() -> int:
     return _status("VmHWM")
+
+
+def allocated(device: str) -> int:
+    return torch.cuda.memory_allocated() if device == "cuda" else 0
+
+
+def cuda_peak(layer: Layer, batch: Batch, runner: Runner, held: int) -> int:
+    """A step at its peak, what the contestant holds between steps, the batch and the adapters."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    runner.time(batch)
+    step = torch.cuda.max_memory_allocated() - before
+    own = {p.data_ptr() for p in getattr(runner, "parameters", ())}
+    shared = [p for p in layer.lora.values() if p.data_ptr() in own]
+    return step + held + nbytes(batch.x, batch.expert_idxs, batch.gates, batch.dy, *shared)

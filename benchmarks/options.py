@@ -83,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     what("--dtype", type=_one_of(DTYPES), default="bf16", help=", ".join(DTYPES))
     what("--lora-dtype", type=_one_of(DTYPES), help="of A and B; that of the weights unless given")
     what("--routing", type=_listed(_one_of(ROUTINGS)), default="random", metavar="KINDS",
-         help=f"{', '.join(ROUTINGS)}: several are timed interleaved and compared at equal FLOPs")  # fmt: skip
+         help=f"{', '.join(ROUTINGS)}: several are interleaved and compared at equal FLOPs")  # fmt: skip
     what("--contestants", type=_listed(_one_of(MODULES)), metavar="NAMES",
          help=f"{', '.join(MODULES)}; those that cannot run here are left out, with the reason")  # fmt: skip
     part = parser.add_mutually_exclusive_group()

@@ -22,7 +22,7 @@ class Remote:
     """A worker process. What it printed is shown only if it fails."""
 
     def __init__(self, python: str = sys.executable, threads: int = 1) -> None:
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115: closed by close()
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [python, "-m", "benchmarks.worker"],

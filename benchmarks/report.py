@@ -1,13 +1,17 @@
-"""Tables on the terminal, and the JSON file."""
+"""What a run found, as tables on the terminal."""
 
 from __future__ import annotations
+
+from itertools import groupby
 
 from rich.console import Console
 from rich.table import Table
 
 from .ceilings import Ceilings
 from .rows import Row
-from .suite import Check, Outcome
+from .suite import Outcome
+
+LEFT = ("shape", "operator", "contestant", "routing", "worst", "of")
 
 
 def _ms(seconds: float) -> str:
@@ -15,70 +19,112 @@ def _ms(seconds: float) -> str:
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.3g}"
 
 
-def show_ceilings(console: Console, machine: str, ceilings: Ceilings) -> None:
-    console.print(f"[bold]{machine}[/bold]")
-    console.print(f"peak {ceilings.rate / 1e9:.0f} GF/s ({ceilings.rate_by})", highlight=False)
-    console.print(f"bandwidth {ceilings.bandwidth / 1e9:.1f} GB/s ({ceilings.bandwidth_by})", highlight=False)
+def _share(share: float) -> str:
+    return f"{share:.0%}" if share else ""
 
 
-def show_checks(console: Console, checks: list[Check]) -> None:
-    table = Table(title="Correctness, before timing: relative error against torch_moelora.reference")
-    for name in ("shape", "rows", "r", "contestant", "worst", "error", "tolerance", ""):
-        table.add_column(name, justify="left" if name in ("shape", "contestant", "worst") else "right")
-    for check in checks:
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True)
+    return table
+
+
+def _rate_unit(ceilings: Ceilings) -> tuple[float, str]:
+    return (1e12, "TF/s") if ceilings.rate >= 1e13 else (1e9, "GF/s")
+
+
+def show_ceilings(console: Console, machine: str, threads: int, ceilings: Ceilings) -> None:
+    scale, unit = _rate_unit(ceilings)
+    console.print(f"[bold]{machine}[/bold], {threads} threads", highlight=False)
+    console.print(f"peak {ceilings.rate / scale:.0f} {unit}: {ceilings.rate_by}", highlight=False)
+    console.print(f"bandwidth {ceilings.bandwidth / 1e9:.1f} GB/s: {ceilings.bandwidth_by}", highlight=False)
+
+
+def show_checks(console: Console, outcome: Outcome) -> None:
+    """The layer's, and whatever failed."""
+    shown = [check for check in outcome.checks if check.part == "layer" or not check.passed]
+    columns = ["shape", "of", "contestant", "T", "r", "worst", "error", "tolerance", ""]
+    table = _table("Correctness, before timing: relative error against torch_moelora.reference", columns)
+    for check in shown:
         name, error = check.worst
         verdict = "[green]pass[/green]" if check.passed else "[red]FAIL: not timed[/red]"
-        rows = str(check.case.tokens * check.case.shape.top_k)
         table.add_row(
-            check.case.shape.name, rows, str(check.case.rank), check.contestant, name,
-            f"{error:.1e}", f"{check.tolerance:.0e}", verdict,
+            check.case.shape.name, check.part, check.contestant, str(check.case.tokens), str(check.case.rank),
+            name, f"{error:.1e}", f"{check.tolerance:.0e}", verdict,
         )  # fmt: skip
-    console.print(table)
+    if shown:
+        console.print(table)
+    silent = len(outcome.checks) - len(shown)
+    if silent:
+        console.print(f"{silent} checks of single operators passed", highlight=False)
 
 
-def _layer_cells(row: Row, ceilings: Ceilings, balanced: float | None) -> list[str]:
+def _times(row: Row) -> list[str]:
     t = row.timing
-    forward, backward = t.phases
-    cells = [
-        row.contestant, _ms(t.median), f"{_ms(t.minimum)} {_ms(t.first_quartile)}–{_ms(t.third_quartile)}",
-        f"{_ms(forward)} + {_ms(backward)}", _ms(row.floor), f"{row.flops / t.median / 1e9:.0f}",
-        f"{row.of_peak(ceilings):.0%}", f"{row.of_bandwidth(ceilings):.0%}",
-        "" if row.memory is None else f"{row.memory / 1e9:.2f}",
-    ]  # fmt: skip
-    return cells if balanced is None else [*cells, f"{t.median / balanced:.2f}"]
+    return [_ms(t.median), f"{_ms(t.minimum)} | {_ms(t.first_quartile)}–{_ms(t.third_quartile)}"]
+
+
+def _limits(row: Row, ceilings: Ceilings) -> list[str]:
+    scale, _ = _rate_unit(ceilings)
+    rate = f"{row.flops / row.timing.median / scale:.0f}" if row.flops else ""
+    return [_ms(row.floor), rate, _share(row.of_peak(ceilings)), _share(row.of_bandwidth(ceilings))]
+
+
+def _against_balanced(rows: list[Row]) -> dict[int, float]:
+    """Row's id → its time over that of balanced routing, where both were timed."""
+    keys = {id(row): (row.case.tokens, row.case.rank, row.part, row.contestant) for row in rows}
+    balanced = {keys[id(r)]: r.timing.median for r in rows if r.case.routing == "balanced"}
+    if all(row.case.routing == "balanced" for row in rows):
+        return {}
+    return {id(r): r.timing.median / balanced[keys[id(r)]] for r in rows if keys[id(r)] in balanced}
 
 
 def show_layer(console: Console, rows: list[Row], ceilings: Ceilings) -> None:
-    """One table for the whole layer; with balanced among several routings, the ratio to it."""
-    balanced = {
-        (r.case.shape.name, r.case.tokens, r.case.rank, r.contestant): r.timing.median
-        for r in rows
-        if r.case.routing == "balanced"
-    }
-    compare = bool(balanced) and any(r.case.routing != "balanced" for r in rows)
-    table = Table(title="Whole layer, forward + backward")
-    left = ("shape", "contestant", "routing")
-    names = ["shape", "T", "r", "routing", "contestant", "ms", "min, quartiles", "fwd + bwd", "floor ms",
-             "GF/s", "of peak", "of bw", "GB beyond weights"]  # fmt: skip
-    for name in [*names, "vs balanced"] if compare else names:
-        table.add_column(name, justify="left" if name in left else "right")
-    last = None
-    for r in rows:
-        case = r.case
-        key = (case.shape.name, case.tokens, case.rank)
-        if last is not None and key != last:
-            table.add_section()
-        last = key
-        base = balanced.get((*key, r.contestant)) if compare else None
-        cells = [case.shape.name, str(case.tokens), str(case.rank), case.routing]
-        table.add_row(*cells, *_layer_cells(r, ceilings, base))
+    """One shape, whole layer."""
+    ratios = _against_balanced(rows)
+    _, unit = _rate_unit(ceilings)
+    columns = ["T", "r", "routing", "contestant", "ms", "min | quartiles", "fwd + bwd", "floor ms", unit,
+               "of peak", "of bw", "GB beyond weights"]  # fmt: skip
+    title = f"{rows[0].case.shape.name}, {rows[0].case.dtype}: whole layer, forward + backward"
+    table = _table(title, [*columns, "× balanced"] if ratios else columns)
+    for _, group in groupby(rows, key=lambda row: (row.case.tokens, row.case.rank)):
+        for row in group:
+            forward, backward = row.timing.phases
+            cells = [str(row.case.tokens), str(row.case.rank), row.case.routing, row.contestant, *_times(row)]
+            cells += [f"{_ms(forward)} + {_ms(backward)}", *_limits(row, ceilings)]
+            cells.append("" if row.memory is None else f"{row.memory / 1e9:.2f}")
+            table.add_row(*cells, *([f"{ratios[id(row)]:.2f}"] if id(row) in ratios else []))
+        table.add_section()
+    console.print(table)
+
+
+def show_operators(console: Console, rows: list[Row], ceilings: Ceilings) -> None:
+    """One shape, operator by operator."""
+    _, unit = _rate_unit(ceilings)
+    columns = ["T", "r", "routing", "operator", "contestant", "ms", "min | quartiles", "floor ms", unit,
+               "of peak", "of bw"]  # fmt: skip
+    table = _table(f"{rows[0].case.shape.name}, {rows[0].case.dtype}: single operators", columns)
+    for _, group in groupby(rows, key=lambda row: (row.case.tokens, row.case.rank, row.case.routing)):
+        for row in group:
+            case = row.case
+            cells = [str(case.tokens), str(case.rank), case.routing, row.part, row.contestant]
+            table.add_row(*cells, *_times(row), *_limits(row, ceilings))
+        table.add_section()
     console.print(table)
 
 
 def show(console: Console, outcome: Outcome) -> None:
-    show_checks(console, outcome.checks)
-    layer = [row for row in outcome.rows if row.part == "layer"]
-    if layer:
-        show_layer(console, layer, outcome.ceilings)
-    for shape, contestant, reason in outcome.skipped:
-        console.print(f"{shape}: without {contestant}: {reason}", highlight=False)
+    show_checks(console, outcome)
+    for _, group in groupby(outcome.rows, key=lambda row: row.case.shape.name):
+        rows = list(group)
+        layer = [row for row in rows if row.part == "layer"]
+        operators = [row for row in rows if row.part != "layer"]
+        if layer:
+            show_layer(console, layer, outcome.ceilings)
+        if operators:
+            show_operators(console, operators, outcome.ceilings)
+    for shape, contestant, reason in outcome.left_out:
+        console.print(f"{shape}: without {contestant}: {reason}", highlight=False, markup=False)
+    for shape, contestant, reason in outcome.broken:
+        console.print(f"{shape}: {contestant} broke: {reason}", style="red", highlight=False, markup=False)

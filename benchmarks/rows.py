@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .ceilings import Ceilings
 from .layer import DTYPES, Case
+from .operators import Call
 from .timing import Timing
 
 
@@ -19,10 +20,10 @@ class Row:
     case: Case
     contestant: str
     timing: Timing
-    flops: int  # of the base products only
+    flops: int  # of the base products; of the operator itself where it has none
     moved: int  # bytes that must be read or written at least
-    active_experts: int
     floor: float  # seconds: the larger of flops / rate and moved / bandwidth
+    active_experts: int | None = None
     memory: int | None = None  # peak bytes beyond the weights
 
     def of_peak(self, ceilings: Ceilings) -> float:
@@ -34,7 +35,7 @@ class Row:
     def to_json(self, ceilings: Ceilings) -> dict:
         case = self.case.to_json()
         shape = case.pop("shape")
-        del case["check_rows"]
+        del case["check_rows"], case["seed"], case["device"]
         return {
             "part": self.part,
             "contestant": self.contestant,
@@ -45,7 +46,7 @@ class Row:
             "bytes": self.moved,
             "active_experts": self.active_experts,
             "floor_seconds": self.floor,
-            "gflops_per_second": self.flops / self.timing.median / 1e9,
+            "flops_per_second": self.flops / self.timing.median,
             "share_of_peak": self.of_peak(ceilings),
             "share_of_bandwidth": self.of_bandwidth(ceilings),
             "peak_memory_beyond_weights_bytes": self.memory,
@@ -67,4 +68,11 @@ def layer_row(
     flops = case.shape.base_flops(case.tokens)
     moved = 2 * active * case.shape.weights_per_expert * DTYPES[case.dtype].itemsize
     floor = floor_seconds(flops, moved, ceilings)
-    return Row("layer", case, contestant, timing, flops, moved, active, floor, memory)
+    return Row("layer", case, contestant, timing, flops, moved, floor, active, memory)
+
+
+def operator_row(
+    part: str, case: Case, contestant: str, timing: Timing, call: Call, ceilings: Ceilings
+) -> Row:
+    floor = floor_seconds(call.flops, call.moved, ceilings)
+    return Row(part, case, contestant, timing, call.flops, call.moved, floor)

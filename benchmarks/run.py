@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 
 import torch
 from rich.console import Console
 
-from . import ceilings, options, report
+from . import ceilings, options, report, results
 from .suite import Suite
 
+WIDTH = 150  # of tables that go to a file
+DRIFT = 0.07  # a larger change of the ceilings is reported
 
-def _ceilings(opts) -> ceilings.Ceilings:
+
+def _measure(opts: argparse.Namespace) -> ceilings.Ceilings:
     found = ceilings.measure(opts.dtype, opts.device, opts.threads)
     if opts.rate:
         found.rate, found.rate_by = opts.rate * 1e9, "as given"
@@ -20,18 +25,38 @@ def _ceilings(opts) -> ceilings.Ceilings:
     return found
 
 
+def _show_drift(console: Console, first: ceilings.Ceilings, after: ceilings.Ceilings) -> None:
+    for name in ("rate", "bandwidth"):
+        ratio = getattr(after, name) / getattr(first, name)
+        if abs(ratio - 1) > DRIFT:
+            console.print(f"[yellow]The machine was not quiet: at the end its {name} was {ratio:.0%} of that "
+                          "at the start.[/yellow]", highlight=False)  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> int:
     opts = options.parse(argv)
     torch.set_num_threads(opts.threads)
     console = Console(stderr=opts.json)
     if not console.is_terminal:
-        console.width = 150
-    limits = _ceilings(opts)
-    report.show_ceilings(console, ceilings.machine_name(opts.device), limits)
+        console.width = WIDTH
+    machine = ceilings.machine_name(opts.device)
+    limits = _measure(opts)
+    report.show_ceilings(console, machine, opts.threads, limits)
     with console.status("") as status:
         outcome = Suite(opts, limits, status.update).run()
     report.show(console, outcome)
-    return 0 if all(check.passed for check in outcome.checks) else 1
+    after = _measure(opts)
+    _show_drift(console, limits, after)
+    found = results.as_json(outcome, opts, machine, after)
+    if opts.json:
+        print(json.dumps(found, indent=1))
+    if outcome.rows and not opts.no_save:
+        for path in results.save(found, opts.output, results.stem(opts, machine)):
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    if not outcome.rows and not outcome.checks:
+        console.print("nothing could run", style="red")
+        return 2
+    return 0 if outcome.clean else 1
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import traceback
 import torch
 
 from . import memory
-from .layer import Batch, Case, Layer, make_batch, make_layer
+from .layer import Batch, Case, make_batch, make_layer
 from .peers import find_contestant
 from .peers.base import Runner
 
@@ -29,11 +29,6 @@ class Worker:
         self.runner: Runner | None = None
         self.baseline = 0
 
-    def missing(self, contestant: str, case: dict) -> dict:
-        found = find_contestant(contestant)
-        reason = found.missing_here(Case.from_json(case))
-        return {"reason": reason, "version": None if reason else found.version()}
-
     def load(self, contestant: str, case: dict, threads: int) -> dict:
         """Also takes the baseline of `peak`: before the weights, less what they must take."""
         torch.set_num_threads(threads)
@@ -45,10 +40,8 @@ class Worker:
         gc.collect()
         before = memory.resident()
         layer = make_layer(self.case)
-        self.baseline = before + weight_bytes(layer)
+        self.baseline = before + layer.weight_bytes()
         self.runner = found.load_here(layer)
-        if found.owns_weights:
-            layer.drop_weights()
         return {}
 
     def _batch(self, case: dict) -> Batch:
@@ -65,18 +58,13 @@ class Worker:
         return {}
 
     def peak(self, case: dict) -> dict:
-        """Peak bytes beyond the weights over two steps: whatever a step leaves behind counts in the second."""
+        """Peak bytes beyond the weights over two steps: what the first leaves behind counts."""
         batch = self._batch(case)
         gc.collect()
         memory.reset_peak()
         for _ in range(2):
             self.runner.time(batch)
         return {"bytes": memory.peak_resident() - self.baseline}
-
-
-def weight_bytes(layer: Layer) -> int:
-    tensors = [*layer.weights.values(), *(bias for bias in layer.biases.values() if bias is not None)]
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def main() -> None:

@@ -77,10 +77,13 @@ class _CpuClock:
 
 
 class _CudaClock:
-    """Events on the stream: the launches are not waited for in between."""
+    """Events on the stream. The host gets a head start, as it has within a deep model."""
+
+    HEAD_START = 10_000_000  # clock cycles, some milliseconds
 
     def __init__(self) -> None:
         torch.cuda.synchronize()
+        torch.cuda._sleep(self.HEAD_START)
         self.events: list[torch.cuda.Event] = []
 
     def mark(self) -> None:
@@ -107,7 +110,6 @@ class Contestant:
 
     name = ""
     devices = ("cpu", "cuda")
-    owns_weights = False  # keeps its own copy, so that the layer's may be freed once it is loaded
     python = sys.executable  # of the environment where it can be imported
 
     def missing_here(self, case: Case) -> str | None:
@@ -115,7 +117,12 @@ class Contestant:
         return None
 
     def load_here(self, layer: Layer) -> Runner:
+        """The runner holds on to what it needs of the layer, and to nothing else."""
         raise NotImplementedError
+
+    def operators(self) -> dict[str, Callable]:
+        """Single operators it has, by the names and with the arguments of torch_moelora's schemas."""
+        return {}
 
     def version(self) -> str:
         return f"torch {torch.__version__}"

@@ -6,6 +6,8 @@ backward is one copy (indexing `a[e]` would make a gradient as large as `a` for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -68,6 +70,11 @@ class Loop(Contestant):
 
     def load_here(self, layer: Layer) -> AutogradRunner:
         return AutogradRunner(make_forward(layer), [layer.lora[name] for name in LORA_NAMES])
+
+    def operators(self) -> dict[str, Callable]:
+        from .loop_operators import OPERATORS
+
+        return OPERATORS
 
 
 CONTESTANTS = {"loop": Loop()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..layer import LORA_NAMES, SCALING, Case, Layer
@@ -42,6 +44,11 @@ class Ours(Contestant):
             return call(x, expert_idxs, gates, weights["gate_up"], weights["down"], **keywords)
 
         return AutogradRunner(forward, [layer.lora[name] for name in LORA_NAMES])
+
+    def operators(self) -> dict[str, Callable]:
+        from torch_moelora.schemas import SCHEMAS
+
+        return {} if self.compiled else {name: getattr(torch.ops.moelora, name) for name in SCHEMAS}
 
 
 CONTESTANTS = {name: Ours(name, compiled) for name, compiled in (("ours", False), ("ours-compiled", True))}

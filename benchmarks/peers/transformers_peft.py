@@ -38,9 +38,7 @@ def _make_experts(layer: Layer) -> nn.Module:
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts as Experts
 
         act = HIDDEN_ACT[shape.glu.get("act", "silu")]
-        config = Config(
-            num_experts=shape.experts, moe_intermediate_size=shape.inner, hidden_act=act, **sizes
-        )
+        config = Config(num_experts=shape.experts, moe_intermediate_size=shape.inner, hidden_act=act, **sizes)
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
         experts = Experts(config)
