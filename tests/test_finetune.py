@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_tiny import build
-from moelora import MoeloraError, base, data, options, training
+from moelora import MoeloraError, base, data, finetune, options, training
 from moelora.__main__ import main
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -114,9 +114,14 @@ def test_jsonl_with_a_field(arguments, tmp_path):
     assert main(_set(arguments, data=rows, field="body", steps=1, compare=0, sample=0)) == 0
 
 
-def test_without_options_pretrains_a_base_once(tmp_path, monkeypatch, capsys):
+def _shrink_the_base(monkeypatch) -> None:
     monkeypatch.setattr(base, "MODEL", base.MODEL | {"hidden_size": 32, "moe_intermediate_size": 16})
-    monkeypatch.setattr(base, "PRETRAINING", base.PRETRAINING | {"characters": 200_000, "steps": 2})
+    monkeypatch.setattr(base, "PRETRAINING", base.PRETRAINING | {"characters": 300_000, "steps": 2})
+    monkeypatch.setattr(finetune, "EVALUATION_ROWS", 4)
+
+
+def test_without_options_pretrains_a_base_once(tmp_path, monkeypatch, capsys):
+    _shrink_the_base(monkeypatch)
     monkeypatch.chdir(tmp_path)
     arguments = ["finetune", "--cache-dir", "cache", "--steps", "2", "--sample", "4", "--compare", "1"]
     assert main(arguments) == 0
@@ -284,6 +289,12 @@ def test_wrong_models(arguments, tmp_path, capsys):
     _fails(wrong, "cannot load a language model from", capsys)
 
 
+def test_operators_not_built(arguments, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "moelora.finetune", None)
+    monkeypatch.delattr("moelora.finetune")
+    _fails(arguments, "moelora.finetune", capsys)
+
+
 def test_damaged_weights(arguments, model_dir, tmp_path, capsys):
     damaged = tmp_path / "damaged"
     damaged.mkdir()
@@ -334,8 +345,7 @@ def _no_space(*args, **kwargs):
 
 
 def test_disk_full_while_pretraining_leaves_no_base(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(base, "MODEL", base.MODEL | {"hidden_size": 32, "moe_intermediate_size": 16})
-    monkeypatch.setattr(base, "PRETRAINING", base.PRETRAINING | {"characters": 200_000, "steps": 1})
+    _shrink_the_base(monkeypatch)
     cache = tmp_path / "cache"
     arguments = ["finetune", "--cache-dir", str(cache), "--output", str(tmp_path / "out")]
     with _files_of_at_most(10_000):

@@ -94,6 +94,17 @@ def test_generation():
     assert torch.equal(model.generate(input_ids=tokens(), **arguments), expected)
 
 
+def test_compiles_into_one_graph():
+    model = adapt(build("qwen3_moe"))
+    moelora.enable(model)
+    expected = gradients(model)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled(input_ids=tokens(), labels=tokens()).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert difference(parameter.grad / 2, expected[1][name]) < 1e-5, name
+
+
 def test_chosen_by_name():
     """`experts_implementation="moelora"` works without `enable`; PEFT then adds its delta as usual."""
     moelora.register()

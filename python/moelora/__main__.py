@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
         from moelora import finetune
 
         finetune.main(explicit)
-    except MoeloraError as error:
+    except (MoeloraError, ImportError) as error:  # ImportError: a missing dependency, or operators not built
         print(f"moelora: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from moelora.errors import MoeloraError
+
+PIECE = 1 << 20  # characters tokenized at once
 
 
 def read_files(paths: list[str], field: str) -> list[str]:
@@ -81,14 +84,21 @@ def blocks(tokenizer: PreTrainedTokenizerBase, documents: list[str], length: int
 
     Raises: MoeloraError if they do not fill one row; `what` names them.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-    tokens = torch.tensor([token for row in rows for token in [*row, *end]], dtype=torch.int64)
+    end = [] if tokenizer.eos_token_id is None else [torch.tensor([tokenizer.eos_token_id])]
+    parts = [part for text in documents for part in (*_tokens(tokenizer, text), *end)]
+    tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
     if tokens.numel() < length:
         raise MoeloraError(
             f"the {what} is {tokens.numel()} tokens long, expected at least --seq-length ({length})"
         )
     return tokens[: tokens.numel() // length * length].view(-1, length)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[Tensor]:
+    """A text's tokens in pieces, because tokenizers need hundreds of bytes for each token."""
+    for start in range(0, len(text), PIECE):
+        piece = tokenizer(text[start : start + PIECE], add_special_tokens=False, verbose=False)
+        yield torch.tensor(piece["input_ids"], dtype=torch.int64)
 
 
 class Blocks(Dataset):
