@@ -1,5 +1,6 @@
 #include "driver/drivers.h"
 #include "driver/grouped.h"
+#include "driver/lora_pack.h"
 #include "driver/outer.h"
 
 namespace moelora {
@@ -19,6 +20,8 @@ void lora_gradient(const KernelChoice& choice, const LoraGradient& op, const Run
   const Routing& routing = op.routing;
   const int64_t rank = op.lora.a.rows;
   void* rank_space = arena.take(routing.slots * rank * size_of(choice.kernels->compute));
+  const Experts a = compact_lora(choice, op.lora.a, routing, arena, runtime);
+  const Experts b = compact_lora(choice, op.lora.b, routing, arena, runtime);
   const auto project = [&](const RowsIn& rows, const Experts& to_rank) {
     run_projection(choice,
                    {.routing = &routing, .x = rows, .a = to_rank, .gates = op.gates, .scale = op.lora.scaling},
@@ -26,11 +29,11 @@ void lora_gradient(const KernelChoice& choice, const LoraGradient& op, const Run
     return rank_rows(choice, routing, rank_space, rank);
   };
   run_grouped_outer(choice,
-                    {.routing = &routing, .left = project(op.dy, op.lora.b.transposed()), .right = op.x,
+                    {.routing = &routing, .left = project(op.dy, b.transposed()), .right = op.x,
                      .out = op.da, .out_dtype = op.lora.a.dtype},
                     runtime);
   run_grouped_outer(choice,
-                    {.routing = &routing, .left = project(op.x, op.lora.a), .right = op.dy, .out = op.db,
+                    {.routing = &routing, .left = project(op.x, a), .right = op.dy, .out = op.db,
                      .out_dtype = op.lora.b.dtype, .transposed = true},
                     runtime);
 }

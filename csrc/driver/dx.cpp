@@ -3,6 +3,7 @@
 #include "driver/drivers.h"
 #include "driver/grouped.h"
 #include "driver/grouped_block.h"
+#include "driver/lora_pack.h"
 
 namespace moelora {
 namespace {
@@ -51,12 +52,13 @@ void input_gradient(const KernelChoice& choice, const InputGradient& op, const R
                        .bias = {}, .gates = op.gates, .out = op.dx, .out_dtype = op.dy.matrix.dtype,
                        .out_order = op.dx_order};
   if (op.lora.present()) {
+    const Experts b = compact_lora(choice, op.lora.b, op.routing, arena, runtime);
     void* v = arena.take(op.routing.slots * op.lora.a.rows * size_of(choice.kernels->compute));
-    const Projection project{.routing = &op.routing, .x = op.dy, .a = op.lora.b.transposed(),
+    const Projection project{.routing = &op.routing, .x = op.dy, .a = b.transposed(),
                              .scale = op.lora.scaling};
     run_projection(choice, project, v, runtime);
     linear.u = v;
-    linear.b = op.lora.a.transposed();
+    linear.b = compact_lora(choice, op.lora.a, op.routing, arena, runtime).transposed();
   }
   double* parts = nullptr;
   const int64_t part_count = op.dgates ? dot_part_count(choice, linear) : 0;

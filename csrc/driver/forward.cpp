@@ -1,5 +1,6 @@
 #include "driver/drivers.h"
 #include "driver/grouped.h"
+#include "driver/lora_pack.h"
 
 namespace moelora {
 
@@ -10,10 +11,11 @@ void forward(const KernelChoice& choice, const Forward& op, const Runtime& runti
   GroupedLinear linear{.routing = &op.routing, .x = op.x, .w = op.weight, .u = nullptr, .b = {}, .bias = op.bias,
                        .gates = op.gates, .out = op.y, .out_dtype = op.x.matrix.dtype, .out_order = op.y_order};
   if (op.lora.present()) {
+    const Experts a = compact_lora(choice, op.lora.a, op.routing, arena, runtime);
     void* u = arena.take(op.routing.slots * op.lora.a.rows * size_of(choice.kernels->compute));
-    run_projection(choice, {.routing = &op.routing, .x = op.x, .a = op.lora.a, .scale = op.lora.scaling}, u, runtime);
+    run_projection(choice, {.routing = &op.routing, .x = op.x, .a = a, .scale = op.lora.scaling}, u, runtime);
     linear.u = u;
-    linear.b = op.lora.b;
+    linear.b = compact_lora(choice, op.lora.b, op.routing, arena, runtime);
   }
   run_grouped_linear(choice, linear, runtime);
 }

@@ -43,6 +43,8 @@ void pack_lanes(const moelora::PackArgs& args) {
   }
 }
 
+constexpr int64_t kFetchAhead = 16;  // rows
+
 // panel: [ceil(n_rows / pack)][panel_lanes][pack] from rows [n_rows][n]
 template <class P, class T>
 void pack_depth(const moelora::PackArgs& args) {
@@ -50,7 +52,12 @@ void pack_depth(const moelora::PackArgs& args) {
   auto* panel = static_cast<typename P::elem*>(args.panel);
   const int64_t line = args.panel_lanes * P::pack;
   T buffer_a[kLanes], buffer_b[kLanes];
+  const int64_t run = args.stride == 1 ? args.n * static_cast<int64_t>(sizeof(T)) : 0;
   for (int64_t p = 0; p < args.n_rows; p += P::pack, panel += line) {
+    // Rows may be anywhere, and a panel takes too little of each for the processor to see it coming.
+    for (int64_t q = p + kFetchAhead; q < p + kFetchAhead + P::pack && q < args.n_rows; ++q)
+      for (int64_t at = 0; at < run; at += 64)
+        __builtin_prefetch(static_cast<const char*>(args.rows[q]) + args.first * static_cast<int64_t>(sizeof(T)) + at);
     const T* a = static_cast<const T*>(args.rows[p]) + args.first * args.stride;
     const T* b = nullptr;
     if (P::pack == 2 && p + 1 < args.n_rows)
