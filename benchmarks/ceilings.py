@@ -92,7 +92,13 @@ def measure_bandwidth(device: str, threads: int, seconds: float) -> tuple[float,
     return GIB / best, "torch reduction over 1 GiB: an estimate from below"
 
 
-def measure(dtype: str, device: str, threads: int, seconds: float = 1.0) -> Ceilings:
-    rate, rate_by = measure_rate(dtype, device, threads, seconds)
-    bandwidth, bandwidth_by = measure_bandwidth(device, threads, seconds)
-    return Ceilings(rate, bandwidth, rate_by, bandwidth_by)
+def measure(
+    dtype: str, device: str, threads: int, rate: float | None, bandwidth: float | None, seconds: float = 1.0
+) -> Ceilings:
+    """What is given is not measured."""
+    found = Ceilings(rate or 0.0, bandwidth or 0.0, "as given", "as given")
+    if rate is None:
+        found.rate, found.rate_by = measure_rate(dtype, device, threads, seconds)
+    if bandwidth is None:
+        found.bandwidth, found.bandwidth_by = measure_bandwidth(device, threads, seconds)
+    return found

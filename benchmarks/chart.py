@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -21,70 +22,93 @@ COLOURS = {
 }
 
 
-def _group(row: dict, several_routings: bool) -> str:
-    name = row["shape"] if row["part"] == "layer" else row["part"].replace(" ", "\n")
-    routing = f"\n{row['routing']}" if several_routings else ""
-    return f"{name}\nT={row['tokens']} r={row['rank']}{routing}"
+PANEL = 8  # groups of bars side by side
+BEYOND = "peak_memory_beyond_weights_bytes"
+Group = tuple  # of what the rows of one group of bars have in common
 
 
-def _bars(axes: Axes, rows: list[dict], height, text) -> None:
+def _group(row: dict) -> Group:
+    return row["part"], row["shape"], row["tokens"], row["rank"], row["routing"]
+
+
+def _label(group: Group) -> str:
+    part, shape, tokens, rank, routing = group
+    name = shape if part == "layer" else part.replace(" ", "\n")
+    return f"{name}\nT={tokens} r={rank}\n{routing}"
+
+
+def _text(row: dict) -> str:
+    ms = row["seconds"]["median"] * 1e3
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def _bars(axes: Axes, rows: list[dict], height: Callable[[dict], float], text: Callable[[dict], str]) -> None:
     """One group of bars for each case, one bar for each contestant."""
-    several = len({row["routing"] for row in rows}) > 1
-    groups = list(dict.fromkeys(_group(row, several) for row in rows))
+    groups = list(dict.fromkeys(map(_group, rows)))
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         mine = [row for row in rows if row["contestant"] == name]
-        at = [groups.index(_group(row, several)) + (i - (len(names) - 1) / 2) * width for row in mine]
+        at = [groups.index(_group(row)) + (i - (len(names) - 1) / 2) * width for row in mine]
         bars = axes.bar(at, [height(row) for row in mine], width * 0.92, label=name, color=COLOURS[name])
-        axes.bar_label(bars, [text(row) for row in mine], fontsize=7, padding=2, rotation=90)
-    axes.set_xticks(range(len(groups)), groups, fontsize=8)
+        axes.bar_label(bars, [text(row) for row in mine], fontsize=7, padding=2)
+    axes.set_xticks(range(len(groups)), map(_label, groups), fontsize=7)
+    axes.set_xlim(-0.5, max(len(groups), 4) - 0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.margins(x=0.01, y=0.2)
-
-
-def _ms(row: dict) -> str:
-    return f"{row['seconds']['median'] * 1e3:,.3g} ms" if row["seconds"]["median"] < 0.1 else (
-        f"{row['seconds']['median'] * 1e3:,.0f} ms"
-    )  # fmt: skip
+    axes.margins(y=0.12)
+    axes.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(names))
 
 
 def _draw_times(axes: Axes, rows: list[dict], title: str) -> None:
-    _bars(axes, rows, lambda row: row["seconds"]["median"] / row["floor_seconds"], _ms)
+    over = [row["seconds"]["median"] / row["floor_seconds"] for row in rows]
+    _bars(axes, rows, lambda row: row["seconds"]["median"] / row["floor_seconds"], _text)
+    if max(over) > 20:
+        axes.set_yscale("log")
     axes.axhline(1, color="black", linewidth=1)
-    axes.set_ylabel("time / floor (1 = the machine's limit)")
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.legend(fontsize=8, frameon=False, ncols=4)
+    axes.set_ylabel("time / floor")
+    axes.set_title(f"{title}: ms above the bars; the line is the machine's limit", loc="left", fontsize=9)
 
 
-def _draw_memory(axes: Axes, rows: list[dict]) -> None:
-    beyond = "peak_memory_beyond_weights_bytes"
-    _bars(axes, rows, lambda row: row[beyond] / 1e9, lambda row: f"{row[beyond] / 1e9:.2f}")
-    axes.set_ylabel("peak GB beyond the weights")
+def _draw_memory(axes: Axes, rows: list[dict], title: str) -> None:
+    _bars(axes, rows, lambda row: row[BEYOND] / 1e9, lambda row: f"{row[BEYOND] / 1e9:.2f}")
+    axes.set_ylabel("GB")
+    axes.set_title(title, loc="left", fontsize=9)
+
+
+def _chunks(rows: list[dict]) -> Iterator[list[dict]]:
+    """Rows of at most PANEL groups at a time."""
+    groups = list(dict.fromkeys(map(_group, rows)))
+    for start in range(0, len(groups), PANEL):
+        shown = groups[start : start + PANEL]
+        yield [row for row in rows if _group(row) in shown]
 
 
 def draw(found: dict, path: Path) -> Path | None:
     """Writes the PNG and returns its path; None where there is nothing to draw."""
     layer = [row for row in found["rows"] if row["part"] == "layer"]
+    measured = [row for row in layer if row[BEYOND] is not None]
+    # Routing is bound neither by arithmetic nor by bandwidth.
     single = [row for row in found["rows"] if row["part"] not in ("layer", "flatten_sort_count")]
-    measured = [row for row in layer if row["peak_memory_beyond_weights_bytes"] is not None]
-    panels = [rows for rows in (layer, measured, single) if rows]
+    panels = [
+        (draw_one, rows, title)
+        for draw_one, every, title in (
+            (_draw_times, layer, "Whole layer, forward + backward"),
+            (_draw_memory, measured, "Whole layer, peak memory beyond the weights"),
+            (_draw_times, single, "Single operators"),
+        )
+        for rows in _chunks(every)
+    ]
     if not panels:
         return None
-    groups = max(len({_group(row, True) for row in rows}) for rows in panels)
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(max(8, 1.5 * groups), 4 * len(panels)), squeeze=False, layout="constrained"
+        len(panels), 1, figsize=(11, 3.2 * len(panels)), squeeze=False, layout="constrained"
     )
-    rest = iter(axes[:, 0])
-    about = f"{found['machine']}, {found['options']['threads']} threads, {found['options']['dtype']}"
-    if layer:
-        _draw_times(next(rest), layer, f"Whole layer, forward + backward. {about}")
-    if measured:
-        _draw_memory(next(rest), measured)
-    if single:
-        _draw_times(next(rest), single, f"Single operators. {about}")
+    options = found["options"]
+    figure.suptitle(f"{found['machine']}, {options['threads']} threads, {options['dtype']}", fontsize=10)
+    for axis, (draw_one, rows, title) in zip(axes[:, 0], panels, strict=True):
+        draw_one(axis, rows, title)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path

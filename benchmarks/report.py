@@ -67,7 +67,7 @@ def _times(row: Row) -> list[str]:
 
 def _limits(row: Row, ceilings: Ceilings) -> list[str]:
     scale, _ = _rate_unit(ceilings)
-    rate = f"{row.flops / row.timing.median / scale:.0f}" if row.flops else ""
+    rate = f"{row.flops / row.timing.median / scale:.3g}" if row.flops else ""
     return [_ms(row.floor), rate, _share(row.of_peak(ceilings)), _share(row.of_bandwidth(ceilings))]
 
 
@@ -85,7 +85,7 @@ def show_layer(console: Console, rows: list[Row], ceilings: Ceilings) -> None:
     ratios = _against_balanced(rows)
     _, unit = _rate_unit(ceilings)
     columns = ["T", "r", "routing", "contestant", "ms", "min | quartiles", "fwd + bwd", "floor ms", unit,
-               "of peak", "of bw", "GB beyond weights"]  # fmt: skip
+               "of peak", "of bw", "GB beyond\nweights"]  # fmt: skip
     title = f"{rows[0].case.shape.name}, {rows[0].case.dtype}: whole layer, forward + backward"
     table = _table(title, [*columns, "× balanced"] if ratios else columns)
     for _, group in groupby(rows, key=lambda row: (row.case.tokens, row.case.rank)):

@@ -17,12 +17,8 @@ DRIFT = 0.07  # a larger change of the ceilings is reported
 
 
 def _measure(opts: argparse.Namespace) -> ceilings.Ceilings:
-    found = ceilings.measure(opts.dtype, opts.device, opts.threads)
-    if opts.rate:
-        found.rate, found.rate_by = opts.rate * 1e9, "as given"
-    if opts.bandwidth:
-        found.bandwidth, found.bandwidth_by = opts.bandwidth * 1e9, "as given"
-    return found
+    given = (value and value * 1e9 for value in (opts.rate, opts.bandwidth))
+    return ceilings.measure(opts.dtype, opts.device, opts.threads, *given)
 
 
 def _show_drift(console: Console, first: ceilings.Ceilings, after: ceilings.Ceilings) -> None:

@@ -1,0 +1,252 @@
+"""The benchmark, end to end at sizes where it takes no time; what it measures is not looked at."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
+
+
+from benchmarks import correctness, operators, options, remote, run
+from benchmarks.layer import Case, make_batch, make_layer
+from benchmarks.peers import find_contestant
+from benchmarks.registry import GPT_OSS_GLU, SHAPES, Shape, shape_from_config
+from benchmarks.routing import ROUTINGS, route
+from benchmarks.timing import interleave
+
+TINY = Shape("tiny", 6, 64, 32, 2)
+TINY_GPT_OSS = Shape("tiny-gpt-oss", 5, 32, 48, 2, bias=True, transposed=True, glu=GPT_OSS_GLU)
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "num_experts": TINY.experts,
+    "hidden_size": TINY.hidden,
+    "intermediate_size": 999,  # that of dense layers
+    "moe_intermediate_size": TINY.inner,
+    "num_experts_per_tok": TINY.top_k,
+    "hidden_act": "silu",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads only wait for one another at these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def model_directory(tmp_path) -> Path:
+    directory = tmp_path / "tiny"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(QWEN3_MOE))
+    return directory
+
+
+def _case(shape: Shape = TINY, dtype: str = "bf16", **fields) -> Case:
+    return Case(shape, 24, 8, **{"dtype": dtype, "lora_dtype": dtype, **fields})
+
+
+def _arguments(directory: Path, output: Path, *more: str) -> list[str]:
+    fixed = ["--tokens", "20,3", "--rank", "8", "--repeats", "2", "--warmups", "1", "--threads", "1"]
+    given = ["--rate", "100", "--bandwidth", "10", "--output", str(output)]
+    return ["--shape", str(directory), *fixed, *given, *more]
+
+
+def _saved(folder: Path) -> dict:
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text())
+
+
+# Numbers that the kernels' targets are stated in.
+@pytest.mark.parametrize(
+    ("name", "tokens", "gigaflops"), [("qwen3-30b-a3b", 2048, 309.2), ("mixtral-8x7b", 512, 721.6)]
+)
+def test_base_flops_of_registered_shapes(name, tokens, gigaflops):
+    assert SHAPES[name].base_flops(tokens) / 1e9 == pytest.approx(gigaflops, rel=1e-3)
+
+
+def test_shape_from_a_config_directory(model_directory):
+    assert shape_from_config(model_directory) == replace(TINY, glu={"act": "silu"})
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        # A multimodal model keeps its language model's numbers one level down.
+        ({"model_type": "outer", "text_config": QWEN3_MOE}, replace(TINY, glu={"act": "silu"})),
+        (
+            {
+                "model_type": "gpt_oss",
+                "num_local_experts": TINY.experts,
+                "hidden_size": TINY.hidden,
+                "intermediate_size": TINY.inner,
+                "num_experts_per_tok": TINY.top_k,
+            },
+            replace(TINY, bias=True, transposed=True, glu=GPT_OSS_GLU),
+        ),
+    ],
+)
+def test_shape_from_other_configs(tmp_path, config, expected):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert shape_from_config(tmp_path) == replace(expected, name=tmp_path.name)
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_routing_gives_each_token_distinct_experts(kind):
+    idxs = route(kind, 64, 16, 4, torch.Generator().manual_seed(0))
+    assert idxs.shape == (64, 4)
+    assert all(len(set(row)) == 4 for row in idxs.tolist())
+    counts = torch.bincount(idxs.flatten(), minlength=16)
+    if kind == "balanced":
+        assert counts.max() - counts.min() <= 1
+    if kind == "hot":
+        assert counts.max() == 64
+    if kind == "zipf":
+        assert counts.max() > 2 * counts.float().mean()
+
+
+def test_layers_are_the_same_in_every_process():
+    first, second = make_layer(_case()), make_layer(_case())
+    assert torch.equal(first.weights["down"], second.weights["down"])
+    assert not torch.equal(first.weights["down"][0], first.weights["down"][1])
+    assert Case.from_json(json.loads(json.dumps(_case(TINY_GPT_OSS).to_json()))) == _case(TINY_GPT_OSS)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("shape", [TINY, TINY_GPT_OSS], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("name", ["ours", "loop", "peft", "grouped-mm"])
+def test_contestants_pass_the_gate(name, shape, dtype):
+    case = _case(shape, dtype)
+    contestant = find_contestant(name)
+    reason = contestant.missing(case)
+    if reason:
+        pytest.skip(reason)
+    layer, batch = make_layer(case), make_batch(case.for_check())
+    errors = correctness.errors(contestant.load(layer, 1).results(batch), correctness.expected(layer, batch))
+    assert max(errors.values()) <= correctness.TOLERANCE[dtype], errors
+
+
+@pytest.mark.parametrize("shape", [TINY, TINY_GPT_OSS], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("name", ["ours", "loop"])
+def test_single_operators_pass_the_gate(name, shape):
+    layer = make_layer(_case(shape))
+    found = find_contestant(name).operators()
+    for part, call in operators.make_calls(layer, make_batch(_case(shape))).items():
+        if call.operator in found:
+            got = operators.outputs(call, found[call.operator])
+            errors = correctness.errors(got, operators.expected(call, layer))
+            assert max(errors.values()) <= correctness.TOLERANCE["bf16"], (part, errors)
+
+
+def test_run_writes_what_it_found(model_directory, tmp_path, capsys):
+    arguments = _arguments(
+        model_directory, tmp_path, "--contestants", "ours,loop", "--no-memory", "--routing", "balanced,hot"
+    )
+    assert run.main(arguments) == 0
+    assert "× balanced" in capsys.readouterr().out
+    assert (next(tmp_path.glob("*.png"))).stat().st_size > 10_000
+    found = _saved(tmp_path)
+    layer = [row for row in found["rows"] if row["part"] == "layer"]
+    keys = {(row["contestant"], row["tokens"], row["routing"]) for row in layer}
+    assert keys == {(c, t, r) for c in ("ours", "loop") for t in (20, 3) for r in ("balanced", "hot")}
+    for row in found["rows"]:
+        assert row["seconds"]["minimum"] <= row["seconds"]["median"] and row["seconds"]["repeats"] == 2
+        assert row["floor_seconds"] > 0
+    assert {row["part"].split()[0] for row in found["rows"]} - {"layer"} == {
+        "flatten_sort_count", "scatter_lora", "scatter_lora_dx", "scatter_lora_dab", "glu", "glu_backward",
+    }  # fmt: skip
+    assert found["checks"] and all(check["passed"] for check in found["checks"])
+
+
+def test_json_on_stdout_and_memory_from_a_process_of_its_own(model_directory, tmp_path, capsys):
+    arguments = _arguments(model_directory, tmp_path, "--contestants", "ours", "--layer", "--json")
+    assert run.main([*arguments, "--tokens", "20", "--no-save"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert 0 < row["peak_memory_beyond_weights_bytes"] < 1e9
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_wrong_contestant_is_not_timed(model_directory, tmp_path, monkeypatch):
+    contestant = find_contestant("loop")
+    right = contestant.load_here
+
+    def load_wrong(layer):
+        runner = right(layer)
+        runner.views = lambda grads: [grads[0] * 1.5, *grads[1:]]
+        return runner
+
+    monkeypatch.setattr(contestant, "load_here", load_wrong)
+    arguments = _arguments(model_directory, tmp_path, "--contestants", "ours,loop", "--layer", "--no-memory")
+    assert run.main(arguments) == 1
+    found = _saved(tmp_path)
+    assert {row["contestant"] for row in found["rows"]} == {"ours"}
+    assert {check["contestant"] for check in found["checks"] if not check["passed"]} == {"loop"}
+
+
+def test_a_contestant_that_raises_does_not_end_the_run(model_directory, tmp_path, monkeypatch):
+    def load_broken(layer):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(find_contestant("loop"), "load_here", load_broken)
+    arguments = _arguments(model_directory, tmp_path, "--contestants", "ours,loop", "--layer", "--no-memory")
+    assert run.main(arguments) == 1
+    found = _saved(tmp_path)
+    assert found["broken"] == [{"shape": "tiny", "contestant": "loop", "reason": "RuntimeError: no"}]
+    assert {row["contestant"] for row in found["rows"]} == {"ours"}
+
+
+def test_what_cannot_run_is_left_out_with_the_reason(model_directory, tmp_path):
+    arguments = _arguments(model_directory, tmp_path, "--contestants", "scattermoe")
+    assert run.main([*arguments, "--no-memory"]) == 2
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_contestant_in_another_process():
+    case = _case()
+    with remote.Remote() as process:
+        process.ask("load", contestant="loop", case=case.to_json(), threads=1)
+        runner = remote.RemoteRunner(process)
+        layer, batch = make_layer(case), make_batch(case.for_check())
+        errors = correctness.errors(runner.results(batch), correctness.expected(layer, batch))
+        assert max(errors.values()) <= correctness.TOLERANCE["bf16"]
+        forward, backward = runner.time(make_batch(case))
+        assert forward > 0 and backward > 0
+        with pytest.raises(RuntimeError, match="KeyError"):
+            runner._ask("load", contestant="nobody", case=case.to_json(), threads=1)
+
+
+def test_turns_are_interleaved():
+    turns = []
+    entries = {name: lambda name=name: turns.append(name) or (1.0, 2.0) for name in "ab"}
+    times = interleave(entries, repeats=2, warmups=1)
+    assert turns == ["a", "b"] * 3
+    assert times["a"].median == 3.0 and times["a"].phases == [1.0, 2.0] and times["a"].repeats == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "qwen9"], "unknown shape 'qwen9': one of qwen3-30b-a3b"),
+        (["--shape", "."], "config.json"),
+        (["--dtype", "fp8"], "unknown 'fp8': one of bf16, fp16, fp32"),
+        (["--tokens", "0"], "'0' is not a whole number of at least 1"),
+        (["--rank", "a"], "'a' is not a whole number of at least 1"),
+        (["--routing", "balanced,lucky"], "unknown 'lucky': one of balanced, random, zipf, hot"),
+        (["--contestants", "ours,theirs"], "unknown 'theirs': one of ours"),
+        (["--contestants", ","], "at least one value is needed"),
+        (["--rate", "-1"], "'-1' is not a number greater than 0"),
+        (["--layer", "--operators"], "not allowed with argument"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+    ],
+)
+def test_mistakes_end_with_status_2_and_a_clear_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        options.parse(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
