@@ -366,6 +366,9 @@ MLP_ROWS = {
         "gated": False, "limit": 7.0, "down_weight": e(3, 8, 10)
     },
     "up_shift must be 0 when activation is given, got 1.0": {"activation": torch.relu, "up_shift": 1.0},
+    "act and alpha must be left out when activation is given, got act=silu, alpha=1.702": {
+        "activation": torch.relu, "alpha": 1.702
+    },
     "interleaved must be False when gated is False, got True": {
         "gated": False, "interleaved": True, "down_weight": e(3, 8, 10)
     },

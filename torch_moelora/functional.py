@@ -162,10 +162,13 @@ def _check_moe_mlp(x, expert_idxs, gates, gate_up_weight, down_weight, gated, ac
         raise RuntimeError(f"moe_mlp: down_weight must have shape {want}, got {list(down_weight.shape)}")
 
 
-def _check_ungated(gated, activation, limit, up_shift, interleaved) -> None:
+def _check_ungated(gated, activation, act, alpha, limit, up_shift, interleaved) -> None:
     """Options of the gated unit mean nothing without it, and nothing is silently dropped."""
     if gated and activation is None:
         return
+    if activation is not None and (act != "silu" or alpha != 1):
+        came = f"act={act}, alpha={alpha}"
+        raise RuntimeError(f"moe_mlp: act and alpha must be left out when activation is given, got {came}")
     unit = "activation is given" if activation is not None else "gated is False"
     if limit is not None:
         raise RuntimeError(f"moe_mlp: limit must be None when {unit}, got {limit}")
@@ -207,8 +210,8 @@ def moe_mlp(
         x, gates: [T, H], [T, top_k].
         expert_idxs: [T, top_k] int32 or int64; ids outside [0, E) are sentinels and contribute nothing.
         gate_up_weight, down_weight: [E, 2I, H] ([E, I, H] if not `gated`), [E, H, I], any strides, in place.
-        gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b: [E, R, H], [E, 2I, R], [E, R', I], [E, H, R'];
-            both of a pair or neither.
+        gate_up_lora_a, gate_up_lora_b: [E, R, H], [E, 2I, R]; both or neither.
+        down_lora_a, down_lora_b: [E, R', I], [E, H, R']; both or neither.
         gate_up_scaling, down_scaling: factors of the LoRA terms.
         gate_up_bias, down_bias: [E, 2I], [E, H].
         act, alpha, limit, up_shift, interleaved: those of `glu`.
@@ -223,7 +226,7 @@ def moe_mlp(
         RuntimeError: an argument has a wrong shape, dtype, device or value; the message names it.
     """
     _check_moe_mlp(x, expert_idxs, gates, gate_up_weight, down_weight, gated, activation)
-    _check_ungated(gated, activation, limit, up_shift, interleaved)
+    _check_ungated(gated, activation, act, alpha, limit, up_shift, interleaved)
     top_k = expert_idxs.shape[1]
     slots, offsets = flatten_sort_count(expert_idxs, gate_up_weight.shape[0])
     h = torch.ops.moelora.scatter_lora(
