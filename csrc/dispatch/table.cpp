@@ -17,9 +17,14 @@ struct Row {
 // Best first for every dtype.
 // fp32 sums are cut every 512 steps to keep rounding at the level of short sums; bf16 needs no such cut.
 const Row kRows[] = {
+     //row_chunk segment depth outputs token_chunk outer_rows outer_cols outer_depth
+#ifdef MOELORA_BUILT_amx_bf16
+    // Depths are multiples of 32, a tile's. Caches: 2 MB of L2.
+    {Isa::amx_bf16, bf16_kernels_amx_bf16, {true, false, false, false},
+     {256, 64, 4096, 1024, 4096, 256, 256, 512}},
+#endif
 #ifdef MOELORA_BUILT_avx512_bf16
     {Isa::avx512_bf16, bf16_kernels_avx512_bf16, {true, false, false, false},
-     //row_chunk segment depth outputs token_chunk outer_rows outer_cols outer_depth
      {192, 48, 4096, 1024, 4096, 192, 256, 512}},
 #endif
 #ifdef MOELORA_BUILT_avx512
@@ -63,6 +68,13 @@ std::vector<KernelChoice> usable_kernels() {
   for (const Row& row : kRows)
     if (usable(row.isa)) all.push_back({row.isa, &row.kernels(), row.blocking});
   return all;
+}
+
+void release_matrix_unit() {
+#ifdef MOELORA_BUILT_amx_bf16
+  static const auto release = usable(Isa::amx_bf16) ? bf16_kernels_amx_bf16().release : nullptr;
+  if (release) release();
+#endif
 }
 
 }  // namespace moelora

@@ -30,4 +30,7 @@ const KernelChoice& kernels_for(DType dtype);
 // Every kernel set that can run on this machine, whatever MOELORA_ISA says; for tests.
 std::vector<KernelChoice> usable_kernels();
 
+// Gives back what kernels hold of the calling thread's matrix unit, if anything. Cheap when there is nothing.
+void release_matrix_unit();
+
 }  // namespace moelora

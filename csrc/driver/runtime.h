@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/arena.h"
+#include "dispatch/table.h"
 
 namespace moelora {
 
@@ -25,8 +26,12 @@ void for_each_task(const Runtime& runtime, int64_t tasks, const F& body) {
     const int64_t tasks;
     std::atomic<int64_t> next{0};
   } shared{runtime, body, tasks};
+  struct Release {
+    ~Release() { release_matrix_unit(); }
+  };
   const auto work = [](void* context) {
     auto& s = *static_cast<Shared*>(context);
+    const Release at_end;
     Arena& arena = s.runtime.arena();
     for (int64_t task; (task = s.next.fetch_add(1, std::memory_order_relaxed)) < s.tasks;) {
       Arena::Scope scope(arena);

@@ -10,5 +10,6 @@ const Kernels& f64_kernels_portable();
 const Kernels& f32_kernels_avx2();
 const Kernels& f32_kernels_avx512();
 const Kernels& bf16_kernels_avx512_bf16();
+const Kernels& bf16_kernels_amx_bf16();  // needs the former
 
 }  // namespace moelora
