@@ -18,6 +18,11 @@ from .suite import Outcome
 RECORDED = ("dtype", "lora_dtype", "routing", "tokens", "rank", "threads", "repeats", "warmups", "seed")
 
 
+def _first_line(text: str) -> str:
+    """Without what a process printed before it broke: that is for the terminal."""
+    return text.splitlines()[0]
+
+
 def as_json(outcome: Outcome, options: argparse.Namespace, machine: str, after: Ceilings) -> dict:
     """`after`: the ceilings measured again at the end; far from the first, the machine was not quiet."""
     ceilings = outcome.ceilings
@@ -49,7 +54,7 @@ def as_json(outcome: Outcome, options: argparse.Namespace, machine: str, after: 
         "rows": [row.to_json(ceilings) for row in outcome.rows],
         "checks": checks,
         "left_out": [dict(zip(named, note, strict=True)) for note in outcome.left_out],
-        "broken": [dict(zip(named, note, strict=True)) for note in outcome.broken],
+        "broken": [dict(zip(named, map(_first_line, note), strict=True)) for note in outcome.broken],
     }
 
 

@@ -128,15 +128,21 @@ class Suite:
     def _run_layer(self, layer: Layer) -> None:
         loaded = (self._load(layer, contestant) for contestant in self._able(layer.case))
         entrants = [entrant for entrant in loaded if entrant]
+        rows: list[Row] = []
         try:
             for tokens in self.options.tokens:
                 case = replace(layer.case, tokens=tokens)
                 checked = make_batch(case.for_check())
                 want = correctness.expected(layer, checked)
-                self._time_layer(layer, case, [e for e in entrants if self._gate(checked, want, e)])
+                rows += self._time_layer(layer, case, [e for e in entrants if self._gate(checked, want, e)])
         finally:
             for entrant in entrants:
                 entrant.runner.close()
+        self.outcome.rows += rows
+        # The contestants' own processes are gone by now: their weights need not fit in beside another's.
+        if layer.case.device == "cpu" and not self.options.no_memory:
+            for row in rows:
+                row.memory = self._peak_memory(row)
 
     def _gate(self, batch: Batch, want: dict, entrant: Entrant) -> bool:
         """Whether it may be timed."""
@@ -152,7 +158,7 @@ class Suite:
         self.outcome.checks.append(check)
         return check.passed
 
-    def _time_layer(self, layer: Layer, case: Case, entrants: list[Entrant]) -> None:
+    def _time_layer(self, layer: Layer, case: Case, entrants: list[Entrant]) -> list[Row]:
         o = self.options
         batches = {routing: make_batch(replace(case, routing=routing)) for routing in o.routing}
         steps = {
@@ -166,20 +172,21 @@ class Suite:
         entries = {key: run for key, run in steps.items() if key[0] in names}
         self.say(f"{_label(case)}: timing {', '.join(names)}")
         times = timing.interleave(entries, o.repeats, o.warmups)
+        rows = []
         for routing, batch in batches.items():
             active = count_active(batch.expert_idxs)
             for entrant in able:
                 taken = times[entrant.name, routing]
-                peak = None if o.no_memory else self._memory(layer, batch, entrant)
-                row = layer_row(batch.case, entrant.name, taken, active, self.outcome.ceilings, peak)
-                self.outcome.rows.append(row)
+                row = layer_row(batch.case, entrant.name, taken, active, self.outcome.ceilings)
+                if case.device == "cuda":
+                    row.memory = memory.cuda_peak(layer, batch, entrant.runner, entrant.held)
+                rows.append(row)
+        return rows
 
-    def _memory(self, layer: Layer, batch: Batch, entrant: Entrant) -> int | None:
-        case, name = batch.case, entrant.name
+    def _peak_memory(self, row: Row) -> int | None:
+        case, name = row.case, row.contestant
         self.say(f"{_label(case)}: peak memory of {name}")
-        if case.device == "cuda":
-            return memory.cuda_peak(layer, batch, entrant.runner, entrant.held)
-        python, threads = entrant.contestant.python, self.options.threads
+        python, threads = find_contestant(name).python, self.options.threads
         return self._attempt(case, name, lambda: remote.peak_memory(name, case, python, threads))
 
     def _run_operators(self, layer: Layer) -> None:
@@ -187,6 +194,8 @@ class Suite:
             for routing in self.options.routing:
                 case = replace(layer.case, tokens=tokens, routing=routing)
                 implementations = {c.name: c.operators() for c in self._able(case)}
+                if not any(implementations.values()):
+                    return
                 checked = operators.make_calls(layer, make_batch(case.for_check()))
                 timed = operators.make_calls(layer, make_batch(case))
                 for part, call in timed.items():

@@ -6,9 +6,11 @@ prints goes to standard error.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
+import signal
 import sys
 import traceback
 
@@ -67,7 +69,15 @@ class Worker:
         return {"bytes": memory.peak_resident() - self.baseline}
 
 
+def end_with_parent() -> None:
+    """Linux: killed when the parent ends, however it ends; this process may be stopped at that time."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def main() -> None:
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     worker = Worker()
