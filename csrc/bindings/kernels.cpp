@@ -36,6 +36,7 @@ KernelChoice with_blocking(const KernelChoice& choice, const py::kwargs& changes
     require(known, "no blocking value is called " + wanted);
   }
   require(changed.blocking.depth % choice.kernels->pack == 0, "depth must be a multiple of pack");
+  require(changed.blocking.outputs >= 2, "outputs must be at least 2: sums over tokens use half of it");
   return changed;
 }
 
@@ -54,30 +55,35 @@ std::vector<int> max_rows_of(const KernelChoice& choice) {
 Array check_panel(const Kernels& k, const py::array& panel, int64_t depth) {
   const Array a("panel", panel);
   a.dtype(k.compute).shape({ceil_div(depth, k.pack), -1, k.pack}).contiguous();
-  require(a.size(1) % k.lanes == 0, "panel must have a whole number of vectors of lanes");
+  require(a.size(1) % k.lane_step() == 0,
+          "panel must have a multiple of " + std::to_string(k.lane_step()) + " lanes, got " + std::to_string(a.size(1)));
   return a;
 }
 
-// segments: (l [rows, depth], panel) once or twice;  c: [rows, at least vecs · lanes]
-void tile(const KernelChoice& choice, const std::vector<std::pair<py::array, py::array>>& segments, int vecs,
-          const py::array& c, bool accumulate) {
+// segments: (l [rows, depth], panel) once or twice;  c: [rows, lanes]
+void tile(const KernelChoice& choice, const std::vector<std::pair<py::array, py::array>>& segments, const py::array& c,
+          bool accumulate) {
   const Kernels& k = *choice.kernels;
   require(segments.size() == 1 || segments.size() == 2, "segments must be one or two pairs (l, panel)");
-  require(vecs >= 1 && vecs <= k.vecs, "vecs must be in [1, " + std::to_string(k.vecs) + "]");
   const Array to("c", c);
   to.dtype(accumulator_type(k)).dims(2).unit_columns();
-  const int64_t rows = to.size(0), most = k.max_rows[vecs - 1];
-  require(rows >= 1 && rows <= most, "c must have 1 to " + std::to_string(most) + " rows");
-  require(to.size(1) >= vecs * k.lanes, "c must have at least vecs · lanes columns");
+  const int64_t rows = to.size(0), lanes = to.size(1);
+  require(lanes >= 1 && lanes <= k.vecs * k.lanes && lanes % k.lane_step() == 0,
+          "c must have a multiple of " + std::to_string(k.lane_step()) + " columns, at most " +
+              std::to_string(k.vecs * k.lanes) + ", got " + std::to_string(lanes));
+  const int vecs = k.vectors(lanes), most = k.max_rows[vecs - 1];
+  require(rows >= 1 && rows <= most,
+          "c must have 1 to " + std::to_string(most) + " rows at this width, got " + std::to_string(rows));
   TileArgs args{};
   args.n_segments = static_cast<int>(segments.size());
   args.rows = static_cast<int>(rows);
   args.vecs = vecs;
+  args.half = k.ends_in_half(lanes);
   for (size_t s = 0; s < segments.size(); ++s) {
     const Array l("l", segments[s].first);
     l.dtype(k.compute).shape({rows, -1}).unit_columns();
     const Array panel = check_panel(k, segments[s].second, l.size(1));
-    require(panel.size(1) >= vecs * k.lanes, "panel must have at least vecs · lanes lanes");
+    require(panel.size(1) >= lanes, "panel must have a lane for every column of c");
     require(s == 0 || panel.size(1) == args.panel_lanes, "both panels must have the same number of lanes");
     args.panel_lanes = panel.size(1);
     args.segments[s] = {l.data(), l.stride(0) * size_of(k.compute), panel.data(), l.size(1)};
@@ -228,18 +234,21 @@ void glu_backward_row(const KernelChoice& choice, const py::array& dh, const py:
 
 void bind_kernels(py::module_& m) {
   using namespace py::literals;
-  py::class_<KernelChoice>(m, "KernelSet", "One instruction set's kernels; the methods write into given arrays.")
+  // Local: tests load a second build of this module beside the installed one.
+  py::class_<KernelChoice>(m, "KernelSet", py::module_local(),
+                           "One instruction set's kernels; the methods write into given arrays.")
       .def_property_readonly("name", [](const KernelChoice& c) { return c.kernels->name; })
       .def_property_readonly("isa", [](const KernelChoice& c) { return name_of(c.isa); })
       .def_property_readonly("compute", [](const KernelChoice& c) { return name_of(c.kernels->compute); })
       .def_property_readonly("pack", [](const KernelChoice& c) { return c.kernels->pack; })
       .def_property_readonly("lanes", [](const KernelChoice& c) { return c.kernels->lanes; })
+      .def_property_readonly("lane_step", [](const KernelChoice& c) { return c.kernels->lane_step(); })
       .def_property_readonly("vecs", [](const KernelChoice& c) { return c.kernels->vecs; })
       .def_property_readonly("max_rows", max_rows_of)
       .def_property_readonly("storage", storage_of)
       .def_property_readonly("blocking", blocking_of)
       .def("with_blocking", with_blocking)
-      .def("tile", tile, "segments"_a, "vecs"_a, "c"_a, "accumulate"_a = false)
+      .def("tile", tile, "segments"_a, "c"_a, "accumulate"_a = false)
       .def("pack_lanes", pack_lanes, "panel"_a, "source"_a, "first"_a = 0, "n"_a = py::none())
       .def("pack_depth", pack_depth, "panel"_a, "source"_a, "first"_a = 0, "n"_a = py::none())
       .def("convert", convert, "dst"_a, "source"_a)

@@ -1,0 +1,190 @@
+"""Every driver with every kernel set, straight on memory: small blocks, several threads, guarded outputs.
+
+The operator tests cover the drivers as the package uses them; these reach every loop with few rows, and are
+what runs under the sanitizers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from cases import BF16, DTYPES, FP16, FP32, FP64, ROWS, Case, cases
+from core import KERNEL_SETS, Output, core, same_bits
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import Problem, assert_close, build, expert_ids, magnitudes, tolerance
+
+from torch_moelora import reference
+
+NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
+
+
+def takes(k, dtype: torch.dtype) -> bool:
+    """Whether the set serves tensors of this type without losing precision."""
+    return NAMES[dtype] in k.storage and (k.compute != "bf16" or dtype == BF16)
+
+
+def array(tensor: torch.Tensor | None) -> np.ndarray | None:
+    """The same memory, bf16 as uint16."""
+    if tensor is None:
+        return None
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == BF16 else tensor.numpy()
+
+
+def tensor(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(values.view(np.int16)).view(BF16) if dtype == BF16 else torch.from_numpy(values)
+
+
+def arrays(args: tuple) -> tuple:
+    return tuple(array(a) if isinstance(a, torch.Tensor) else a for a in args)
+
+
+@dataclass
+class Call:
+    """A driver with its arguments, the operator that specifies it, and its outputs' shapes and dtypes."""
+
+    driver: str
+    operator: str
+    args: tuple
+    outputs: list[tuple[tuple, torch.dtype]]
+
+    def run(self, k, threads: int) -> list[np.ndarray]:
+        outs = [Output(shape, NAMES[dtype]) for shape, dtype in self.outputs]
+        given = [out.array for out in outs]
+        if self.driver == "input_gradient" and len(given) == 1:
+            given.append(None)
+        getattr(core, self.driver)(k, *given, *arrays(self.args), threads=threads)
+        return [out.check() for out in outs]
+
+
+def calls(p: Problem) -> list[Call]:
+    case, e = p.case, p.case.experts
+    accumulator = FP64 if case.dtype == FP64 else FP32
+    y_rows = case.rows if p.gates is None else case.tokens
+    x_rows = case.rows if case.x_grouped else case.tokens
+    dx = [((x_rows, case.k), case.dtype)]
+    if p.gates is not None:
+        dx.append(((case.tokens, case.top_k), accumulator))
+    found = [
+        Call("forward", "scatter_lora", p.forward_args(), [((y_rows, case.n), case.dtype)]),
+        Call("input_gradient", "scatter_lora_dx", p.dx_args(), dx),
+        Call("weight_gradient", "scatter_lora_dw", p.dw_args(), [((e, case.n, case.k), case.dtype)]),
+        Call("bias_gradient", "scatter_lora_dbias", p.dbias_args(), [((e, case.n), case.dtype)]),
+    ]
+    if case.rank:
+        dtype = p.lora_a.dtype
+        outputs = [((e, case.rank, case.k), dtype), ((e, case.n, case.rank), dtype)]
+        found.append(Call("lora_gradient", "scatter_lora_dab", p.dab_args(), outputs))
+    return found
+
+
+def check(k, case: Case, threads: int = 1) -> None:
+    for call in calls(build(case)):
+        outs = call.run(k, threads)
+        refs = reference.REFERENCE[call.operator](*call.args)
+        refs = refs if isinstance(refs, tuple) else (refs,)
+        sizes = magnitudes(call.operator, call.args)
+        for out, (_, dtype), ref, size in zip(outs, call.outputs, refs, sizes, strict=False):
+            assert_close(
+                tensor(out, dtype), ref, size, tolerance(case, out.size), f"{call.driver} of {k.name}"
+            )
+
+
+every_set = pytest.mark.parametrize("k", KERNEL_SETS, ids=lambda k: k.name)
+blockings = st.fixed_dictionaries(
+    {
+        "row_chunk": st.sampled_from((1, 3, 16, 40)),
+        "segment": st.sampled_from((1, 7, 16, 48)),
+        "depth": st.sampled_from((2, 16, 34, 512)),
+        "outputs": st.sampled_from((2, 24, 64)),
+        "token_chunk": st.sampled_from((1, 5, 64)),
+        "outer_rows": st.sampled_from((1, 16, 19)),
+        "outer_cols": st.sampled_from((1, 32, 80)),
+        "outer_depth": st.sampled_from((1, 2, 9, 64)),
+    }
+)
+
+
+@every_set
+@pytest.mark.parametrize("case", [row for row in ROWS if row.k * row.n < 1e5], ids=lambda c: c.reason)
+def test_named_cases(k, case):
+    dtype = case.dtype if takes(k, case.dtype) else next(t for t in DTYPES if takes(k, t))
+    lora = "fp32" if case.lora == "fp32" and dtype in (BF16, FP16) else "same"
+    same = {name: "same" for name in ("bias", "gates") if getattr(case, name) != "none"}
+    check(k, case.with_(dtype=dtype, lora=lora, **same))
+
+
+@every_set
+@given(case=cases(), blocking=blockings, threads=st.sampled_from((1, 2, 5)))
+def test_small_blocks(k, case, blocking, threads):
+    """Blocks end inside experts, tokens, features and vectors."""
+    if not takes(k, case.dtype):
+        case = case.with_(dtype={"bf16": BF16, "fp64": FP64}.get(k.compute, FP32), lora="same")
+        case = case.with_(**{f: "same" for f in ("bias", "gates") if getattr(case, f) != "none"})
+    check(k.with_blocking(**blocking), case, threads)
+
+
+@every_set
+def test_threads_change_no_bit(k):
+    case = Case(
+        tokens=61, top_k=3, experts=7, k=70, n=90, rank=5, gates="same", bias="same", routing="sentinels"
+    )
+    p = build(case.with_(dtype={"bf16": BF16, "fp64": FP64}.get(k.compute, FP32)))
+    small = k.with_blocking(row_chunk=8, segment=16, outputs=24, token_chunk=16, outer_rows=16, outer_cols=32)
+    for call in calls(p):
+        alone = call.run(small, 1)
+        for threads in (2, 3, 8):
+            for one, many in zip(alone, call.run(small, threads), strict=True):
+                assert same_bits(many, one), call.driver
+
+
+@given(case=cases())
+def test_flatten_sort_count(case):
+    ids = expert_ids(case, torch.Generator().manual_seed(case.seed))
+    slots, offsets = np.full(case.rows, -1, np.int64), np.full(case.experts, -1, np.int32)
+    core.flatten_sort_count(slots, offsets, ids.T.contiguous().T.numpy())
+    expected = reference.flatten_sort_count(ids, case.experts)
+    assert (slots == expected[0].numpy()).all() and (offsets == expected[1].numpy()).all()
+
+
+@every_set
+@pytest.mark.parametrize("rows", [0, 1, 37])
+def test_glu(k, rows):
+    dtype = {"bf16": BF16, "fp64": FP64}.get(k.compute, FP32)
+    h, dy = torch.randn(rows, 70).to(dtype), torch.randn(rows, 35).to(dtype)
+    options = ("gelu", 1.0, 2.0, 0.5, True)
+    for driver, args, columns in (("glu", (h,), 35), ("glu_backward", (dy, h), 70)):
+        out = Output((rows, columns), NAMES[dtype])
+        getattr(core, driver)(k, out.array, *arrays(args), *options, threads=3)
+        ref = reference.REFERENCE[driver](*args, *options)
+        tol = {BF16: 4e-3, FP32: 1e-6, FP64: 1e-13}[dtype]
+        assert_close(tensor(out.check(), dtype), ref, ref.abs() + 1, tol, driver)
+
+
+def test_indices_are_checked():
+    k = next(k for k in KERNEL_SETS if k.compute == "fp32")
+    x, w, y = np.zeros((3, 4), np.float32), np.zeros((2, 5, 4), np.float32), np.zeros((3, 5), np.float32)
+    good = np.arange(3), np.array([1, 3], np.int32)
+    core.forward(k, y, x, w, *good, 1)
+    for slots, offsets, message in (
+        ([0, 1, 3], [1, 3], "slots out of range"),
+        ([0, 1, 1], [1, 3], "slots hold a value twice"),
+        ([0, 1, 2], [2, 1], "offsets decrease"),
+        ([0, 1, 2], [1, 4], "offsets out of range"),
+        ([0, 1, 2], [1, 2, 3], "weight must have shape"),
+        ([0, 1], [1, 2], "x must have shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            core.forward(k, y, x, w, np.array(slots, np.int64), np.array(offsets, np.int32), 1)
+    for bad in (
+        {"slots": good[0].astype(np.int32)},
+        {"top_k": 2},
+        {"out": y[:, ::2]},
+        {"x": x.astype(np.float64)},
+    ):
+        args = {"out": y, "x": x, "weight": w, "slots": good[0], "offsets": good[1], "top_k": 1}
+        with pytest.raises(ValueError):
+            core.forward(k, **(args | bad))
