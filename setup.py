@@ -6,6 +6,7 @@ Never looks at the host's CPU: every instruction set is compiled, the one to use
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -24,10 +25,12 @@ class CMakeBuild(build_ext):
         import torch
 
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
+        # Not build_temp: an editable install makes a fresh one each time, and would compile everything.
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{'debug' if self.debug else 'release'}"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
+            "-UMOELORA_*",  # options of an earlier build
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -36,8 +39,11 @@ class CMakeBuild(build_ext):
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), *jobs], check=True)
+        # cmake and ninja stand beside this Python, whether or not its environment is activated.
+        path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}"
+        environ = os.environ | {"PATH": path}
+        subprocess.run(configure, check=True, env=environ)
+        subprocess.run(["cmake", "--build", str(build), *jobs], check=True, env=environ)
 
     def copy_extensions_to_source(self):
         """Editable installs: the operators' library goes beside the module, into the source tree."""

@@ -1,0 +1,77 @@
+"""Other builds of the native core, and what a process needs to test them instead of the installed one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SANITIZERS = "address,undefined"
+
+
+def build(name: str, *options: str) -> dict[str, str]:
+    """Compiles core and test module into build/`name`, warnings as errors; returns the environment."""
+    import pybind11
+
+    folder = ROOT / "build" / name
+    # cmake and ninja stand beside this Python, whether or not its environment is activated.
+    path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+    environ = os.environ | {"PATH": path}
+    configure = [
+        "cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, "-DMOELORA_BUILD_OPS=OFF", "-DMOELORA_WERROR=ON",
+        f"-DMOELORA_OUTPUT_DIR={folder}", f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options,
+    ]  # fmt: skip
+    subprocess.run(configure, check=True, env=environ, stdout=subprocess.DEVNULL)
+    subprocess.run(["cmake", "--build", folder], check=True, env=environ)
+    return {"MOELORA_TEST_CORE": str(folder)}
+
+
+def _library(compiler: str, name: str) -> str | None:
+    """The path of one of g++'s own libraries; it prints the bare name where it has none."""
+    command = [compiler, f"-print-file-name={name}"]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return found if os.path.isabs(found) else None
+
+
+def no_sanitizers() -> str | None:
+    if not shutil.which("g++"):
+        return "there is no g++"
+    return None if _library("g++", "libasan.so") else "g++ comes without libasan"
+
+
+def sanitized() -> dict[str, str]:
+    options = ("-DCMAKE_CXX_COMPILER=g++", f"-DMOELORA_SANITIZE={SANITIZERS}")
+    environ = build("sanitize", *options)
+    # libstdc++ beside it: ASan looks for __cxa_throw when it starts, before Python loads any C++.
+    preloaded = [_library("g++", name) for name in ("libasan.so", "libstdc++.so")]
+    return environ | {
+        "LD_PRELOAD": " ".join(preloaded),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "MOELORA_TEST_SANITIZERS": SANITIZERS,
+    }
+
+
+def _clang() -> str | None:
+    """The newest clang++ there is, from 16 on."""
+    newest, best = None, 15
+    for name in ["clang++", *(f"clang++-{n}" for n in range(16, 40))]:
+        if path := shutil.which(name):
+            text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+            version = int(found.group(1)) if (found := re.search(r"version (\d+)", text)) else 0
+            newest, best = (path, version) if version > best else (newest, best)
+    return newest
+
+
+def no_clang() -> str | None:
+    return None if _clang() else "there is no clang++ from 16 on"
+
+
+def with_clang() -> dict[str, str]:
+    return build("clang", f"-DCMAKE_CXX_COMPILER={_clang()}")

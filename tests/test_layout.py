@@ -1,0 +1,120 @@
+"""The fences of the source tree: what each folder may include, and sizes."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+
+# ops → driver → dispatch → {ukernel, formats} → core; bindings see all but ops.
+MAY_INCLUDE = {
+    "core": set(),
+    "ukernel": {"core"},
+    "formats": {"core", "ukernel"},
+    "dispatch": {"core", "ukernel", "formats"},
+    "driver": {"core", "ukernel", "formats", "dispatch"},
+    "ops": {"core", "dispatch", "driver"},
+    "bindings": {"core", "ukernel", "formats", "dispatch", "driver"},
+}
+# A word in a folder's code → the only folders that may have it.
+CONFINED = {
+    r"#include [<\"](torch|ATen|c10)/": {"ops"},
+    r"#include [<\"]pybind11/": {"bindings"},
+    r"#include <\w*intrin\.h>": {"ukernel"},
+    r"\b_mm\d*_\w+": {"ukernel"},
+    r"\bgetenv\b": {"dispatch"},
+    r"\bstd::(thread|jthread|mutex)\b": {"bindings"},
+    r"\b(std::)?(printf|puts|cout|cerr)\b": set(),
+}
+NATIVE = sorted(p for p in CSRC.rglob("*") if p.suffix in (".cpp", ".h", ".inl"))
+PYTHON = sorted(
+    p for folder in ("torch_moelora", "python", "tests", "benchmarks") for p in (ROOT / folder).rglob("*.py")
+)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def folder(path: Path) -> str:
+    return path.relative_to(CSRC).parts[0]
+
+
+def code(path: Path) -> str:
+    """Without comments."""
+    return re.sub(r"//.*|/\*.*?\*/", "", path.read_text(), flags=re.MULTILINE)
+
+
+def test_every_folder_has_its_fence():
+    assert {p.name for p in CSRC.iterdir() if p.is_dir()} == set(MAY_INCLUDE)
+    for folder_name in MAY_INCLUDE:
+        assert (CSRC / folder_name / "README.md").read_text().strip(), folder_name
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=name)
+def test_includes(path):
+    """Only downwards, and always by the path from csrc."""
+    here = folder(path)
+    for included in re.findall(r'#include "([^"]+)"', code(path)):
+        assert (CSRC / included).exists(), f"{included} is not a path from csrc"
+        assert included.split("/")[0] in MAY_INCLUDE[here] | {here}, f"{here} may not include {included}"
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=name)
+def test_confined(path):
+    for pattern, allowed in CONFINED.items():
+        if folder(path) not in allowed:
+            assert not (found := re.search(pattern, code(path))), f"{found.group()} is not for {folder(path)}"
+
+
+def test_instruction_set_units_use_no_library():
+    """Inline functions of a library, compiled with wider flags, could be the copy that the linker keeps."""
+    for path in (CSRC / "ukernel").iterdir():
+        if path in NATIVE:
+            found = set(re.findall(r"#include <([^>]+)>", code(path)))
+            assert found <= {"immintrin.h", "cstdint"}, name(path)
+            assert not re.search(r"\bstd::", code(path)), name(path)
+
+
+def test_machine_flags_are_in_cmake_alone():
+    flag = re.compile(r"-m(arch|tune|cpu|sse|avx|amx|fma|f16c|bmi)|#pragma \w+ target|\btarget\s*\(\s*\"")
+    others = [*NATIVE, *(p for p in PYTHON if "tests" not in p.parts), ROOT / "setup.py", ROOT / "Makefile"]
+    assert flag.search((ROOT / "CMakeLists.txt").read_text())
+    for path in others:
+        assert not (found := flag.search(path.read_text())), f"{name(path)}: {found.group()}"
+
+
+@pytest.mark.parametrize("path", [*NATIVE, *PYTHON], ids=name)
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 500
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name)
+def test_functions_stay_short(path):
+    """Kernels, which Triton compiles as one function, may be twice as long."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            kernel = any("jit" in ast.unparse(d) for d in node.decorator_list)
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= (120 if kernel else 60), f"{node.name} has {lines} lines"
+
+
+def native_functions(text: str) -> list[tuple[str, int]]:
+    """(first line, number of lines) of every free function: in our format its body alone is indented."""
+    found, start, lines = [], 0, text.splitlines()
+    for number, line in enumerate(lines):
+        if line == "}":
+            found.append((lines[start], number - start + 1))
+        elif re.match(r"[A-Za-z\[]", line):
+            start = number
+    return found
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=name)
+def test_native_functions_stay_short(path):
+    limit = 120 if folder(path) == "ukernel" else 60
+    for first, lines in native_functions(path.read_text()):
+        assert lines <= limit, f"{first} … has {lines} lines"
