@@ -9,6 +9,9 @@ namespace moelora {
 // How drivers cut their loops. Values never change results, only where data waits.
 struct Blocking {
   int64_t row_chunk;      // rows of one expert in a task; their packed panels share L2
+  int64_t dot_rows;       // up to so many rows the dot orientation is faster
+  int64_t thin_rows;      // up to so many rows, packed panels are short (thin_depth) and stay in L1
+  int64_t thin_depth;
   int64_t segment;        // weight rows per accumulator block in the row orientation; the block stays in L2
   int64_t depth;          // contraction steps per pass; one packed panel of them fits half of L2
   int64_t outputs;        // output columns of a task

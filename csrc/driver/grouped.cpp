@@ -12,10 +12,12 @@ namespace {
 void run_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range, const TokenSums* sums,
                Arena& arena) {
   if (range.row0 == range.row1 || range.out0 == range.out1) return;
-  if (uses_row_orientation(op))
-    row_orientation_block(choice, op, range, sums, arena);
-  else
+  if (!uses_row_orientation(op))
     panel_orientation_block(choice, op, range, sums, arena);
+  else if (choice.kernels->dot_tile && range.row1 - range.row0 <= choice.blocking.dot_rows)
+    dot_orientation_block(choice, op, range, sums, arena);
+  else
+    row_orientation_block(choice, op, range, sums, arena);
 }
 
 // `pieces` nearly equal ranges of [0, total) with borders on multiples of `unit`.

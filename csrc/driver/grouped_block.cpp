@@ -97,6 +97,13 @@ LanePanel* pack_rows(const Kernels& k, const GroupedLinear& op, const BlockRange
   return panels;
 }
 
+// What a tile of weight rows [first, first + rows) fetches while it is at work: as many rows behind it.
+Ahead next_rows(const Matrix& w, int64_t first, int64_t rows, int64_t p, int64_t steps) {
+  const int64_t next = first + rows, size = size_of(w.dtype);
+  if (next >= w.rows || w.col_stride != 1) return {};
+  return {w.at(next, p), w.row_stride * size, min64(rows, w.rows - next), steps * size};
+}
+
 // c: [width][ldc] (+)= weight rows [out, out + width) · panel, steps [p, p + steps); LoRA joins the last pass.
 // fetch: these weight rows are new to the caches.
 void multiply_panel(const Kernels& k, const Matrix& w, const Matrix& b, const LanePanel& panel, int64_t out,
@@ -110,11 +117,7 @@ void multiply_panel(const Kernels& k, const Matrix& w, const Matrix& b, const La
     const LeftRows b_rows = with_lora ? left_rows(k, b, out + i, rows, 0, b.cols, arena) : LeftRows{};
     const Segment base{w_rows.data, w_rows.stride, panel.x + p * panel.lanes * size_of(k.compute), steps};
     const Segment lora{b_rows.data, b_rows.stride, panel.u, b.cols};
-    // While this tile is at work the next rows come from memory.
-    const int64_t next = out + i + rows, size = size_of(w.dtype);
-    const Ahead ahead = fetch && next < w.rows && w.col_stride == 1
-                            ? Ahead{w.at(next, p), w.row_stride * size, min64(rows, w.rows - next), steps * size}
-                            : Ahead{};
+    const Ahead ahead = fetch ? next_rows(w, out + i, rows, p, steps) : Ahead{};
     k.tile({{base, lora}, with_lora ? 2 : 1, static_cast<int>(rows), vecs, k.ends_in_half(panel.lanes), panel.lanes,
             c + i * ldc * accumulator_size(k), ldc, p > 0, ahead});
   }
@@ -127,12 +130,56 @@ LeftRows x_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& ran
   return copied_rows(k, op.x.matrix, row_addresses(*op.routing, op.x, range.row0, rows, arena), rows, 0, depth, arena);
 }
 
-// Tile t of `tiles` fetches its share of the weights that the next panel packs: outputs [out, out + width).
-Ahead next_panel(const Matrix& w, int64_t out, int64_t width, int64_t p, int64_t steps, int64_t t, int64_t tiles) {
-  if (out >= w.rows || w.row_stride != 1) return {};
-  const int64_t first = t * steps / tiles, last = (t + 1) * steps / tiles, size = size_of(w.dtype);
-  return {w.at(out, p + first), w.col_stride * size, last - first, min64(width, w.rows - out) * size};
-}
+// One packed weight panel times all rows of the block.
+class PanelPass {
+ public:
+  // Where the weights begin that will be packed after these.
+  struct Next {
+    int64_t out, p;
+  };
+
+  PanelPass(const Kernels& k, const GroupedLinear& op, const BlockRange& range, int64_t pass, Arena& arena)
+      : k_(k), w_(op.w[range.expert]), b_(op.u ? op.b[range.expert] : Matrix{}), rows_(range.row1 - range.row0) {
+    const int64_t widest = k.lanes * k.vecs;
+    x_ = x_rows(k, op, range, arena);
+    if (b_.data) u_ = left_rows(k, u_matrix(k, op), range.row0, rows_, 0, b_.cols, arena);
+    w_panel_ = static_cast<char*>(arena.take(panel_bytes(k, pass, widest)));
+    b_panel_ = static_cast<char*>(arena.take(panel_bytes(k, b_.cols, widest)));
+  }
+
+  // c: [rows][ldc] (+)= x[:, p : p + steps] · W[out : out + width, p : p + steps]ᵀ; LoRA joins the last pass.
+  void run(int64_t out, int64_t width, int64_t p, int64_t steps, Next next, char* c, int64_t ldc, Arena& arena) const {
+    const int64_t lanes = round_up(width, k_.lane_step());
+    const int64_t tiles = ceil_div(rows_, k_.max_rows[k_.vectors(lanes) - 1]);
+    const bool with_lora = b_.data && p + steps == w_.cols;
+    if (with_lora) pack_panel(k_, b_, out, width, 0, b_.cols, b_panel_, lanes, arena);
+    pack_panel(k_, w_, out, width, p, steps, w_panel_, lanes, arena);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = t * rows_ / tiles, tile_rows = (t + 1) * rows_ / tiles - first;
+      const Segment base{x_.at(first, p * size_of(k_.compute)), x_.stride, w_panel_, steps};
+      const Segment lora{u_.at(first, 0), u_.stride, b_panel_, b_.cols};
+      k_.tile({{base, lora}, with_lora ? 2 : 1, static_cast<int>(tile_rows), k_.vectors(lanes),
+               k_.ends_in_half(lanes), lanes, c + first * ldc * accumulator_size(k_), ldc, p > 0,
+               share(next, width, steps, t, tiles)});
+    }
+  }
+
+ private:
+  // Tile t of `tiles` fetches its share of the next weights: `steps` rows of p from next.p on, outputs from next.out on.
+  Ahead share(Next next, int64_t width, int64_t steps, int64_t t, int64_t tiles) const {
+    const int64_t p_end = min64(next.p + steps, w_.cols);
+    if (next.out >= w_.rows || next.p >= p_end || w_.row_stride != 1) return {};
+    const int64_t first = next.p + t * (p_end - next.p) / tiles, last = next.p + (t + 1) * (p_end - next.p) / tiles;
+    const int64_t size = size_of(w_.dtype);
+    return {w_.at(next.out, first), w_.col_stride * size, last - first, min64(width, w_.rows - next.out) * size};
+  }
+
+  const Kernels& k_;
+  const Matrix w_, b_;
+  const int64_t rows_;
+  LeftRows x_{}, u_{};
+  char *w_panel_, *b_panel_;
+};
 
 }  // namespace
 
@@ -168,40 +215,76 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
   }
 }
 
+// W[e]: [outputs, depth] and x: [rows, depth], rows in place.  C: [rows][segment].
+void dot_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
+                           const TokenSums* sums, Arena& arena) {
+  Arena::Scope scope(arena);
+  const Kernels& k = *choice.kernels;
+  const Epilogue epilogue(choice, op, range, sums, arena);
+  const int64_t rows = range.row1 - range.row0, depth = op.w.cols, rank = op.u ? op.b.cols : 0;
+  const int64_t acc = accumulator_size(k), segment = choice.blocking.segment, size = size_of(k.compute);
+  const LeftRows x = x_rows(k, op, range, arena);
+  const LeftRows u = rank ? left_rows(k, u_matrix(k, op), range.row0, rows, 0, rank, arena) : LeftRows{};
+  char* c = static_cast<char*>(arena.take(rows * segment * acc));
+  const Matrix w = op.w[range.expert], b = op.u ? op.b[range.expert] : Matrix{};
+  const int64_t groups = ceil_div(rows, kMaxDotCols), height = k.dot_rows[ceil_div(rows, groups) - 1];
+
+  for (int64_t out = range.out0; out < range.out1; out += segment) {
+    const int64_t width = min64(segment, range.out1 - out);
+    for (int64_t p = 0; p < depth; p += choice.blocking.depth) {
+      const int64_t steps = min64(choice.blocking.depth, depth - p);
+      const bool with_lora = rank && p + steps == depth;
+      for (int64_t i = 0; i < width; i += height) {
+        Arena::Scope tile_scope(arena);
+        const int64_t tile_rows = min64(height, width - i);
+        const LeftRows w_rows = left_rows(k, w, out + i, tile_rows, p, steps, arena);
+        const LeftRows b_rows = with_lora ? left_rows(k, b, out + i, tile_rows, 0, rank, arena) : LeftRows{};
+        for (int64_t g = 0; g < groups; ++g) {
+          const int64_t first = g * rows / groups, cols = (g + 1) * rows / groups - first;
+          const DotSegment base{w_rows.data, w_rows.stride, x.at(first, p * size), x.stride, steps};
+          const DotSegment lora{b_rows.data, b_rows.stride, u.at(first, 0), u.stride, rank};
+          k.dot_tile({{base, lora}, with_lora ? 2 : 1, static_cast<int>(tile_rows), static_cast<int>(cols),
+                      c + (first * segment + i) * acc, segment, p > 0,
+                      g == 0 ? next_rows(w, out + i, tile_rows, p, steps) : Ahead{}});
+        }
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i) epilogue(range.row0 + i, c + i * segment * acc, out, width);
+  }
+}
+
 // x: rows in place.  W[e] packed: [depth/pack][lanes][pack], lanes are outputs.  C: [rows][lanes].
 void panel_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
                              const TokenSums* sums, Arena& arena) {
   Arena::Scope scope(arena);
   const Kernels& k = *choice.kernels;
   const Epilogue epilogue(choice, op, range, sums, arena);
-  const int64_t rows = range.row1 - range.row0, depth = op.w.cols, rank = op.u ? op.b.cols : 0;
-  const int64_t acc = accumulator_size(k), widest = k.lanes * k.vecs;
-  const int64_t pass = min64(choice.blocking.depth, depth), size = size_of(k.compute);
-  const LeftRows x = x_rows(k, op, range, arena);
-  const LeftRows u = rank ? left_rows(k, u_matrix(k, op), range.row0, rows, 0, rank, arena) : LeftRows{};
-  char* w_panel = static_cast<char*>(arena.take(panel_bytes(k, pass, widest)));
-  char* b_panel = static_cast<char*>(arena.take(panel_bytes(k, rank, widest)));
-  char* c = static_cast<char*>(arena.take(rows * widest * acc));
-  const Matrix w = op.w[range.expert], b = op.u ? op.b[range.expert] : Matrix{};
+  const int64_t rows = range.row1 - range.row0, depth = op.w.cols, acc = accumulator_size(k);
+  const int64_t widest = k.lanes * k.vecs, all = range.out1 - range.out0;
+  // Few rows: a short pass over all outputs after another, so that weight rows are read along their length.
+  const bool thin = rows <= choice.blocking.thin_rows && depth > choice.blocking.thin_depth;
+  const int64_t pass = thin ? choice.blocking.thin_depth : min64(choice.blocking.depth, depth);
+  const int64_t ldc = thin ? round_up(all, widest) : widest;
+  const PanelPass panel(k, op, range, pass, arena);
+  char* c = static_cast<char*>(arena.take(rows * ldc * acc));
+  const auto finish = [&](const char* from, int64_t out, int64_t width) {
+    for (int64_t i = 0; i < rows; ++i) epilogue(range.row0 + i, from + i * ldc * acc, out, width);
+  };
 
+  if (thin) {
+    for (int64_t p = 0; p < depth; p += pass)
+      for (int64_t out = 0; out < all; out += widest)
+        panel.run(range.out0 + out, min64(widest, all - out), p, min64(pass, depth - p), {range.out0 + out, p + pass},
+                  c + out * acc, ldc, arena);
+    for (int64_t out = 0; out < all; out += widest)
+      finish(c + out * acc, range.out0 + out, min64(widest, all - out));
+    return;
+  }
   for (int64_t out = range.out0; out < range.out1; out += widest) {
-    const int64_t width = min64(widest, range.out1 - out), lanes = round_up(width, k.lane_step());
-    const int64_t tiles = ceil_div(rows, k.max_rows[k.vectors(lanes) - 1]);
-    if (rank) pack_panel(k, b, out, width, 0, rank, b_panel, lanes, arena);
-    for (int64_t p = 0; p < depth; p += pass) {
-      const int64_t steps = min64(pass, depth - p);
-      const bool last = p + steps == depth;
-      pack_panel(k, w, out, width, p, steps, w_panel, lanes, arena);
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t first = t * rows / tiles, tile_rows = (t + 1) * rows / tiles - first;
-        const Segment base{x.at(first, p * size), x.stride, w_panel, steps};
-        const Segment lora{u.at(first, 0), u.stride, b_panel, rank};
-        k.tile({{base, lora}, rank && last ? 2 : 1, static_cast<int>(tile_rows), k.vectors(lanes),
-                k.ends_in_half(lanes), lanes, c + first * widest * acc, widest, p > 0,
-                next_panel(w, out + widest, widest, p, steps, t, tiles)});
-      }
-    }
-    for (int64_t i = 0; i < rows; ++i) epilogue(range.row0 + i, c + i * widest * acc, out, width);
+    const int64_t width = min64(widest, range.out1 - out);
+    for (int64_t p = 0; p < depth; p += pass)
+      panel.run(out, width, p, min64(pass, depth - p), {out + widest, p}, c, ldc, arena);
+    finish(c, out, width);
   }
 }
 

@@ -20,6 +20,10 @@ struct TokenSums {
 void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
                            const TokenSums* sums, Arena& arena);
 
+// Few rows: weight rows and x rows both as they are, dot products over the depth.
+void dot_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
+                           const TokenSums* sums, Arena& arena);
+
 // x rows are the tile's L operand, read in place; weights are packed into lanes. For all other weights.
 void panel_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
                              const TokenSums* sums, Arena& arena);

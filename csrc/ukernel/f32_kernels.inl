@@ -1,6 +1,7 @@
 // A whole set of fp32 kernels from a vector policy.
 #pragma once
 
+#include "ukernel/dot.inl"
 #include "ukernel/glu.inl"
 #include "ukernel/pack.inl"
 #include "ukernel/rows.inl"
@@ -30,6 +31,7 @@ struct Plain : V {
   static opvec broadcast(const elem* p) { return V::set1(*p); }
   static opvec broadcast_last(const elem* p) { return V::set1(*p); }
   static opvec load_panel(const elem* p) { return V::load(p); }
+  static opvec load_run(const elem* p, int64_t n) { return V::load_n(p, n); }
   static void stage(elem* dst, const elem* src, int64_t n) {
     for (int64_t i = 0; i < n; i += V::lanes) V::store(dst + i, V::load_n(src + i, n - i));
   }
@@ -69,6 +71,7 @@ moelora::Kernels f32_kernels(const char* name) {
   moelora::Kernels k{};
   k.name = name;
   fill_tiles<Op, TallestTiles...>(k);
+  if constexpr (requires { V::sum_of_four; }) fill_dot<Op>(k);
   fill_rows<V>(k);
   fill_storage<V, Op, moelora::bf16_t>(k, moelora::DType::bf16);
   fill_storage<V, Op, moelora::f16_t>(k, moelora::DType::f16);

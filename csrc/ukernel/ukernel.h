@@ -19,6 +19,11 @@
 //
 // Two segments make LoRA part of the contraction: [x | s·xAᵀ] · [W | B]ᵀ.
 //
+//   dot_tile  C[j, i] (+)= Σ_s Σ_p L_s[i][p] · R_s[j][p]        i < rows, j < cols
+//
+// For few columns: both sides are unpacked rows of unit stride, C is transposed. Each C element sums lanes of p in a
+// fixed order, so that it too does not depend on how blocks are cut (but differs from tile's by rounding).
+//
 // No allocation, no threads, no torch, no standard library here.
 #pragma once
 
@@ -55,6 +60,26 @@ struct TileArgs {
   Ahead ahead;
 };
 
+constexpr int kMaxDotCols = 6;
+
+struct DotSegment {
+  const void* l;
+  int64_t l_stride;  // bytes between rows
+  const void* r;
+  int64_t r_stride;
+  int64_t depth;
+};
+
+struct DotArgs {
+  DotSegment segments[2];
+  int n_segments;
+  int rows, cols;
+  void* c;
+  int64_t ldc;
+  bool accumulate;
+  Ahead ahead;
+};
+
 // Sources of the pack functions are rows: pointers to element `0` of each, `stride` elements between neighbours.
 // Elements [first, first + n) of each row are taken and converted to the compute type.
 struct PackArgs {
@@ -83,6 +108,8 @@ struct Kernels {
   int vecs;       // widest tile
   int max_rows[kMaxTileVecs];  // tallest tile of 1, 2, … vecs
   void (*tile)(const TileArgs&);
+  int dot_rows[kMaxDotCols];         // tallest dot tile of 1, 2, … columns
+  void (*dot_tile)(const DotArgs&);  // null where there is none
   int lane_step() const { return halves ? lanes / 2 : lanes; }
   int vectors(int64_t panel_lanes) const { return static_cast<int>((panel_lanes + lanes - 1) / lanes); }
   bool ends_in_half(int64_t panel_lanes) const { return panel_lanes % lanes != 0; }
