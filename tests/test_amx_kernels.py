@@ -93,10 +93,10 @@ def test_tile(vecs):
         segments = [(padded_rows(a), panel_of(b, n + extra)) for a, b in zip(left, right, strict=True)]
         product = sum(a @ b for a, b in zip(left, right, strict=True))
         c = np.full((rows, n + 3), np.nan, np.float32)
-        kernels.tile(segments, vecs, c)
+        kernels.tile(segments, c[:, :n])
         assert np.array_equal(c[:, :n], product), (rows, depths)
         assert np.isnan(c[:, n:]).all(), (rows, depths)
-        kernels.tile(segments, vecs, c, accumulate=True)
+        kernels.tile(segments, c[:, :n], accumulate=True)
         assert np.array_equal(c[:, :n], 2 * product), (rows, depths)
 
 
@@ -108,18 +108,18 @@ def test_cuts_do_not_show():
     left = bf16(rng.standard_normal((rows, depth)).astype(np.float32))
     panel = panel_of(rng.standard_normal((depth, 64)).astype(np.float32), 64)
     whole = np.zeros((rows, 64), np.float32)
-    kernels.tile([(left, panel)], 4, whole)
+    kernels.tile([(left, panel)], whole)
     for first, last in ((0, 1), (3, 20), (16, 80), (79, 80)):
         part = np.zeros((last - first, 64), np.float32)
-        kernels.tile([(left[first:last], panel)], 4, part)
+        kernels.tile([(left[first:last], panel)], part)
         assert np.array_equal(part, whole[first:last])
     for vecs in (1, 2, 3):
         narrow = np.zeros((rows, vecs * LANES), np.float32)
-        kernels.tile([(left, panel)], vecs, narrow)
+        kernels.tile([(left, panel)], narrow)
         assert np.array_equal(narrow, whole[:, : vecs * LANES])
     steps = np.zeros_like(whole)
-    kernels.tile([(left[:, :96], panel[:48])], 4, steps)
-    kernels.tile([(left[:, 96:], panel[48:])], 4, steps, accumulate=True)
+    kernels.tile([(left[:, :96], panel[:48])], steps)
+    kernels.tile([(left[:, 96:], panel[48:])], steps, accumulate=True)
     assert np.array_equal(steps, whole)
 
 
@@ -142,7 +142,7 @@ def test_nothing_beyond_the_operands_is_read(rows, vecs, depth):
     a, b = integers(rng, rows, depth), integers(rng, depth, vecs * LANES)
     c = up_to_a_forbidden_page(np.full((rows, vecs * LANES), np.nan, np.float32))
     panel = panel_of(b, vecs * LANES)
-    amx().tile([(up_to_a_forbidden_page(bf16(a)), up_to_a_forbidden_page(panel))], vecs, c)
+    amx().tile([(up_to_a_forbidden_page(bf16(a)), up_to_a_forbidden_page(panel))], c)
     assert np.array_equal(c, a @ b)
 
 
