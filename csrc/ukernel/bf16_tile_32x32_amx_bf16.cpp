@@ -1,15 +1,15 @@
 // bf16 tiles of AMX: TDPBF16PS multiplies 16 rows × 32 p by 32 p × 16 lanes into fp32 accumulators.
 //
-// A is 16 rows of L in place, B is 16 lines of R (16 lanes of each) in place: a line's pairs of p are B's rows. Edges in
-// rows and in p are shapes of the tile configuration. Only a segment of odd depth has its last p copied: tile rows are
-// whole pairs, and nothing beyond L's depth may be read.
+// A is 16 rows of L in place, B is 16 lines of R (16 lanes of each) in place: a line's pairs of p are B's rows. Edges
+// in rows and in p are shapes of the tile configuration. Only a segment of odd depth has its last p copied: tile rows
+// are whole pairs, and nothing beyond L's depth may be read.
 //
 //   register      0 1 2 3                                  4      5      6            7
 //   square block  C of 2 × 2: rows below rows, lanes       A      A      B            B
 //   strip         C of up to 4 tiles of one row or column  A      B      A, rest of p  B, rest of p
 //
-// Every element of C adds up the same way in all blocks: segment after segment in steps of 32 p, then what is left of each
-// segment. Drivers cut p at multiples of 32.
+// Every element of C adds up the same way in all blocks: segment after segment in steps of 32 p, then what is left of
+// each segment. Drivers cut p at multiples of 32.
 #include <immintrin.h>
 
 #include "ukernel/kernel_sets.h"
@@ -240,8 +240,8 @@ void strip_block(Job& job, const Run* first, const Run* last, int row, int lane,
 
 // --- blocks that cover the tile
 
-// Two rows of tiles × two of lanes. A rest of p needs another shape of A and B than the steps before it. It goes over all
-// blocks once these are through: so the whole tile changes the configuration for it once.
+// Two rows of tiles × two of lanes. A rest of p needs another shape of A and B than the steps before it: it goes over
+// all blocks once these are through, so that the configuration changes once for all of them.
 void squares(Job& job, int rows, int lanes) {
   const Run *last, *end = job.runs + job.n_runs;
   bool accumulate = job.args.accumulate;
@@ -288,8 +288,11 @@ void tile(const TileArgs& args) {
   alignas(64) char padded[2 * kMaxRows * kTileBytes];
   // A block has at most four tiles: at least as many steps as the fetcher is told.
   const int64_t blocks = (static_cast<int64_t>(args.rows) * args.vecs + 4 * kTile - 1) / (4 * kTile);
-  Job job{args, args.panel_lanes * kPairBytes, args.ldc * static_cast<int64_t>(sizeof(float)),
-          Fetcher(args.ahead, blocks * (args.segments[0].depth / kStep)), {}};
+  Job job{args,
+          args.panel_lanes * kPairBytes,
+          args.ldc * static_cast<int64_t>(sizeof(float)),
+          Fetcher(args.ahead, blocks * (args.segments[0].depth / kStep)),
+          {}};
   find_runs(job, padded);
   if (args.vecs == 1) return column(job, args.rows, 0);
   const int odd = args.rows % (2 * kTile), paired = odd > kTile ? args.rows : args.rows - odd;

@@ -1,8 +1,9 @@
 // Performs AMX instructions on an x86-64 CPU that has none, and counts them. To be preloaded (LD_PRELOAD).
 //
-// Such a CPU answers a tile instruction with SIGILL. The handler here decodes it, performs it as the manual's pseudo-code
-// says on a tile file of the thread, and steps over it. What the manual forbids (a tile that is not configured, shapes
-// that do not fit, reserved bits) is reported on stderr and kills the process with SIGILL: a wrong program must not pass.
+// Such a CPU answers a tile instruction with SIGILL. The handler here decodes it, performs it as the manual's
+// pseudo-code says on a tile file of the thread, and steps over it. What the manual forbids (a tile that is not
+// configured, shapes that do not fit, reserved bits) is reported on stderr and kills the process with SIGILL: a wrong
+// program must not pass.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <immintrin.h>
@@ -50,7 +51,7 @@ EXPORT void moelora_amx_reset(void) {
   counts.live = live;
 }
 
-// --- decoding ----------------------------------------------------------------------------------------------------------
+// --- decoding
 
 enum { kNone, k66, kF3, kF2 };  // VEX.pp
 
@@ -116,7 +117,7 @@ static int decode(const greg_t* regs, Instruction* ins) {
   return 1;
 }
 
-// --- the instructions; each returns what is wrong, or NULL -------------------------------------------------------------
+// --- the instructions; each returns what is wrong, or NULL
 
 static const char* release(void) {
   if (state.configured) count(&counts.live, -1);
@@ -242,7 +243,7 @@ static const char* perform(const Instruction* ins) {
   return ins->prefix == k66 ? store_config(memory) : "opcode 49: unknown form";
 }
 
-// --- the signal ----------------------------------------------------------------------------------------------------------
+// --- the signal
 
 typedef int (*SigactionFunction)(int, const struct sigaction*, struct sigaction*);
 static struct sigaction others;  // what the program wants done about SIGILL
