@@ -12,9 +12,12 @@ namespace {
 void run_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range, const TokenSums* sums,
                Arena& arena) {
   if (range.row0 == range.row1 || range.out0 == range.out1) return;
-  if (!uses_row_orientation(op))
+  const int64_t rows = range.row1 - range.row0;
+  if (!uses_row_orientation(op) && rows <= choice.blocking.thin_rows)
+    thin_orientation_block(choice, op, range, sums, arena);
+  else if (!uses_row_orientation(op))
     panel_orientation_block(choice, op, range, sums, arena);
-  else if (choice.kernels->dot_tile && range.row1 - range.row0 <= choice.blocking.dot_rows)
+  else if (choice.kernels->dot_tile && rows <= choice.blocking.dot_rows)
     dot_orientation_block(choice, op, range, sums, arena);
   else
     row_orientation_block(choice, op, range, sums, arena);
@@ -25,11 +28,22 @@ int64_t border(int64_t piece, int64_t pieces, int64_t total, int64_t unit) {
   return min64(total, piece * ceil_div(total, unit) / pieces * unit);
 }
 
+// Into how many ranges of outputs an expert's work is cut. Few rows: none, so that weights are read in order, unless
+// there are too few experts for the threads.
+int64_t task_pieces(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime) {
+  const Routing& routing = *op.routing;
+  int64_t used = 0;
+  for (int64_t e = 0; e < routing.experts; ++e) used += routing.begin(e) < routing.end(e);
+  const int64_t balanced = ceil_div(4 * runtime.threads, max64(1, used));
+  if (routing.routed() <= used * choice.blocking.thin_rows) return balanced;
+  return max64(balanced, ceil_div(op.w.rows, choice.blocking.outputs));
+}
+
 // Rows stay apart: a task is a chunk of an expert's rows × a range of outputs, largest first.
 void run_apart(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime) {
   const Routing& routing = *op.routing;
   const int64_t unit = segment_width(choice, op), outputs = op.w.rows;
-  const int64_t pieces = max64(1, min64(ceil_div(outputs, choice.blocking.outputs), ceil_div(outputs, unit)));
+  const int64_t pieces = max64(1, min64(task_pieces(choice, op, runtime), ceil_div(outputs, unit)));
   std::vector<BlockRange> tasks;
   for (int64_t e = 0; e < routing.experts; ++e) {
     const int64_t rows = routing.end(e) - routing.begin(e);
@@ -60,6 +74,26 @@ std::pair<int64_t, int64_t> rows_of_tokens(const Routing& routing, int64_t e, in
   const int64_t* first = std::lower_bound(slots + begin, slots + end, token0 * routing.top_k);
   const int64_t* last = std::lower_bound(first, slots + end, token1 * routing.top_k);
   return {first - slots, last - slots};
+}
+
+// Few rows in all: every row by itself first, in slot order, then each token's rows are added in that order.
+void run_combined(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime) {
+  const Kernels& k = *choice.kernels;
+  const int64_t outputs = op.w.rows, top_k = op.routing->top_k, pitch = outputs * accumulator_size(k);
+  Arena& arena = runtime.arena();
+  Arena::Scope scope(arena);
+  char* rows = static_cast<char*>(arena.take(op.routing->slots * pitch));
+  GroupedLinear apart = op;
+  apart.out = rows;
+  apart.out_dtype = accumulator_size(k) == 8 ? DType::f64 : DType::f32;
+  apart.out_order = RowOrder::scattered;
+  run_apart(choice, apart, runtime);
+  for_each_task(runtime, op.routing->tokens(), [&](int64_t token, Arena&) {
+    char* sum = rows + token * top_k * pitch;
+    for (int64_t j = 1; j < top_k; ++j) k.add(sum, sum + j * pitch, nullptr, 1.0, outputs);
+    k.store[static_cast<int>(op.out_dtype)](static_cast<char*>(op.out) + token * outputs * size_of(op.out_dtype), sum,
+                                            nullptr, 1.0, outputs);
+  });
 }
 
 // Rows of a token are summed: a task owns a range of tokens × a range of outputs and goes through all experts in order.
@@ -103,10 +137,12 @@ int64_t dot_part_count(const KernelChoice& choice, const GroupedLinear& op) {
 
 void run_grouped_linear(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime) {
   if (op.routing->slots == 0 || op.w.rows == 0) return;
-  if (op.out_order == RowOrder::token)
-    run_summed(choice, op, runtime);
-  else
+  if (op.out_order != RowOrder::token)
     run_apart(choice, op, runtime);
+  else if (op.routing->slots * op.w.rows * accumulator_size(*choice.kernels) <= choice.blocking.combine_bytes)
+    run_combined(choice, op, runtime);
+  else
+    run_summed(choice, op, runtime);
 }
 
 void run_projection(const KernelChoice& choice, const Projection& op, void* u, const Runtime& runtime) {

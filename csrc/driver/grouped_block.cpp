@@ -130,48 +130,58 @@ LeftRows x_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& ran
   return copied_rows(k, op.x.matrix, row_addresses(*op.routing, op.x, range.row0, rows, arena), rows, 0, depth, arena);
 }
 
-// One packed weight panel times all rows of the block.
+// Weights packed into lanes, times all rows of the block.
 class PanelPass {
  public:
-  // Where the weights begin that will be packed after these.
+  // Weights that will be packed soon: outputs [out, out + width), steps [p0, p1). May reach beyond the end.
   struct Next {
-    int64_t out, p;
+    int64_t out, width, p0, p1;
   };
 
-  PanelPass(const Kernels& k, const GroupedLinear& op, const BlockRange& range, int64_t pass, Arena& arena)
+  // For passes of up to `pass` steps over up to `width` outputs.
+  PanelPass(const Kernels& k, const GroupedLinear& op, const BlockRange& range, int64_t pass, int64_t width,
+            Arena& arena)
       : k_(k), w_(op.w[range.expert]), b_(op.u ? op.b[range.expert] : Matrix{}), rows_(range.row1 - range.row0) {
-    const int64_t widest = k.lanes * k.vecs;
+    const int64_t lanes = round_up(width, k.lane_step());
     x_ = x_rows(k, op, range, arena);
     if (b_.data) u_ = left_rows(k, u_matrix(k, op), range.row0, rows_, 0, b_.cols, arena);
-    w_panel_ = static_cast<char*>(arena.take(panel_bytes(k, pass, widest)));
-    b_panel_ = static_cast<char*>(arena.take(panel_bytes(k, b_.cols, widest)));
+    w_panel_ = static_cast<char*>(arena.take(panel_bytes(k, pass, lanes)));
+    b_panel_ = static_cast<char*>(arena.take(panel_bytes(k, b_.cols, lanes)));
   }
 
-  // c: [rows][ldc] (+)= x[:, p : p + steps] · W[out : out + width, p : p + steps]ᵀ; LoRA joins the last pass.
-  void run(int64_t out, int64_t width, int64_t p, int64_t steps, Next next, char* c, int64_t ldc, Arena& arena) const {
-    const int64_t lanes = round_up(width, k_.lane_step());
+  // Packs outputs [out, out + width), steps [p, p + steps); LoRA joins the last pass.
+  void pack(int64_t out, int64_t width, int64_t p, int64_t steps, Arena& arena) {
+    p_ = p;
+    steps_ = steps;
+    lanes_ = round_up(width, k_.lane_step());
+    with_lora_ = b_.data && p + steps == w_.cols;
+    pack_panel(k_, w_, out, width, p, steps, w_panel_, lanes_, arena);
+    if (with_lora_) pack_panel(k_, b_, out, width, 0, b_.cols, b_panel_, lanes_, arena);
+  }
+
+  // c: [rows][ldc] (+)= rows times the `width` packed outputs from `first` on.
+  void multiply(int64_t first, int64_t width, Next next, char* c, int64_t ldc) const {
+    const int64_t lanes = round_up(width, k_.lane_step()), at = first * k_.pack * size_of(k_.compute);
     const int64_t tiles = ceil_div(rows_, k_.max_rows[k_.vectors(lanes) - 1]);
-    const bool with_lora = b_.data && p + steps == w_.cols;
-    if (with_lora) pack_panel(k_, b_, out, width, 0, b_.cols, b_panel_, lanes, arena);
-    pack_panel(k_, w_, out, width, p, steps, w_panel_, lanes, arena);
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t first = t * rows_ / tiles, tile_rows = (t + 1) * rows_ / tiles - first;
-      const Segment base{x_.at(first, p * size_of(k_.compute)), x_.stride, w_panel_, steps};
-      const Segment lora{u_.at(first, 0), u_.stride, b_panel_, b_.cols};
-      k_.tile({{base, lora}, with_lora ? 2 : 1, static_cast<int>(tile_rows), k_.vectors(lanes),
-               k_.ends_in_half(lanes), lanes, c + first * ldc * accumulator_size(k_), ldc, p > 0,
-               share(next, width, steps, t, tiles)});
+      const int64_t row = t * rows_ / tiles, tile_rows = (t + 1) * rows_ / tiles - row;
+      const Segment base{x_.at(row, p_ * size_of(k_.compute)), x_.stride, w_panel_ + at, steps_};
+      const Segment lora{u_.at(row, 0), u_.stride, b_panel_ + at, b_.cols};
+      k_.tile({{base, lora}, with_lora_ ? 2 : 1, static_cast<int>(tile_rows), k_.vectors(lanes),
+               k_.ends_in_half(lanes), lanes_, c + row * ldc * accumulator_size(k_), ldc, p_ > 0,
+               share(next, t, tiles)});
     }
   }
 
  private:
-  // Tile t of `tiles` fetches its share of the next weights: `steps` rows of p from next.p on, outputs from next.out on.
-  Ahead share(Next next, int64_t width, int64_t steps, int64_t t, int64_t tiles) const {
-    const int64_t p_end = min64(next.p + steps, w_.cols);
-    if (next.out >= w_.rows || next.p >= p_end || w_.row_stride != 1) return {};
-    const int64_t first = next.p + t * (p_end - next.p) / tiles, last = next.p + (t + 1) * (p_end - next.p) / tiles;
+  // Tile t of `tiles` fetches its share of the next weights.
+  Ahead share(Next next, int64_t t, int64_t tiles) const {
+    const int64_t p_end = min64(next.p1, w_.cols), count = p_end - next.p0;
+    if (next.out >= w_.rows || count <= 0 || w_.row_stride != 1) return {};
+    const int64_t first = next.p0 + t * count / tiles, last = next.p0 + (t + 1) * count / tiles;
     const int64_t size = size_of(w_.dtype);
-    return {w_.at(next.out, first), w_.col_stride * size, last - first, min64(width, w_.rows - next.out) * size};
+    return {w_.at(next.out, first), w_.col_stride * size, last - first,
+            min64(next.width, w_.rows - next.out) * size};
   }
 
   const Kernels& k_;
@@ -179,6 +189,8 @@ class PanelPass {
   const int64_t rows_;
   LeftRows x_{}, u_{};
   char *w_panel_, *b_panel_;
+  int64_t p_ = 0, steps_ = 0, lanes_ = 0;
+  bool with_lora_ = false;
 };
 
 }  // namespace
@@ -259,33 +271,44 @@ void panel_orientation_block(const KernelChoice& choice, const GroupedLinear& op
   Arena::Scope scope(arena);
   const Kernels& k = *choice.kernels;
   const Epilogue epilogue(choice, op, range, sums, arena);
-  const int64_t rows = range.row1 - range.row0, depth = op.w.cols, acc = accumulator_size(k);
-  const int64_t widest = k.lanes * k.vecs, all = range.out1 - range.out0;
-  // Few rows: a short pass over all outputs after another, so that weight rows are read along their length.
-  const bool thin = rows <= choice.blocking.thin_rows && depth > choice.blocking.thin_depth;
-  const int64_t pass = thin ? choice.blocking.thin_depth : min64(choice.blocking.depth, depth);
-  const int64_t ldc = thin ? round_up(all, widest) : widest;
-  const PanelPass panel(k, op, range, pass, arena);
-  char* c = static_cast<char*>(arena.take(rows * ldc * acc));
-  const auto finish = [&](const char* from, int64_t out, int64_t width) {
-    for (int64_t i = 0; i < rows; ++i) epilogue(range.row0 + i, from + i * ldc * acc, out, width);
-  };
-
-  if (thin) {
-    for (int64_t p = 0; p < depth; p += pass)
-      for (int64_t out = 0; out < all; out += widest)
-        panel.run(range.out0 + out, min64(widest, all - out), p, min64(pass, depth - p), {range.out0 + out, p + pass},
-                  c + out * acc, ldc, arena);
-    for (int64_t out = 0; out < all; out += widest)
-      finish(c + out * acc, range.out0 + out, min64(widest, all - out));
-    return;
-  }
+  const int64_t rows = range.row1 - range.row0, depth = op.w.cols, widest = k.lanes * k.vecs;
+  const int64_t pass = min64(choice.blocking.depth, depth);
+  PanelPass panel(k, op, range, pass, widest, arena);
+  char* c = static_cast<char*>(arena.take(rows * widest * accumulator_size(k)));
   for (int64_t out = range.out0; out < range.out1; out += widest) {
     const int64_t width = min64(widest, range.out1 - out);
-    for (int64_t p = 0; p < depth; p += pass)
-      panel.run(out, width, p, min64(pass, depth - p), {out + widest, p}, c, ldc, arena);
-    finish(c, out, width);
+    for (int64_t p = 0; p < depth; p += pass) {
+      panel.pack(out, width, p, min64(pass, depth - p), arena);
+      panel.multiply(0, width, {out + widest, widest, p, p + pass}, c, widest);
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      epilogue(range.row0 + i, c + i * widest * accumulator_size(k), out, width);
   }
+}
+
+// The same for few rows, where memory is the limit: short passes over all outputs read the weights from end to end.
+// C: [rows][outputs].
+void thin_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
+                            const TokenSums* sums, Arena& arena) {
+  Arena::Scope scope(arena);
+  const Kernels& k = *choice.kernels;
+  const Epilogue epilogue(choice, op, range, sums, arena);
+  const int64_t rows = range.row1 - range.row0, depth = op.w.cols, widest = k.lanes * k.vecs;
+  const int64_t all = range.out1 - range.out0, panels = ceil_div(all, widest), ldc = round_up(all, widest);
+  const int64_t pass = min64(choice.blocking.thin_depth, depth), acc = accumulator_size(k);
+  PanelPass panel(k, op, range, pass, all, arena);
+  char* c = static_cast<char*>(arena.take(rows * ldc * acc));
+  for (int64_t p = 0; p < depth; p += pass) {
+    panel.pack(range.out0, all, p, min64(pass, depth - p), arena);
+    for (int64_t j = 0; j < panels; ++j)
+      panel.multiply(j * widest, min64(widest, all - j * widest),
+                     {range.out0, all, p + pass + j * pass / panels, p + pass + (j + 1) * pass / panels},
+                     c + j * widest * acc, ldc);
+  }
+  for (int64_t j = 0; j < panels; ++j)
+    for (int64_t i = 0; i < rows; ++i)
+      epilogue(range.row0 + i, c + (i * ldc + j * widest) * acc, range.out0 + j * widest,
+               min64(widest, all - j * widest));
 }
 
 }  // namespace moelora

@@ -28,6 +28,10 @@ void dot_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
 void panel_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
                              const TokenSums* sums, Arena& arena);
 
+// As above, for few rows.
+void thin_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
+                            const TokenSums* sums, Arena& arena);
+
 // Outputs per accumulator block; also the width of one part of ⟨row, dot⟩.
 int64_t segment_width(const KernelChoice& choice, const GroupedLinear& op);
 bool uses_row_orientation(const GroupedLinear& op);

@@ -43,7 +43,8 @@ void pack_lanes(const moelora::PackArgs& args) {
   }
 }
 
-constexpr int64_t kFetchAhead = 16;  // rows
+constexpr int64_t kFetchAhead = 16;   // rows
+constexpr int64_t kFetchBytes = 512;  // longer rows are streams that the processor follows by itself
 
 // panel: [ceil(n_rows / pack)][panel_lanes][pack] from rows [n_rows][n]
 template <class P, class T>
@@ -52,7 +53,8 @@ void pack_depth(const moelora::PackArgs& args) {
   auto* panel = static_cast<typename P::elem*>(args.panel);
   const int64_t line = args.panel_lanes * P::pack;
   T buffer_a[kLanes], buffer_b[kLanes];
-  const int64_t run = args.stride == 1 ? args.n * static_cast<int64_t>(sizeof(T)) : 0;
+  const int64_t row_bytes = args.n * static_cast<int64_t>(sizeof(T));
+  const int64_t run = args.stride == 1 && row_bytes <= kFetchBytes ? row_bytes : 0;
   for (int64_t p = 0; p < args.n_rows; p += P::pack, panel += line) {
     // Rows may be anywhere, and a panel takes too little of each for the processor to see it coming.
     for (int64_t q = p + kFetchAhead; q < p + kFetchAhead + P::pack && q < args.n_rows; ++q)
