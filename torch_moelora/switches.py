@@ -7,8 +7,10 @@ them.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,17 @@ def read(environ: Mapping[str, str]) -> Switches:
             "MOELORA_BACKEND=triton must come with TRITON_INTERPRET=1, got TRITON_INTERPRET unset"
         )
     return Switches(backend, flags["MOELORA_AUTOTUNE"], flags["TRITON_INTERPRET"])
+
+
+def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where this user's caches live on this platform; ours is a folder in it."""
+    if sys.platform == "win32":
+        base = environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "torch_moelora"
 
 
 SWITCHES = read(os.environ)

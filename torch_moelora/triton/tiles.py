@@ -1,0 +1,300 @@
+"""The grouped GEMM that the forward, dX and both rank-sized products share, and what else several operators
+need: how rows are found, how a row tile is placed, sums of partial results in a fixed order.
+
+Words: a *position* is a row's place in grouped order, its *slot* the place in slot order, its *token*
+slot // top_k. `ROWS` says by which of the three a tensor is indexed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import configs
+from .route import Routing, Tiles
+
+
+class Rows(NamedTuple):
+    """A 2-D tensor of rows, any strides, and what finds a row in it: "position", "slot" or "token"."""
+
+    tensor: Tensor
+    by: str
+
+
+def rows_of_x(x: Tensor, x_grouped: bool) -> Rows:
+    return Rows(x, "position" if x_grouped else "token")
+
+
+def rows_of_dy(dy: Tensor, gates: Tensor | None, y_grouped: bool) -> Rows:
+    return Rows(dy, "token" if gates is not None else "position" if y_grouped else "slot")
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums of products of `dtype` are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@triton.jit
+def slots_of(slots, position, last, S):
+    """Slots of the rows at `position` and which of them are real: before `last`, and pointing into S rows.
+
+    The slot of a row that is not real is some slot all the same, so that it can be read without a mask.
+    """
+    slot = tl.load(slots + tl.minimum(position, last - 1))
+    real = (position < last) & (slot >= 0) & (slot < S)
+    return tl.where((slot >= 0) & (slot < S), slot, 0).to(tl.int32), real
+
+
+@triton.jit
+def row_of(position, last, slot, top_k, ROWS: tl.constexpr):
+    """Row index, int64: times a stride it passes 2³¹."""
+    if ROWS == "position":
+        row = tl.minimum(position, last - 1)
+    elif ROWS == "slot":
+        row = slot
+    else:
+        row = slot // top_k
+    return row.to(tl.int64)
+
+
+@triton.jit
+def finish(
+    acc, n, expert, y_row, o_row, real, gate, y, bias, other, scale, N, bias_e, bias_n, other_m, other_n,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """Accumulators [BM, BN] of columns `n` → y. Returns ⟨row, other⟩ [BM], before scale, bias and gate."""
+    n_at = n.to(tl.int64)  # int64: N·stride
+    read = n < tl.where(expert < 0, 0, N)  # nothing for the rows of sentinels
+    product = tl.zeros((acc.shape[0],), dtype=acc.dtype)
+    if other is not None:
+        other_at = other + o_row[:, None] * other_m + n_at[None, :] * other_n
+        other_tile = tl.load(other_at, mask=real[:, None] & read[None, :], other=0.0)  # [BM, BN]
+        product += tl.sum(acc * other_tile.to(acc.dtype), axis=1)
+    if SCALED:
+        acc *= tl.full((), scale, acc.dtype)
+    if bias is not None:
+        bias_at = bias + tl.maximum(expert, 0).to(tl.int64) * bias_e + n_at * bias_n  # int64: E·stride
+        acc += tl.load(bias_at, mask=read, other=0.0).to(acc.dtype)[None, :]
+    if gate is not None:
+        acc *= gate.to(acc.dtype)[:, None]
+    stored = real[:, None] & (n < N)[None, :]  # [BM, BN]
+    tl.store(y + y_row[:, None] * N + n_at[None, :], acc.to(y.dtype.element_ty), mask=stored)
+    return product
+
+
+@triton.jit(do_not_specialize=["S", "E", "bound", "top_k"])
+def grouped_gemm(
+    x, w, y, xa, b, bias, gates, other, partial, slots, tiles, starts,
+    S, E, K, N, R, bound, top_k, scale: "fp64",  # noqa: F821, UP037
+    x_m, x_k, w_e, w_n, w_k, b_e, b_n, b_r, bias_e, bias_n, other_m, other_n,
+    X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, OTHER_ROWS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Grid: (programs,); each takes every programs-th tile of [row tile, column block].
+
+    y[row] = gate · (scale·(x[row] · w[e]ᵀ + xa[row] · b[e]ᵀ) + bias[e]); rows of sentinels are zero.
+    scale counts where SCALED: the rank-sized products, which leave their accumulators scaled.
+
+    x       [rows by X_ROWS, K]
+    w       [E, N, K], or a descriptor of it: DESCRIPTOR "NK" as it is, "KN" of its transpose, "" a pointer
+    y       [S by Y_ROWS, N] contiguous
+    xa      [S by position, R] contiguous, or None
+    b       [E, N, R], or None
+    bias    [E, N], or None
+    gates   [S by slot], or None
+    other   [rows by OTHER_ROWS, N], or None: partial gets ⟨row before its gate and bias, other⟩ per block
+    partial [cdiv(N, BLOCK_N), S by slot], or None
+    slots   [S]; tiles [3, bound] and starts [E + 2] as list_tiles writes them
+    """
+    ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    step = tl.cast(BLOCK_K, tl.int64)  # int64: K·stride
+    tiles_m = tl.load(starts + E + 1)
+    # int32 will do: a tile is BLOCK_M·BLOCK_N elements of y, which is in memory.
+    for index in range(tl.program_id(0), tiles_m * blocks_n, tl.num_programs(0)):
+        # GROUP_M row tiles side by side, then the next column block: they share w[e] in L2.
+        group = index // (GROUP_M * blocks_n)
+        height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+        within = index - group * GROUP_M * blocks_n
+        tile = group * GROUP_M + within % height
+        block_n = within // height
+
+        expert = tl.load(tiles + tile)
+        # 0 for the rows of sentinels, of which nothing is read or multiplied.
+        steps_k, steps_r = tl.where(expert < 0, 0, K), tl.where(expert < 0, 0, R)
+        last = tl.load(tiles + 2 * bound + tile)
+        position = tl.load(tiles + bound + tile) + tl.arange(0, BLOCK_M)
+        slot, real = slots_of(slots, position, last, S)
+        n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        # Columns past the end wrap around: read without a mask, never stored. A minimum would hide from the
+        # compiler that they are contiguous.
+        n_read = (n % N).to(tl.int64)  # int64: N·stride
+        e_read = tl.maximum(expert, 0).to(tl.int64)  # int64: E·N·K
+        k = tl.arange(0, BLOCK_K)
+        x_row = row_of(position, last, slot, top_k, X_ROWS)
+        x_at = x + x_row[:, None] * x_m + k[None, :].to(tl.int64) * x_k  # int64: K·stride
+        if DESCRIPTOR == "":
+            w_at = w + e_read * w_e + n_read[None, :] * w_n + k[:, None].to(tl.int64) * w_k  # as above
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+        for done in range(0, steps_k, BLOCK_K):
+            if WHOLE_K:  # noqa: SIM108
+                x_tile = tl.load(x_at)  # [BM, BK]
+            else:
+                x_tile = tl.load(x_at, mask=k[None, :] < K - done, other=0.0)  # [BM, BK]
+            if DESCRIPTOR == "NK":
+                w_tile = w.load([expert, block_n * BLOCK_N, done]).reshape(BLOCK_N, BLOCK_K).T  # [BK, BN]
+            elif DESCRIPTOR == "KN":
+                w_tile = w.load([expert, done, block_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)  # [BK, BN]
+            elif WHOLE_K:
+                w_tile = tl.load(w_at)  # [BK, BN]
+            else:
+                w_tile = tl.load(w_at, mask=k[:, None] < K - done, other=0.0)  # [BK, BN]
+            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+            x_at += step * x_k
+            if DESCRIPTOR == "":
+                w_at += step * w_k
+        if xa is not None:
+            for done in tl.range(0, steps_r, BLOCK_R, num_stages=1):
+                r = done + tl.arange(0, BLOCK_R)
+                # int64: S·R, and E·N·R
+                xa_at = xa + tl.minimum(position, last - 1)[:, None].to(tl.int64) * R + r[None, :]
+                b_at = b + e_read * b_e + n_read[None, :] * b_n + r[:, None].to(tl.int64) * b_r
+                if WHOLE_R:
+                    xa_tile, b_tile = tl.load(xa_at), tl.load(b_at)  # [BM, BR], [BR, BN]
+                else:
+                    xa_tile = tl.load(xa_at, mask=r[None, :] < R, other=0.0)  # [BM, BR]
+                    b_tile = tl.load(b_at, mask=r[:, None] < R, other=0.0)  # [BR, BN]
+                acc = tl.dot(xa_tile, b_tile, acc, input_precision=PRECISION)
+
+        # Half the columns at a time: what follows needs addresses and operands beside the accumulators.
+        left, right = tl.split(acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+        n = block_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        y_row = row_of(position, last, slot, top_k, Y_ROWS)
+        o_row = row_of(position, last, slot, top_k, OTHER_ROWS)
+        gate = None
+        if gates is not None:
+            # A sentinel's gate may hold anything; its row is zero.
+            gate = tl.load(gates + slot, mask=real & (position < tl.where(expert < 0, 0, last)), other=0.0)
+        product = finish(
+            left, n, expert, y_row, o_row, real, gate, y, bias, other, scale,
+            N, bias_e, bias_n, other_m, other_n, SCALED,
+        )  # fmt: skip
+        product += finish(
+            right, n + BLOCK_N // 2, expert, y_row, o_row, real, gate, y, bias, other, scale,
+            N, bias_e, bias_n, other_m, other_n, SCALED,
+        )  # fmt: skip
+        if partial is not None:
+            tl.store(partial + block_n.to(tl.int64) * S + slot, product, mask=real)  # int64: blocks·S
+
+
+@triton.jit(do_not_specialize=["rows", "top_k"])
+def sum_slots(parts, out, rows, top_k, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Grid: (cdiv(rows, BLOCK_M) · cdiv(N, BLOCK_N),). A token's rows, summed in slot order.
+
+    parts [rows · top_k, N] contiguous
+    out   [rows, N] contiguous
+    """
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    m = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    kept = (m < rows)[:, None] & (n < N)[None, :]
+    m = m.to(tl.int64)  # int64: S·N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=parts.dtype.element_ty)
+    for j in tl.range(0, top_k, loop_unroll_factor=4):
+        acc += tl.load(parts + (m * top_k + j)[:, None] * N + n[None, :], mask=kept, other=0.0)  # [BM, BN]
+    tl.store(out + m[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit(do_not_specialize=["E", "blocks"])
+def sum_chunks(parts, starts, out, size, blocks, BLOCK: tl.constexpr):
+    """Grid: (E · blocks,). An expert's chunks, summed in row order; zeros for an expert without any.
+
+    parts  [chunks, size] contiguous
+    starts [E + 2]: number of chunks before each expert
+    out    [E, size] contiguous; blocks = cdiv(size, BLOCK)
+    """
+    expert = tl.program_id(0) // blocks
+    i = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), dtype=parts.dtype.element_ty)
+    wide = tl.cast(size, tl.int64)  # int64: chunks·size
+    for chunk in range(tl.load(starts + expert), tl.load(starts + expert + 1)):
+        acc += tl.load(parts + chunk * wide + i, mask=i < size, other=0.0)
+    tl.store(out + expert * wide + i, acc.to(out.dtype.element_ty), mask=i < size)
+
+
+def describe(w: Tensor, config: configs.Gemm) -> tuple[str, Tensor | TensorDescriptor]:
+    """DESCRIPTOR and w as `grouped_gemm` takes them: a descriptor where the configuration asks for one and
+    the copy engine can follow the strides.
+    """
+    for kind, t in (("NK", w), ("KN", w.transpose(1, 2))):
+        aligned = t.data_ptr() % 16 == 0 and all(s > 0 and s * t.itemsize % 16 == 0 for s in t.stride()[:2])
+        if config.descriptor and aligned and t.stride(2) == 1:
+            block = (config.block_n, config.block_k) if kind == "NK" else (config.block_k, config.block_n)
+            return kind, TensorDescriptor.from_tensor(t, [1, *block])
+    return "", w
+
+
+def gemm(
+    x: Rows, w: Tensor, y: Rows, routing: Routing, tiles: Tiles, config: configs.Gemm, *,
+    scale: float | None = None, xa: Tensor | None = None, b: Tensor | None = None, bias: Tensor | None = None,
+    gates: Tensor | None = None, other: Rows | None = None, partial: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launches `grouped_gemm`, which has the shapes; w is [E, N, K]."""
+    experts, n, k = w.shape
+    rank = 0 if b is None else b.shape[2]
+    block_r = configs.bucket(rank, 16, 64)
+    programs = configs.machine(w.device).processors * config.per_sm
+    descriptor, w_in = describe(w, config)
+    none = (None,) * 3
+    grouped_gemm[(min(programs, tiles.bound * triton.cdiv(n, config.block_n)),)](
+        x.tensor, w_in, y.tensor, xa, b, bias, gates, other and other.tensor, partial,
+        routing.slots, tiles.map, tiles.starts,
+        routing.rows, experts, k, n, rank, tiles.bound, routing.top_k, 1.0 if scale is None else scale,
+        *x.tensor.stride(), *w.stride(), *(none if b is None else b.stride()),
+        *(none[:2] if bias is None else bias.stride()),
+        *(none[:2] if other is None else other.tensor.stride()),
+        X_ROWS=x.by, Y_ROWS=y.by, OTHER_ROWS=other.by if other else "",
+        DESCRIPTOR=descriptor, PRECISION=configs.precision(w.dtype),
+        WHOLE_K=k % config.block_k == 0, WHOLE_R=rank % block_r == 0,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r,
+        GROUP_M=config.group_m, SCALED=scale is not None,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def packed(lora: Tensor, dtype: torch.dtype) -> Tensor:
+    """A LoRA parameter as the matrix units want it: in place if it can be read in whole lines, else a copy.
+
+    PEFT's B has the expert as its fastest dimension: a tile read in place would fetch a line per element,
+    again for every row tile. The copy is rank-sized, and fp32 masters need the rounding anyway.
+    """
+    if lora.dtype == dtype and 1 in lora.stride()[1:]:
+        return lora
+    return torch.empty(lora.shape, dtype=dtype, device=lora.device).copy_(lora)
+
+
+def rank_product(
+    x: Rows, a: Tensor, routing: Routing, tiles: Tiles, scale: float, gates: Tensor | None = None
+) -> Tensor:
+    """scale·gate·(x · a[e]ᵀ) in grouped order: [S, R] in x's dtype, rounded once. a is [E, R, K]."""
+    out = torch.empty((routing.rows, a.shape[1]), dtype=x.tensor.dtype, device=a.device)
+    config = configs.rank_product(configs.machine(a.device), x.tensor.dtype, a.shape[1], tiles.rows)
+    gemm(x, a, Rows(out, "position"), routing, tiles, config, scale=scale, gates=gates)
+    return out
+
+
+def summed(parts: Tensor, rows: int, top_k: int, dtype: torch.dtype) -> Tensor:
+    """parts [rows · top_k, N] by slot → [rows, N] in `dtype`."""
+    n = parts.shape[1]
+    out = torch.empty((rows, n), dtype=dtype, device=parts.device)
+    block_m, block_n = configs.elementwise(configs.machine(parts.device), n)
+    grid = (triton.cdiv(rows, block_m) * triton.cdiv(n, block_n),)
+    sum_slots[grid](parts, out, rows, top_k, n, BLOCK_M=block_m, BLOCK_N=block_n)
+    return out
