@@ -36,8 +36,7 @@ std::string shape_text(const py::array& array) {
   return "[" + s + "]";
 }
 
-Array::Array(const char* name, const py::array& array)
-    : name_(name), array_(array), dtype_(storage_type(name, array)) {
+Array::Array(const char* name, const py::array& array) : name_(name), array_(array), dtype_(storage_type(name, array)) {
   if (reinterpret_cast<uintptr_t>(array.data()) % static_cast<uintptr_t>(size_of(dtype_)) != 0)
     fail("be aligned to its elements");
   for (int64_t i = 0; i < array.ndim(); ++i)
@@ -92,9 +91,7 @@ GluArgs glu_args(const std::string& act, double alpha, std::optional<double> lim
   require(act == "silu" || act == "gelu" || act == "gelu_tanh", "act must be silu, gelu or gelu_tanh, got " + act);
   require(std::isfinite(alpha) && std::isfinite(up_shift), "alpha and up_shift must be finite");
   require(!limit || *limit > 0, "limit must be None or greater than 0");
-  const Activation kind = act == "silu"   ? Activation::silu
-                          : act == "gelu" ? Activation::gelu
-                                          : Activation::gelu_tanh;
+  const Activation kind = act == "silu" ? Activation::silu : act == "gelu" ? Activation::gelu : Activation::gelu_tanh;
   return {kind, alpha, limit.value_or(std::numeric_limits<double>::infinity()), up_shift, interleaved};
 }
 

@@ -1,4 +1,5 @@
-// Checked numpy arrays as the core's views. bf16 is uint16, fp16 float16; strides may be anything unless a check forbids.
+// Checked numpy arrays as the core's views. bf16 is uint16, fp16 float16; strides may be anything unless a check
+// forbids.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -37,9 +38,7 @@ class Array {
   void* mutable_data() const;
 
   Matrix matrix() const { return {data(), dtype_, size(0), size(1), stride(0), stride(1)}; }
-  Experts experts() const {
-    return {data(), dtype_, size(0), size(1), size(2), stride(0), stride(1), stride(2)};
-  }
+  Experts experts() const { return {data(), dtype_, size(0), size(1), size(2), stride(0), stride(1), stride(2)}; }
 
  private:
   const char* name_;
@@ -56,8 +55,8 @@ inline DType accumulator_type(const Kernels& k) { return k.compute == DType::f64
 template <class F>
 F for_storage(F const (&table)[kDTypes], const Kernels& k, const char* name, DType storage) {
   F function = table[static_cast<int>(storage)];
-  require(function != nullptr, std::string(name) + " must have a dtype that " + k.name + " takes, got " +
-                                   name_of(storage));
+  require(function != nullptr,
+          std::string(name) + " must have a dtype that " + k.name + " takes, got " + name_of(storage));
   return function;
 }
 

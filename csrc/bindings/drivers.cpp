@@ -1,4 +1,5 @@
-// The drivers on arrays that the caller provides. Arguments are those of the operators, behind the kernel set and `out`.
+// The drivers on arrays that the caller provides. Arguments are those of the operators, behind the kernel set and
+// `out`.
 #include "driver/drivers.h"
 
 #include <limits>
@@ -118,8 +119,8 @@ struct Problem {
 
 void forward_arrays(const KernelChoice& choice, const py::array& out, const py::array& x, const py::array& weight,
                     const py::array& slots, const py::array& offsets, int64_t top_k, const OptionalArray& lora_a,
-                    const OptionalArray& lora_b, double scaling, const OptionalArray& bias,
-                    const OptionalArray& gates, bool x_grouped, bool y_grouped, int64_t threads) {
+                    const OptionalArray& lora_b, double scaling, const OptionalArray& bias, const OptionalArray& gates,
+                    bool x_grouped, bool y_grouped, int64_t threads) {
   const Problem p(choice, slots, offsets, top_k, gates, x_grouped, y_grouped);
   const DType t = p.operand("x", x).dtype();
   const Experts w = p.weight(weight, t);
@@ -188,8 +189,8 @@ void lora_gradient_arrays(const KernelChoice& choice, const py::array& out_a, co
 }
 
 void weight_gradient_arrays(const KernelChoice& choice, const py::array& out, const py::array& dy, const py::array& x,
-                            const py::array& slots, const py::array& offsets, int64_t top_k,
-                            const OptionalArray& gates, bool x_grouped, bool y_grouped, int64_t threads) {
+                            const py::array& slots, const py::array& offsets, int64_t top_k, const OptionalArray& gates,
+                            bool x_grouped, bool y_grouped, int64_t threads) {
   const Problem p(choice, slots, offsets, top_k, gates, x_grouped, y_grouped);
   const RowsIn grad = p.rows("dy", dy, p.y_order, -1), rows = p.rows("x", x, p.x_order, -1);
   const Array dw("out", out);
@@ -198,9 +199,9 @@ void weight_gradient_arrays(const KernelChoice& choice, const py::array& out, co
                   runtime(threads));
 }
 
-void bias_gradient_arrays(const KernelChoice& choice, const py::array& out, const py::array& dy,
-                          const py::array& slots, const py::array& offsets, int64_t top_k,
-                          const OptionalArray& gates, bool y_grouped, int64_t threads) {
+void bias_gradient_arrays(const KernelChoice& choice, const py::array& out, const py::array& dy, const py::array& slots,
+                          const py::array& offsets, int64_t top_k, const OptionalArray& gates, bool y_grouped,
+                          int64_t threads) {
   const Problem p(choice, slots, offsets, top_k, gates, false, y_grouped);
   const RowsIn grad = p.rows("dy", dy, p.y_order, -1);
   const Array dbias("out", out);
@@ -257,8 +258,8 @@ void bind_drivers(py::module_& m) {
   m.def("input_gradient", input_gradient_arrays, "kernels"_a, "out"_a, "out_gates"_a.none(true), "dy"_a, "weight"_a,
         "slots"_a, "offsets"_a, "top_k"_a, "lora_a"_a = none, "lora_b"_a = none, "scaling"_a = 1.0, "bias"_a = none,
         "gates"_a = none, "x"_a = none, "x_grouped"_a = false, "y_grouped"_a = false, py::kw_only(), "threads"_a = 1);
-  m.def("lora_gradient", lora_gradient_arrays, "kernels"_a, "out_a"_a, "out_b"_a, "dy"_a, "x"_a, "slots"_a,
-        "offsets"_a, "top_k"_a, "lora_a"_a, "lora_b"_a, "scaling"_a = 1.0, "gates"_a = none, "x_grouped"_a = false,
+  m.def("lora_gradient", lora_gradient_arrays, "kernels"_a, "out_a"_a, "out_b"_a, "dy"_a, "x"_a, "slots"_a, "offsets"_a,
+        "top_k"_a, "lora_a"_a, "lora_b"_a, "scaling"_a = 1.0, "gates"_a = none, "x_grouped"_a = false,
         "y_grouped"_a = false, py::kw_only(), "threads"_a = 1);
   m.def("weight_gradient", weight_gradient_arrays, "kernels"_a, "out"_a, "dy"_a, "x"_a, "slots"_a, "offsets"_a,
         "top_k"_a, "gates"_a = none, "x_grouped"_a = false, "y_grouped"_a = false, py::kw_only(), "threads"_a = 1);

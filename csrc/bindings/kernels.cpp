@@ -9,10 +9,14 @@ namespace moelora {
 namespace {
 
 constexpr std::pair<const char*, int64_t Blocking::*> kBlocking[] = {
-    {"row_chunk", &Blocking::row_chunk},     {"segment", &Blocking::segment},
-    {"depth", &Blocking::depth},             {"outputs", &Blocking::outputs},
-    {"token_chunk", &Blocking::token_chunk}, {"outer_rows", &Blocking::outer_rows},
-    {"outer_cols", &Blocking::outer_cols},   {"outer_depth", &Blocking::outer_depth},
+    {"row_chunk", &Blocking::row_chunk},
+    {"segment", &Blocking::segment},
+    {"depth", &Blocking::depth},
+    {"outputs", &Blocking::outputs},
+    {"token_chunk", &Blocking::token_chunk},
+    {"outer_rows", &Blocking::outer_rows},
+    {"outer_cols", &Blocking::outer_cols},
+    {"outer_depth", &Blocking::outer_depth},
 };
 
 py::dict blocking_of(const KernelChoice& choice) {
@@ -55,8 +59,8 @@ std::vector<int> max_rows_of(const KernelChoice& choice) {
 Array check_panel(const Kernels& k, const py::array& panel, int64_t depth) {
   const Array a("panel", panel);
   a.dtype(k.compute).shape({ceil_div(depth, k.pack), -1, k.pack}).contiguous();
-  require(a.size(1) % k.lane_step() == 0,
-          "panel must have a multiple of " + std::to_string(k.lane_step()) + " lanes, got " + std::to_string(a.size(1)));
+  require(a.size(1) % k.lane_step() == 0, "panel must have a multiple of " + std::to_string(k.lane_step()) +
+                                              " lanes, got " + std::to_string(a.size(1)));
   return a;
 }
 
@@ -147,15 +151,14 @@ void convert(const KernelChoice& choice, const py::array& dst, const py::array& 
 }
 
 // dst: [n, rows] = (scale · source[:, first : first + n])ᵀ, scale: [rows]
-void transpose_in(const KernelChoice& choice, const py::array& dst, const py::array& source,
-                  const OptionalArray& scale, int64_t first, std::optional<int64_t> n) {
+void transpose_in(const KernelChoice& choice, const py::array& dst, const py::array& source, const OptionalArray& scale,
+                  int64_t first, std::optional<int64_t> n) {
   const Kernels& k = *choice.kernels;
   const Array to("dst", dst), from("source", source);
   const Source s = source_rows(from, first, n);
   to.shape({s.args.n, s.args.n_rows}).dtype(k.compute).unit_columns();
   const void* factors = nullptr;
-  if (scale)
-    factors = Array("scale", *scale).dtype(accumulator_type(k)).shape({s.args.n_rows}).unit_columns().data();
+  if (scale) factors = Array("scale", *scale).dtype(accumulator_type(k)).shape({s.args.n_rows}).unit_columns().data();
   for_storage(k.transpose_in, k, "source", from.dtype())(to.mutable_data(), to.stride(0), s.args, factors);
 }
 
@@ -252,15 +255,14 @@ void bind_kernels(py::module_& m) {
       .def("pack_lanes", pack_lanes, "panel"_a, "source"_a, "first"_a = 0, "n"_a = py::none())
       .def("pack_depth", pack_depth, "panel"_a, "source"_a, "first"_a = 0, "n"_a = py::none())
       .def("convert", convert, "dst"_a, "source"_a)
-      .def("transpose_in", transpose_in, "dst"_a, "source"_a, "scale"_a = py::none(), "first"_a = 0,
-           "n"_a = py::none())
+      .def("transpose_in", transpose_in, "dst"_a, "source"_a, "scale"_a = py::none(), "first"_a = 0, "n"_a = py::none())
       .def("transpose", transpose, "dst"_a, "source"_a)
       .def("store", store, "dst"_a, "c"_a, "bias"_a = py::none(), "scale"_a = 1.0)
       .def("add", add, "acc"_a, "c"_a, "bias"_a = py::none(), "scale"_a = 1.0)
       .def("add_row", add_row, "acc"_a, "source"_a, "scale"_a = 1.0)
       .def("dot", dot, "c"_a, "x"_a)
-      .def("glu", glu_row, "y"_a, "h"_a, "act"_a = "silu", "alpha"_a = 1.0, "limit"_a = py::none(),
-           "up_shift"_a = 0.0, "interleaved"_a = false)
+      .def("glu", glu_row, "y"_a, "h"_a, "act"_a = "silu", "alpha"_a = 1.0, "limit"_a = py::none(), "up_shift"_a = 0.0,
+           "interleaved"_a = false)
       .def("glu_backward", glu_backward_row, "dh"_a, "dy"_a, "h"_a, "act"_a = "silu", "alpha"_a = 1.0,
            "limit"_a = py::none(), "up_shift"_a = 0.0, "interleaved"_a = false);
   m.def("kernel_sets", usable_kernels, "Every kernel set that this machine can run, best first.");

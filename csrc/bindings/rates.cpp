@@ -63,7 +63,9 @@ std::shared_ptr<char> operand(const Kernels& k, int64_t count) {
     const float value = normal(random);
     const double wide = value;
     const bf16_t narrow = to_bf16(value);
-    const void* from = size == 8 ? static_cast<const void*>(&wide) : size == 4 ? static_cast<const void*>(&value) : &narrow;
+    const void* from = size == 8   ? static_cast<const void*>(&wide)
+                       : size == 4 ? static_cast<const void*>(&value)
+                                   : &narrow;
     std::memcpy(p + i * size, from, static_cast<size_t>(size));
   }
   return {p, AlignedFree{}};
@@ -80,8 +82,8 @@ double measure_dot_rate(const std::string& dtype, int threads, double seconds) {
     auto l = operand(k, rows * kDepth), r = operand(k, lanes * kDepth);
     auto c = operand(k, rows * lanes * 2);
     return [=, &k] {
-      const TileArgs args{{{l.get(), kDepth * size, r.get(), kDepth}, {}}, 1, rows, k.vecs, false, lanes, c.get(),
-                          lanes, false, {}};
+      const TileArgs args{
+          {{l.get(), kDepth * size, r.get(), kDepth}, {}}, 1, rows, k.vecs, false, lanes, c.get(), lanes, false, {}};
       for (int i = 0; i < 1000; ++i) k.tile(args);
       return 2000.0 * rows * static_cast<double>(lanes) * kDepth;
     };

@@ -19,9 +19,7 @@ struct f16_t {
   uint16_t bits;
 };
 
-static inline constexpr int64_t size_of(DType t) {
-  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2;
-}
+static inline constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
 static inline const char* name_of(DType t) {
   switch (t) {

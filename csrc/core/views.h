@@ -28,12 +28,10 @@ struct Experts {
   int64_t expert_stride = 0, row_stride = 0, col_stride = 0;
 
   Matrix operator[](int64_t e) const {
-    return {static_cast<const char*>(data) + e * expert_stride * size_of(dtype), dtype, rows, cols,
-            row_stride, col_stride};
+    return {
+        static_cast<const char*>(data) + e * expert_stride * size_of(dtype), dtype, rows, cols, row_stride, col_stride};
   }
-  Experts transposed() const {
-    return {data, dtype, experts, cols, rows, expert_stride, col_stride, row_stride};
-  }
+  Experts transposed() const { return {data, dtype, experts, cols, rows, expert_stride, col_stride, row_stride}; }
 };
 
 // Which row of a tensor belongs to a position of the grouped order.

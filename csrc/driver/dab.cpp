@@ -23,18 +23,24 @@ void lora_gradient(const KernelChoice& choice, const LoraGradient& op, const Run
   const Experts a = compact_lora(choice, op.lora.a, routing, arena, runtime);
   const Experts b = compact_lora(choice, op.lora.b, routing, arena, runtime);
   const auto project = [&](const RowsIn& rows, const Experts& to_rank) {
-    run_projection(choice,
-                   {.routing = &routing, .x = rows, .a = to_rank, .gates = op.gates, .scale = op.lora.scaling},
+    run_projection(choice, {.routing = &routing, .x = rows, .a = to_rank, .gates = op.gates, .scale = op.lora.scaling},
                    rank_space, runtime);
     return rank_rows(choice, routing, rank_space, rank);
   };
   run_grouped_outer(choice,
-                    {.routing = &routing, .left = project(op.dy, b.transposed()), .right = op.x,
-                     .out = op.da, .out_dtype = op.lora.a.dtype},
+                    {.routing = &routing,
+                     .left = project(op.dy, b.transposed()),
+                     .right = op.x,
+                     .out = op.da,
+                     .out_dtype = op.lora.a.dtype},
                     runtime);
   run_grouped_outer(choice,
-                    {.routing = &routing, .left = project(op.x, a), .right = op.dy, .out = op.db,
-                     .out_dtype = op.lora.b.dtype, .transposed = true},
+                    {.routing = &routing,
+                     .left = project(op.x, a),
+                     .right = op.dy,
+                     .out = op.db,
+                     .out_dtype = op.lora.b.dtype,
+                     .transposed = true},
                     runtime);
 }
 

@@ -26,8 +26,8 @@ void bias_gradient(const KernelChoice& choice, const BiasGradient& op, const Run
       }
       k.add(total, run, nullptr, 1.0, n);
     }
-    k.store[static_cast<int>(dy.dtype)](static_cast<char*>(op.dbias) + (e * dy.cols + first) * size_of(dy.dtype),
-                                        total, nullptr, 1.0, n);
+    k.store[static_cast<int>(dy.dtype)](static_cast<char*>(op.dbias) + (e * dy.cols + first) * size_of(dy.dtype), total,
+                                        nullptr, 1.0, n);
   });
 }
 

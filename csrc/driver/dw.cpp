@@ -5,7 +5,11 @@ namespace moelora {
 
 void weight_gradient(const KernelChoice& choice, const WeightGradient& op, const Runtime& runtime) {
   run_grouped_outer(choice,
-                    {.routing = &op.routing, .left = op.dy, .right = op.x, .gates = op.gates, .out = op.dw,
+                    {.routing = &op.routing,
+                     .left = op.dy,
+                     .right = op.x,
+                     .gates = op.gates,
+                     .out = op.dw,
                      .out_dtype = op.x.matrix.dtype},
                     runtime);
 }

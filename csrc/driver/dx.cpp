@@ -48,14 +48,20 @@ void sum_gate_gradient(const KernelChoice& choice, const InputGradient& op, cons
 void input_gradient(const KernelChoice& choice, const InputGradient& op, const Runtime& runtime) {
   Arena& arena = runtime.arena();
   Arena::Scope scope(arena);
-  GroupedLinear linear{.routing = &op.routing, .x = op.dy, .w = op.weight.transposed(), .u = nullptr, .b = {},
-                       .bias = {}, .gates = op.gates, .out = op.dx, .out_dtype = op.dy.matrix.dtype,
+  GroupedLinear linear{.routing = &op.routing,
+                       .x = op.dy,
+                       .w = op.weight.transposed(),
+                       .u = nullptr,
+                       .b = {},
+                       .bias = {},
+                       .gates = op.gates,
+                       .out = op.dx,
+                       .out_dtype = op.dy.matrix.dtype,
                        .out_order = op.dx_order};
   if (op.lora.present()) {
     const Experts b = compact_lora(choice, op.lora.b, op.routing, arena, runtime);
     void* v = arena.take(op.routing.slots * op.lora.a.rows * size_of(choice.kernels->compute));
-    const Projection project{.routing = &op.routing, .x = op.dy, .a = b.transposed(),
-                             .scale = op.lora.scaling};
+    const Projection project{.routing = &op.routing, .x = op.dy, .a = b.transposed(), .scale = op.lora.scaling};
     run_projection(choice, project, v, runtime);
     linear.u = v;
     linear.b = compact_lora(choice, op.lora.a, op.routing, arena, runtime).transposed();

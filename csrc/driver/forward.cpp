@@ -8,8 +8,16 @@ namespace moelora {
 void forward(const KernelChoice& choice, const Forward& op, const Runtime& runtime) {
   Arena& arena = runtime.arena();
   Arena::Scope scope(arena);
-  GroupedLinear linear{.routing = &op.routing, .x = op.x, .w = op.weight, .u = nullptr, .b = {}, .bias = op.bias,
-                       .gates = op.gates, .out = op.y, .out_dtype = op.x.matrix.dtype, .out_order = op.y_order};
+  GroupedLinear linear{.routing = &op.routing,
+                       .x = op.x,
+                       .w = op.weight,
+                       .u = nullptr,
+                       .b = {},
+                       .bias = op.bias,
+                       .gates = op.gates,
+                       .out = op.y,
+                       .out_dtype = op.x.matrix.dtype,
+                       .out_order = op.y_order};
   if (op.lora.present()) {
     const Experts a = compact_lora(choice, op.lora.a, op.routing, arena, runtime);
     void* u = arena.take(op.routing.slots * op.lora.a.rows * size_of(choice.kernels->compute));

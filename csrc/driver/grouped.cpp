@@ -56,9 +56,8 @@ void run_apart(const KernelChoice& choice, const GroupedLinear& op, const Runtim
   const auto cost = [](const BlockRange& r) { return (r.row1 - r.row0 + 8) * (r.out1 - r.out0); };
   std::stable_sort(tasks.begin(), tasks.end(),
                    [&](const BlockRange& a, const BlockRange& b) { return cost(a) > cost(b); });
-  for_each_task(runtime, static_cast<int64_t>(tasks.size()), [&](int64_t i, Arena& arena) {
-    run_block(choice, op, tasks[static_cast<size_t>(i)], nullptr, arena);
-  });
+  for_each_task(runtime, static_cast<int64_t>(tasks.size()),
+                [&](int64_t i, Arena& arena) { run_block(choice, op, tasks[static_cast<size_t>(i)], nullptr, arena); });
   for (int64_t position = routing.routed(); position < routing.slots; ++position) {
     const int64_t bytes = outputs * size_of(op.out_dtype);
     std::memset(static_cast<char*>(op.out) + routing.row(op.out_order, position) * bytes, 0,
@@ -119,8 +118,8 @@ void run_summed(const KernelChoice& choice, const GroupedLinear& op, const Runti
       const int64_t cuts = ceil_div(end - begin, choice.blocking.row_chunk);
       for (int64_t cut = 0; cut < cuts; ++cut)
         run_block(choice, op,
-                  {e, begin + cut * (end - begin) / cuts, begin + (cut + 1) * (end - begin) / cuts, out0, out1},
-                  &sums, arena);
+                  {e, begin + cut * (end - begin) / cuts, begin + (cut + 1) * (end - begin) / cuts, out0, out1}, &sums,
+                  arena);
     }
     for (int64_t token = token0; token < token1; ++token)
       k.store[static_cast<int>(op.out_dtype)](
@@ -146,8 +145,16 @@ void run_grouped_linear(const KernelChoice& choice, const GroupedLinear& op, con
 }
 
 void run_projection(const KernelChoice& choice, const Projection& op, void* u, const Runtime& runtime) {
-  GroupedLinear linear{.routing = op.routing, .x = op.x, .w = op.a, .u = nullptr, .b = {}, .bias = {},
-                       .gates = op.gates, .scale = op.scale, .out = u, .out_dtype = choice.kernels->compute,
+  GroupedLinear linear{.routing = op.routing,
+                       .x = op.x,
+                       .w = op.a,
+                       .u = nullptr,
+                       .b = {},
+                       .bias = {},
+                       .gates = op.gates,
+                       .scale = op.scale,
+                       .out = u,
+                       .out_dtype = choice.kernels->compute,
                        .out_order = RowOrder::grouped};
   run_grouped_linear(choice, linear, runtime);
 }

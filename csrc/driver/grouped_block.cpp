@@ -18,8 +18,7 @@ class Epilogue {
     const int64_t bytes = n * accumulator_size(k_);
     char* bias = static_cast<char*>(arena.take(bytes));
     std::memset(bias, 0, static_cast<size_t>(bytes));
-    k_.add_row[static_cast<int>(op.bias.dtype)](bias, op.bias.at(range.expert, range.out0), op.bias.col_stride, 1.0,
-                                                n);
+    k_.add_row[static_cast<int>(op.bias.dtype)](bias, op.bias.at(range.expert, range.out0), op.bias.col_stride, 1.0, n);
     bias_ = bias;
     bias_out0_ = range.out0;
   }
@@ -33,8 +32,8 @@ class Epilogue {
     const char* bias = bias_ ? bias_ + (out0 - bias_out0_) * acc : nullptr;
     if (op_.dot) {
       const Matrix& m = op_.dot->matrix;
-      op_.dot_parts[out0 / segment_ * routing.slots + slot] = k_.dot[static_cast<int>(m.dtype)](
-          c, m.at(routing.row(op_.dot->order, position), out0), m.col_stride, width);
+      op_.dot_parts[out0 / segment_ * routing.slots + slot] =
+          k_.dot[static_cast<int>(m.dtype)](c, m.at(routing.row(op_.dot->order, position), out0), m.col_stride, width);
     }
     if (sums_) {
       const int64_t token = slot / routing.top_k - sums_->token0;
@@ -92,7 +91,8 @@ LanePanel* pack_rows(const Kernels& k, const GroupedLinear& op, const BlockRange
     panel.u = static_cast<char*>(arena.take(panel_bytes(k, rank, panel.lanes)));
     k.pack_lanes[static_cast<int>(op.x.matrix.dtype)](
         {x + panel.first, panel.rows, 0, op.w.cols, op.x.matrix.col_stride, panel.x, panel.lanes});
-    if (rank) pack_panel(k, u_matrix(k, op), range.row0 + panel.first, panel.rows, 0, rank, panel.u, panel.lanes, arena);
+    if (rank)
+      pack_panel(k, u_matrix(k, op), range.row0 + panel.first, panel.rows, 0, rank, panel.u, panel.lanes, arena);
   }
   return panels;
 }
@@ -118,8 +118,16 @@ void multiply_panel(const Kernels& k, const Matrix& w, const Matrix& b, const La
     const Segment base{w_rows.data, w_rows.stride, panel.x + p * panel.lanes * size_of(k.compute), steps};
     const Segment lora{b_rows.data, b_rows.stride, panel.u, b.cols};
     const Ahead ahead = fetch ? next_rows(w, out + i, rows, p, steps) : Ahead{};
-    k.tile({{base, lora}, with_lora ? 2 : 1, static_cast<int>(rows), vecs, k.ends_in_half(panel.lanes), panel.lanes,
-            c + i * ldc * accumulator_size(k), ldc, p > 0, ahead});
+    k.tile({{base, lora},
+            with_lora ? 2 : 1,
+            static_cast<int>(rows),
+            vecs,
+            k.ends_in_half(panel.lanes),
+            panel.lanes,
+            c + i * ldc * accumulator_size(k),
+            ldc,
+            p > 0,
+            ahead});
   }
 }
 
@@ -167,8 +175,15 @@ class PanelPass {
       const int64_t row = t * rows_ / tiles, tile_rows = (t + 1) * rows_ / tiles - row;
       const Segment base{x_.at(row, p_ * size_of(k_.compute)), x_.stride, w_panel_ + at, steps_};
       const Segment lora{u_.at(row, 0), u_.stride, b_panel_ + at, b_.cols};
-      k_.tile({{base, lora}, with_lora_ ? 2 : 1, static_cast<int>(tile_rows), k_.vectors(lanes),
-               k_.ends_in_half(lanes), lanes_, c + row * ldc * accumulator_size(k_), ldc, p_ > 0,
+      k_.tile({{base, lora},
+               with_lora_ ? 2 : 1,
+               static_cast<int>(tile_rows),
+               k_.vectors(lanes),
+               k_.ends_in_half(lanes),
+               lanes_,
+               c + row * ldc * accumulator_size(k_),
+               ldc,
+               p_ > 0,
                share(next, t, tiles)});
     }
   }
@@ -180,8 +195,7 @@ class PanelPass {
     if (next.out >= w_.rows || count <= 0 || w_.row_stride != 1) return {};
     const int64_t first = next.p0 + t * count / tiles, last = next.p0 + (t + 1) * count / tiles;
     const int64_t size = size_of(w_.dtype);
-    return {w_.at(next.out, first), w_.col_stride * size, last - first,
-            min64(next.width, w_.rows - next.out) * size};
+    return {w_.at(next.out, first), w_.col_stride * size, last - first, min64(next.width, w_.rows - next.out) * size};
   }
 
   const Kernels& k_;
@@ -255,8 +269,13 @@ void dot_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
           const int64_t first = g * rows / groups, cols = (g + 1) * rows / groups - first;
           const DotSegment base{w_rows.data, w_rows.stride, x.at(first, p * size), x.stride, steps};
           const DotSegment lora{b_rows.data, b_rows.stride, u.at(first, 0), u.stride, rank};
-          k.dot_tile({{base, lora}, with_lora ? 2 : 1, static_cast<int>(tile_rows), static_cast<int>(cols),
-                      c + (first * segment + i) * acc, segment, p > 0,
+          k.dot_tile({{base, lora},
+                      with_lora ? 2 : 1,
+                      static_cast<int>(tile_rows),
+                      static_cast<int>(cols),
+                      c + (first * segment + i) * acc,
+                      segment,
+                      p > 0,
                       g == 0 ? next_rows(w, out + i, tile_rows, p, steps) : Ahead{}});
         }
       }
@@ -281,8 +300,7 @@ void panel_orientation_block(const KernelChoice& choice, const GroupedLinear& op
       panel.pack(out, width, p, min64(pass, depth - p), arena);
       panel.multiply(0, width, {out + widest, widest, p, p + pass}, c, widest);
     }
-    for (int64_t i = 0; i < rows; ++i)
-      epilogue(range.row0 + i, c + i * widest * accumulator_size(k), out, width);
+    for (int64_t i = 0; i < rows; ++i) epilogue(range.row0 + i, c + i * widest * accumulator_size(k), out, width);
   }
 }
 

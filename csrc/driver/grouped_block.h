@@ -12,7 +12,7 @@ struct BlockRange {
 
 // fp32 sums of a token range × output range, for out_order token.
 struct TokenSums {
-  char* sums;       // [tokens][width], accumulator type
+  char* sums;  // [tokens][width], accumulator type
   int64_t token0, width, out0;
 };
 

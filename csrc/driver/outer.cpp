@@ -80,8 +80,16 @@ void outer_block(const KernelChoice& choice, const GroupedOuter& op, const Outer
       const int64_t tallest = k.max_rows[k.vectors(lanes) - 1], l_stride = rows * size_of(k.compute);
       for (int64_t i = 0; i < height; i += tallest) {
         const Segment segment{left + i * l_stride, l_stride, panel, rows};
-        k.tile({{segment, {}}, 1, static_cast<int>(min64(tallest, height - i)), k.vectors(lanes), k.ends_in_half(lanes),
-                lanes, c + (i * pitch + j) * acc, pitch, row0 > begin, {}});
+        k.tile({{segment, {}},
+                1,
+                static_cast<int>(min64(tallest, height - i)),
+                k.vectors(lanes),
+                k.ends_in_half(lanes),
+                lanes,
+                c + (i * pitch + j) * acc,
+                pitch,
+                row0 > begin,
+                {}});
       }
     }
   }
@@ -102,9 +110,8 @@ void run_grouped_outer(const KernelChoice& choice, const GroupedOuter& op, const
   const auto rows = [&](const OuterRange& r) { return routing.end(r.expert) - routing.begin(r.expert); };
   std::stable_sort(tasks.begin(), tasks.end(),
                    [&](const OuterRange& a, const OuterRange& c) { return rows(a) > rows(c); });
-  for_each_task(runtime, static_cast<int64_t>(tasks.size()), [&](int64_t i, Arena& arena) {
-    outer_block(choice, op, tasks[static_cast<size_t>(i)], arena);
-  });
+  for_each_task(runtime, static_cast<int64_t>(tasks.size()),
+                [&](int64_t i, Arena& arena) { outer_block(choice, op, tasks[static_cast<size_t>(i)], arena); });
 }
 
 }  // namespace moelora

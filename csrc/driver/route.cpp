@@ -8,8 +8,8 @@ void flatten_sort_count(const void* expert_idxs, bool is_int64, int64_t stride_t
                         int64_t top_k, int64_t experts, int64_t* sorted_scattered_idxs, int32_t* expert_offsets) {
   const auto bin = [&](int64_t slot) {
     const int64_t at = slot / top_k * stride_token + slot % top_k * stride_k;
-    const int64_t e = is_int64 ? static_cast<const int64_t*>(expert_idxs)[at]
-                               : int64_t{static_cast<const int32_t*>(expert_idxs)[at]};
+    const int64_t e =
+        is_int64 ? static_cast<const int64_t*>(expert_idxs)[at] : int64_t{static_cast<const int32_t*>(expert_idxs)[at]};
     return e >= 0 && e < experts ? e : experts;
   };
   const int64_t slots = tokens * top_k;

@@ -10,9 +10,7 @@ namespace {
 
 std::string text(int64_t v) { return std::to_string(v); }
 
-bool is_half(const Tensor& t) {
-  return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
-}
+bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half; }
 
 std::string dtype_text(ScalarType t) {
   switch (t) {
@@ -63,9 +61,8 @@ CheckedRouting Checker::routing(const Tensor& slots, const Tensor& offsets, int6
   require(s % top_k == 0, [&] {
     return "sorted_scattered_idxs must have a length that is a multiple of top_k=" + text(top_k) + ", got " + text(s);
   });
-  require(s <= std::numeric_limits<int32_t>::max(), [&] {
-    return "sorted_scattered_idxs must have a length of at most 2147483647, got " + text(s);
-  });
+  require(s <= std::numeric_limits<int32_t>::max(),
+          [&] { return "sorted_scattered_idxs must have a length of at most 2147483647, got " + text(s); });
   require(offsets.dim() == 1,
           [&] { return "expert_offsets must be a 1-D tensor [E], got shape " + shape_text(offsets); });
   require(offsets.scalar_type() == ScalarType::Int,
@@ -83,8 +80,8 @@ void Checker::x(const Tensor& x, const Routing& r, bool x_grouped) const {
   });
   const int64_t rows = x_grouped ? r.slots : r.tokens();
   require(x.size(0) == rows, [&] {
-    return "x must have " + text(rows) + (x_grouped ? " rows (S, because x_grouped is True)"
-                                                    : " rows (T, because x_grouped is False)") +
+    return "x must have " + text(rows) +
+           (x_grouped ? " rows (S, because x_grouped is True)" : " rows (T, because x_grouped is False)") +
            ", got shape " + shape_text(x);
   });
 }
@@ -104,15 +101,14 @@ void Checker::dy(const Tensor& dy, const Routing& r, bool gated) const {
 void Checker::floating(const char* name, const Tensor& t) const {
   const ScalarType s = t.scalar_type();
   require(is_half(t) || s == ScalarType::Float || s == ScalarType::Double, [&] {
-    return std::string(name) +
-           " must have dtype torch.bfloat16, torch.float16, torch.float32 or torch.float64, got " + dtype_text(t);
+    return std::string(name) + " must have dtype torch.bfloat16, torch.float16, torch.float32 or torch.float64, got " +
+           dtype_text(t);
   });
 }
 
 void Checker::integer(const char* name, const Tensor& t) const {
-  require(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, [&] {
-    return std::string(name) + " must have dtype torch.int32 or torch.int64, got " + dtype_text(t);
-  });
+  require(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long,
+          [&] { return std::string(name) + " must have dtype torch.int32 or torch.int64, got " + dtype_text(t); });
 }
 
 void Checker::like(const char* name, const Tensor& t, const char* lead_name, const Tensor& lead, bool or_fp32) const {
@@ -148,8 +144,8 @@ void Checker::lora(const OptionalTensor& a, const OptionalTensor& b, const char*
   });
   if (!a) return;
   require(a->dim() == 3 && a->size(0) == e && a->size(2) == k, [&] {
-    return "lora_a must have shape [" + text(e) + ", R, " + text(k) + "] (E=" + text(e) + ", K=" + text(k) +
-           "), got " + shape_text(*a);
+    return "lora_a must have shape [" + text(e) + ", R, " + text(k) + "] (E=" + text(e) + ", K=" + text(k) + "), got " +
+           shape_text(*a);
   });
   const int64_t r = a->size(1);
   require(r >= 1, [&] { return "lora_a must have a rank R of at least 1, got shape " + shape_text(*a); });
@@ -165,8 +161,7 @@ void Checker::finite(const char* name, double value) const {
   require(std::isfinite(value), [&] { return std::string(name) + " must be finite, got " + number_text(value); });
 }
 
-void Checker::bias(const OptionalTensor& bias, const char* lead_name, const Tensor& lead, int64_t e,
-                   int64_t n) const {
+void Checker::bias(const OptionalTensor& bias, const char* lead_name, const Tensor& lead, int64_t e, int64_t n) const {
   if (!bias) return;
   require(bias->dim() == 2 && bias->size(0) == e && bias->size(1) == n, [&] {
     return "bias must have shape [" + text(e) + ", " + text(n) + "] (E=" + text(e) + ", N=" + text(n) + "), got " +
@@ -178,8 +173,7 @@ void Checker::bias(const OptionalTensor& bias, const char* lead_name, const Tens
 void Checker::gates(const OptionalTensor& gates, const char* lead_name, const Tensor& lead, const Routing& r,
                     bool y_grouped) const {
   if (!gates) return;
-  require(!y_grouped,
-          [&] { return "gates must be None when y_grouped is True, got shape " + shape_text(*gates); });
+  require(!y_grouped, [&] { return "gates must be None when y_grouped is True, got shape " + shape_text(*gates); });
   require(gates->dim() == 2 && gates->size(0) == r.tokens() && gates->size(1) == r.top_k, [&] {
     return "gates must have shape [" + text(r.tokens()) + ", " + text(r.top_k) + "] (T=S/top_k, top_k), got " +
            shape_text(*gates);

@@ -1,4 +1,5 @@
-// Argument checks of the CPU operators: the wording and the order of torch_moelora/checks.py. They raise before any work.
+// Argument checks of the CPU operators: the wording and the order of torch_moelora/checks.py. They raise before any
+// work.
 #pragma once
 
 #include <string>

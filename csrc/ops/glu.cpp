@@ -9,9 +9,8 @@ GluArgs check_glu(const Checker& check, const Tensor& h, const std::string& act,
                   std::optional<double> limit, double up_shift, bool interleaved) {
   check.require(h.dim() == 2, [&] { return "h must be a 2-D tensor [rows, 2I], got shape " + shape_text(h); });
   check.floating("h", h);
-  check.require(h.size(1) >= 2 && h.size(1) % 2 == 0, [&] {
-    return "h must have an even number of columns, at least 2, got shape " + shape_text(h);
-  });
+  check.require(h.size(1) >= 2 && h.size(1) % 2 == 0,
+                [&] { return "h must have an even number of columns, at least 2, got shape " + shape_text(h); });
   check.require(act == "silu" || act == "gelu" || act == "gelu_tanh",
                 [&] { return "act must be silu, gelu or gelu_tanh, got " + act; });
   check.finite("alpha", alpha);
@@ -20,9 +19,7 @@ GluArgs check_glu(const Checker& check, const Tensor& h, const std::string& act,
   check.require(!limit || *limit > 0.0,
                 [&] { return "limit must be None or greater than 0, got " + number_text(*limit); });
   check.finite("up_shift", up_shift);
-  const Activation kind = act == "silu"   ? Activation::silu
-                          : act == "gelu" ? Activation::gelu
-                                          : Activation::gelu_tanh;
+  const Activation kind = act == "silu" ? Activation::silu : act == "gelu" ? Activation::gelu : Activation::gelu_tanh;
   return {kind, alpha, limit.value_or(std::numeric_limits<double>::infinity()), up_shift, interleaved};
 }
 
@@ -43,8 +40,7 @@ Tensor glu_backward(Tensor dy, Tensor h, std::string act, double alpha, std::opt
   });
   check.like("dy", dy, "h", h);
   Tensor dh = new_tensor(h, {h.size(0), h.size(1)}, h.scalar_type());
-  moelora::glu_backward(kernels_for(dtype_of(h)), matrix_of(dy), matrix_of(h), args, dh.mutable_data_ptr(),
-                        runtime());
+  moelora::glu_backward(kernels_for(dtype_of(h)), matrix_of(dy), matrix_of(h), args, dh.mutable_data_ptr(), runtime());
   return dh;
 }
 

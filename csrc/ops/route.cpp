@@ -7,18 +7,15 @@ namespace {
 
 std::tuple<Tensor, Tensor> flatten_sort_count(Tensor expert_idxs, int64_t num_experts) {
   const Checker check("flatten_sort_count");
-  check.require(expert_idxs.dim() == 2, [&] {
-    return "expert_idxs must be a 2-D tensor [T, top_k], got shape " + shape_text(expert_idxs);
-  });
+  check.require(expert_idxs.dim() == 2,
+                [&] { return "expert_idxs must be a 2-D tensor [T, top_k], got shape " + shape_text(expert_idxs); });
   check.integer("expert_idxs", expert_idxs);
-  check.require(expert_idxs.size(1) >= 1, [&] {
-    return "expert_idxs must have at least 1 column, got shape " + shape_text(expert_idxs);
-  });
+  check.require(expert_idxs.size(1) >= 1,
+                [&] { return "expert_idxs must have at least 1 column, got shape " + shape_text(expert_idxs); });
   check.require(expert_idxs.numel() <= std::numeric_limits<int32_t>::max(), [&] {
     return "expert_idxs must have at most 2147483647 elements, got " + std::to_string(expert_idxs.numel());
   });
-  check.require(num_experts >= 1,
-                [&] { return "num_experts must be at least 1, got " + std::to_string(num_experts); });
+  check.require(num_experts >= 1, [&] { return "num_experts must be at least 1, got " + std::to_string(num_experts); });
 
   Tensor slots = new_tensor(expert_idxs, {expert_idxs.numel()}, ScalarType::Long);
   Tensor offsets = new_tensor(expert_idxs, {num_experts}, ScalarType::Int);

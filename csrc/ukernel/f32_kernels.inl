@@ -16,7 +16,8 @@ struct NoHalf {
 template <class H, moelora::DType Compute>
 struct HalfOf;
 
-// The tile's and the packs' operations where operands are accumulators' type. H: the policy of half as many lanes, if any.
+// The tile's and the packs' operations where operands are accumulators' type. H: the policy of half as many lanes, if
+// any.
 template <class V, moelora::DType Compute, class H = void>
 struct Plain : V {
   using Half = typename HalfOf<H, Compute>::type;

@@ -62,8 +62,7 @@ void pack_depth(const moelora::PackArgs& args) {
         __builtin_prefetch(static_cast<const char*>(args.rows[q]) + args.first * static_cast<int64_t>(sizeof(T)) + at);
     const T* a = static_cast<const T*>(args.rows[p]) + args.first * args.stride;
     const T* b = nullptr;
-    if (P::pack == 2 && p + 1 < args.n_rows)
-      b = static_cast<const T*>(args.rows[p + 1]) + args.first * args.stride;
+    if (P::pack == 2 && p + 1 < args.n_rows) b = static_cast<const T*>(args.rows[p + 1]) + args.first * args.stride;
     int64_t lane = 0;
     if constexpr (requires(typename P::unit u) { P::interleave_two(a, a, &u, &u); })
       if (b && args.stride == 1)

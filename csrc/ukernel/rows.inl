@@ -20,8 +20,7 @@ void transpose_rows(void* dst, int64_t ldd, const void* src, int64_t lds, int64_
       const int64_t in_rows = rows - i < kLanes ? rows - i : kLanes;
       const int64_t in_cols = cols - j < kLanes ? cols - j : kLanes;
       typename V::vec v[kLanes];
-      for (int q = 0; q < kLanes; ++q)
-        v[q] = q < in_rows ? V::load_n(s + (i + q) * lds + j, in_cols) : V::zero();
+      for (int q = 0; q < kLanes; ++q) v[q] = q < in_rows ? V::load_n(s + (i + q) * lds + j, in_cols) : V::zero();
       V::transpose(v);
       for (int64_t q = 0; q < in_cols; ++q) V::store_n(d + (j + q) * ldd + i, v[q], in_rows);
     }

@@ -123,7 +123,8 @@ void tile_in_place(const moelora::TileArgs& args) {
 constexpr int kStageBytes = 64;
 
 // C: [MR, NV · lanes], MR a multiple of 4. Tall tiles read L through a small buffer, a cache line of every row at a
-// time: rows a power of two apart would evict each other from L1, and one pointer a row is more than there are registers.
+// time: rows a power of two apart would evict each other from L1, and one pointer a row is more than there are
+// registers.
 template <class Op, int MR, int NV, bool HasHalf>
 void tile_staged(const moelora::TileArgs& args) {
   using elem = typename Op::elem;

@@ -14,8 +14,8 @@
 //     never reads it. The whole tile is written: C has room for every lane, whatever the number of valid ones.
 //
 // Each C element is one chain of fused multiply-adds over p in ascending order, segment after segment, whatever the
-// tile's shape: results do not depend on how a driver cuts its blocks. Any 1 <= rows <= max_rows[vecs - 1] will do; edges
-// in j are zero lanes; edges in p are the kernel's.
+// tile's shape: results do not depend on how a driver cuts its blocks. Any 1 <= rows <= max_rows[vecs - 1] will do;
+// edges in j are zero lanes; edges in p are the kernel's.
 //
 // Two segments make LoRA part of the contraction: [x | s·xAᵀ] · [W | B]ᵀ.
 //
@@ -101,11 +101,11 @@ struct GluArgs {
 
 struct Kernels {
   const char* name;
-  DType compute;  // element type of L and R
-  int pack;       // 1 or 2
-  int lanes;      // of one accumulator vector
-  bool halves;    // panels may end in half a vector
-  int vecs;       // widest tile
+  DType compute;               // element type of L and R
+  int pack;                    // 1 or 2
+  int lanes;                   // of one accumulator vector
+  bool halves;                 // panels may end in half a vector
+  int vecs;                    // widest tile
   int max_rows[kMaxTileVecs];  // tallest tile of 1, 2, … vecs
   void (*tile)(const TileArgs&);
   int dot_rows[kMaxDotCols];         // tallest dot tile of 1, 2, … columns
@@ -126,9 +126,9 @@ struct Kernels {
   // Accumulator rows. c, bias, acc: accumulator type.
   void (*transpose)(void* dst, int64_t ldd, const void* src, int64_t lds, int64_t rows, int64_t cols);
   void (*store[kDTypes])(void* dst, const void* c, const void* bias, double scale, int64_t n);  // scale · (c + bias)
-  void (*add)(void* acc, const void* c, const void* bias, double scale, int64_t n);             // acc += scale · (c + bias)
+  void (*add)(void* acc, const void* c, const void* bias, double scale, int64_t n);  // acc += scale · (c + bias)
   void (*add_row[kDTypes])(void* acc, const void* src, int64_t stride, double scale, int64_t n);  // acc += scale · src
-  double (*dot[kDTypes])(const void* c, const void* x, int64_t stride, int64_t n);              // Σ c · x
+  double (*dot[kDTypes])(const void* c, const void* x, int64_t stride, int64_t n);                // Σ c · x
 
   void (*glu[kDTypes])(void* y, const void* h, int64_t h_stride, int64_t width, const GluArgs&);
   void (*glu_backward[kDTypes])(void* dh, const void* dy, int64_t dy_stride, const void* h, int64_t h_stride,

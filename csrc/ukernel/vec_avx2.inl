@@ -67,9 +67,7 @@ struct F32x8 {
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0x08);
     store_16bit(p, _mm256_castsi256_si128(packed), n);
   }
-  static void store_n(f16_t* p, vec v, int64_t n) {
-    store_16bit(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), n);
-  }
+  static void store_n(f16_t* p, vec v, int64_t n) { store_16bit(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), n); }
 
   static void transpose(vec (&v)[8]) {
     vec t[8], q[8];

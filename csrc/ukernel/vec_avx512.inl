@@ -64,9 +64,7 @@ struct F32x16 {
     const __m256i v = _mm256_maskz_loadu_epi16(first16(n), p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
   }
-  static vec load_n(const f16_t* p, int64_t n) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n), p));
-  }
+  static vec load_n(const f16_t* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n), p)); }
   static void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
   static void store_n(float* p, vec v, int64_t n) { _mm512_mask_storeu_ps(p, first16(n), v); }
   static void store_n(bf16_t* p, vec v, int64_t n) { _mm256_mask_storeu_epi16(p, first16(n), to_bf16x16(v)); }
