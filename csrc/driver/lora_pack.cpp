@@ -37,7 +37,7 @@ void copy_transposed(const Kernels& k, const Experts& src, char* dst, const Runt
 Experts compact_lora(const KernelChoice& choice, const Experts& src, const Routing& routing, Arena& arena,
                      const Runtime& runtime) {
   const Kernels& k = *choice.kernels;
-  if (rows_in_place(k, src[0])) return src;
+  if (src.col_stride == 1 || src.cols == 1) return src;
   char* dst = static_cast<char*>(arena.take(src.experts * src.rows * src.cols * size_of(k.compute)));
   const bool experts_adjacent = magnitude(src.expert_stride) < magnitude(src.col_stride) &&
                                 magnitude(src.expert_stride) < magnitude(src.row_stride);

@@ -1,4 +1,4 @@
-// LoRA parameters as the kernels want them: compute type, unit stride along the columns.
+// LoRA parameters as the drivers want them: unit stride along the columns.
 #pragma once
 
 #include "core/views.h"
@@ -7,8 +7,8 @@
 
 namespace moelora {
 
-// `src` itself where it already is so; else a compact copy [E, rows, cols] in `arena` of the experts that have rows.
-// Rank-sized, unlike the weights, which are never copied.
+// `src` itself where it already is so; else a copy [E, rows, cols] in the compute type, in `arena`, of the experts that
+// have rows. Rank-sized; PEFT's B, where neighbours in memory belong to different experts, is the case that matters.
 Experts compact_lora(const KernelChoice& choice, const Experts& src, const Routing& routing, Arena& arena,
                      const Runtime& runtime);
 
