@@ -178,6 +178,66 @@ def test_tile_refuses_what_does_not_fit(k):
             k.tile(segments, out)
 
 
+# --- dot tile ---
+
+with_dot = pytest.mark.parametrize("k", [k for k in KERNEL_SETS if k.dot_rows], ids=lambda k: k.name)
+
+
+class Dot:
+    """The operands of one dot tile. left: [rows, depth], right: [cols, depth], result: [cols, rows]."""
+
+    def __init__(self, k, drawn):
+        cols, tall, depth_of, _, gap, seed = drawn
+        rng = np.random.default_rng(seed)
+        self.k, self.acc, self.gap = k, accumulator(k.compute), gap
+        self.cols = round(1 + cols * (len(k.dot_rows) - 1))
+        self.rows = round(1 + tall * (k.dot_rows[self.cols - 1] - 1))
+        self.values = [
+            (random(rng, (self.rows, d), k.compute), random(rng, (self.cols, d), k.compute)) for d in depth_of
+        ]
+        self.start = random(rng, (self.cols, self.rows), self.acc)
+
+    def run(self, accumulate: bool, rows=slice(None), cols=slice(None)) -> np.ndarray:
+        out = Output(self.start[cols, rows].shape, self.acc, self.gap)
+        if accumulate:
+            out.fill(self.start[cols, rows])
+        pairs = [(placed(a[rows], self.gap, offset=1), placed(b[cols], 3)) for a, b in self.values]
+        self.k.dot_tile(pairs, out.array, accumulate)
+        return out.check()
+
+
+@with_dot
+@given(drawn=tiles(), accumulate=st.booleans())
+def test_dot_tile(k, drawn, accumulate):
+    dot = Dot(k, drawn)
+    start = to_float(dot.start) if accumulate else 0.0
+    value = sum(to_float(b) @ to_float(a).T for a, b in dot.values) + start
+    size = sum(np.abs(to_float(b)) @ np.abs(to_float(a)).T for a, b in dot.values) + np.abs(start)
+    steps = sum(a.shape[1] for a, _ in dot.values)
+    assert (np.abs(dot.run(accumulate) - value) <= (steps + 4) * ROUNDOFF[dot.acc] * size).all()
+
+
+@with_dot
+@given(drawn=tiles())
+def test_dot_tile_elements_do_not_depend_on_its_shape(k, drawn):
+    dot = Dot(k, drawn)
+    whole = dot.run(False)
+    for j in range(dot.cols):
+        i = j % dot.rows
+        assert same_bits(dot.run(False, slice(i, i + 1), slice(j, j + 1)), whole[j : j + 1, i : i + 1])
+
+
+@with_dot
+@given(drawn=tiles())
+def test_a_bad_value_stays_in_its_row_and_column_of_a_dot_tile(k, drawn):
+    dot = Dot(k, drawn)
+    left, right = dot.values[-1]
+    left[-1, -1] = right[-1, 0] = to_storage(np.array(math.nan), k.compute)
+    expected = np.zeros((dot.cols, dot.rows), bool)
+    expected[-1] = expected[:, -1] = True
+    assert (np.isnan(dot.run(False)) == expected).all()
+
+
 # --- packing ---
 
 

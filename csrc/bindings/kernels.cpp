@@ -1,4 +1,6 @@
 // Every micro-kernel of every usable kernel set, on arrays that the caller provides.
+#include <algorithm>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -8,20 +10,25 @@
 namespace moelora {
 namespace {
 
-constexpr std::pair<const char*, int64_t Blocking::*> kBlocking[] = {
-    {"row_chunk", &Blocking::row_chunk},
-    {"segment", &Blocking::segment},
-    {"depth", &Blocking::depth},
-    {"outputs", &Blocking::outputs},
-    {"token_chunk", &Blocking::token_chunk},
-    {"outer_rows", &Blocking::outer_rows},
-    {"outer_cols", &Blocking::outer_cols},
-    {"outer_depth", &Blocking::outer_depth},
+struct BlockingValue {
+  const char* name;
+  int64_t Blocking::* member;
+  int64_t least;
+};
+
+// Sums over tokens use half of `outputs`; the counts of rows switch an orientation off at 0.
+constexpr BlockingValue kBlocking[] = {
+    {"row_chunk", &Blocking::row_chunk, 1},     {"dot_rows", &Blocking::dot_rows, 0},
+    {"thin_rows", &Blocking::thin_rows, 0},     {"thin_depth", &Blocking::thin_depth, 1},
+    {"segment", &Blocking::segment, 1},         {"depth", &Blocking::depth, 1},
+    {"outputs", &Blocking::outputs, 2},         {"combine_bytes", &Blocking::combine_bytes, 0},
+    {"token_chunk", &Blocking::token_chunk, 1}, {"outer_rows", &Blocking::outer_rows, 1},
+    {"outer_cols", &Blocking::outer_cols, 1},   {"outer_depth", &Blocking::outer_depth, 1},
 };
 
 py::dict blocking_of(const KernelChoice& choice) {
   py::dict values;
-  for (const auto& [name, member] : kBlocking) values[name] = choice.blocking.*member;
+  for (const BlockingValue& v : kBlocking) values[v.name] = choice.blocking.*v.member;
   return values;
 }
 
@@ -30,17 +37,15 @@ KernelChoice with_blocking(const KernelChoice& choice, const py::kwargs& changes
   KernelChoice changed = choice;
   for (const auto& [key, value] : changes) {
     const std::string wanted = py::cast<std::string>(key);
-    bool known = false;
-    for (const auto& [name, member] : kBlocking) {
-      if (wanted != name) continue;
-      known = true;
-      changed.blocking.*member = py::cast<int64_t>(value);
-      require(changed.blocking.*member >= 1, wanted + " must be at least 1");
-    }
-    require(known, "no blocking value is called " + wanted);
+    const auto* v = std::find_if(std::begin(kBlocking), std::end(kBlocking),
+                                 [&](const BlockingValue& b) { return wanted == b.name; });
+    require(v != std::end(kBlocking), "no blocking value is called " + wanted);
+    changed.blocking.*v->member = py::cast<int64_t>(value);
+    require(changed.blocking.*v->member >= v->least, wanted + " must be at least " + std::to_string(v->least));
   }
-  require(changed.blocking.depth % choice.kernels->pack == 0, "depth must be a multiple of pack");
-  require(changed.blocking.outputs >= 2, "outputs must be at least 2: sums over tokens use half of it");
+  const int pack = choice.kernels->pack;
+  require(changed.blocking.depth % pack == 0 && changed.blocking.thin_depth % pack == 0,
+          "depth and thin_depth must be multiples of pack");
   return changed;
 }
 
@@ -53,6 +58,11 @@ std::vector<std::string> storage_of(const KernelChoice& choice) {
 
 std::vector<int> max_rows_of(const KernelChoice& choice) {
   return {choice.kernels->max_rows, choice.kernels->max_rows + choice.kernels->vecs};
+}
+
+// Empty where there is no dot tile.
+std::vector<int> dot_rows_of(const KernelChoice& choice) {
+  return {choice.kernels->dot_rows, choice.kernels->dot_rows + (choice.kernels->dot_tile ? kMaxDotCols : 0)};
 }
 
 // panel: [ceil(depth / pack)][lanes][pack]
@@ -97,6 +107,35 @@ void tile(const KernelChoice& choice, const std::vector<std::pair<py::array, py:
   args.accumulate = accumulate;
   k.tile(args);
   if (k.release) k.release();
+}
+
+// segments: (l [rows, depth], r [cols, depth]) once or twice;  c: [cols, rows]
+void dot_tile(const KernelChoice& choice, const std::vector<std::pair<py::array, py::array>>& segments,
+              const py::array& c, bool accumulate) {
+  const Kernels& k = *choice.kernels;
+  require(k.dot_tile != nullptr, std::string(k.name) + " has no dot tile");
+  require(segments.size() == 1 || segments.size() == 2, "segments must be one or two pairs (l, r)");
+  const Array to("c", c);
+  to.dtype(accumulator_type(k)).dims(2).unit_columns();
+  const int64_t cols = to.size(0), rows = to.size(1);
+  require(cols >= 1 && cols <= kMaxDotCols, "c must have 1 to " + std::to_string(kMaxDotCols) + " rows");
+  require(rows >= 1 && rows <= k.dot_rows[cols - 1],
+          "c must have 1 to " + std::to_string(k.dot_rows[cols - 1]) + " columns with that many rows");
+  DotArgs args{};
+  args.n_segments = static_cast<int>(segments.size());
+  args.rows = static_cast<int>(rows);
+  args.cols = static_cast<int>(cols);
+  for (size_t s = 0; s < segments.size(); ++s) {
+    const Array l("l", segments[s].first), r("r", segments[s].second);
+    l.dtype(k.compute).shape({rows, -1}).unit_columns();
+    r.dtype(k.compute).shape({cols, l.size(1)}).unit_columns();
+    const int64_t size = size_of(k.compute);
+    args.segments[s] = {l.data(), l.stride(0) * size, r.data(), r.stride(0) * size, l.size(1)};
+  }
+  args.c = to.mutable_data();
+  args.ldc = to.stride(0);
+  args.accumulate = accumulate;
+  k.dot_tile(args);
 }
 
 // Pointers to the rows of `source`, and the part [first, first + n) of each.
@@ -248,10 +287,12 @@ void bind_kernels(py::module_& m) {
       .def_property_readonly("lane_step", [](const KernelChoice& c) { return c.kernels->lane_step(); })
       .def_property_readonly("vecs", [](const KernelChoice& c) { return c.kernels->vecs; })
       .def_property_readonly("max_rows", max_rows_of)
+      .def_property_readonly("dot_rows", dot_rows_of)
       .def_property_readonly("storage", storage_of)
       .def_property_readonly("blocking", blocking_of)
       .def("with_blocking", with_blocking)
       .def("tile", tile, "segments"_a, "c"_a, "accumulate"_a = false)
+      .def("dot_tile", dot_tile, "segments"_a, "c"_a, "accumulate"_a = false)
       .def("pack_lanes", pack_lanes, "panel"_a, "source"_a, "first"_a = 0, "n"_a = py::none())
       .def("pack_depth", pack_depth, "panel"_a, "source"_a, "first"_a = 0, "n"_a = py::none())
       .def("convert", convert, "dst"_a, "source"_a)
