@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import shutil
 import statistics
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,19 +45,30 @@ class Run:
     held_out: Tensor  # [m, seq_length] int64
     model: PeftModel
     report: Report
+    started: float  # time.perf_counter()
 
 
 def main(explicit: dict[str, Any]) -> None:
     """Runs the command with the options that were given. MoeloraError tells the user what to mend."""
     _quiet()
-    started = time.perf_counter()
     run = prepare(explicit)
+    existed = run.out.exists()
+    try:
+        _finish(run)
+    except BaseException:
+        if not existed:
+            with suppress(OSError):
+                run.out.rmdir()  # only if nothing worth keeping came into it
+        raise
+
+
+def _finish(run: Run) -> None:
     summary = train(run)
     adapter = results.write_adapter(run.out, run.model, run.tokenizer)
     loss = summary["held_out_loss"]
     results.write_curve(run.out, summary["losses"], loss["base"], loss["tuned"])
     show(run, adapter, summary)
-    summary["seconds"] = time.perf_counter() - started
+    summary["seconds"] = time.perf_counter() - run.started
     results.write_summary(run.out, summary)
     _forget_checkpoints(run.out)
     written = f"{results.ADAPTER}, {results.CURVE} and {results.SUMMARY}"
@@ -65,6 +77,7 @@ def main(explicit: dict[str, Any]) -> None:
 
 def prepare(explicit: dict[str, Any]) -> Run:
     """Everything before the training: options, data, base model, adapter, operators. Cheap checks first."""
+    started = time.perf_counter()
     out = Path(explicit.get("output", options.DEFAULTS["output"]))
     checkpoint = _checkpoint(out, explicit)
     chosen = options.settle(explicit, _recorded(checkpoint) if checkpoint else {})
@@ -91,7 +104,7 @@ def prepare(explicit: dict[str, Any]) -> Run:
     trainable = models.count(adapted, trainable=True) / 1e6
     print(f"adapter  rank {chosen.rank}, alpha {chosen.alpha:g}, {trainable:.2f} M trainable parameters")
     print(f"\n{report}\n")
-    return Run(chosen, out, checkpoint, source, tokenizer, *rows, adapted, report)
+    return Run(chosen, out, checkpoint, source, tokenizer, *rows, adapted, report, started)
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -209,9 +222,11 @@ def _sample(run: Run, adapted: bool) -> str:
 
 def _prompt(run: Run) -> Tensor:
     """[n] int64: what to continue."""
-    if run.options.prompt:
-        return torch.tensor(run.tokenizer(run.options.prompt)["input_ids"], dtype=torch.int64)
-    return run.held_out[0, : min(64, run.held_out.shape[1] // 2)]
+    text = run.options.prompt
+    if not text:
+        text = run.tokenizer.decode(run.held_out[0, : min(64, run.held_out.shape[1] // 2)])
+        text = text[: re.search(r"\s*\S*$", text).start()] or text  # up to its last whole word
+    return torch.tensor(run.tokenizer(text)["input_ids"], dtype=torch.int64)
 
 
 def _facts(run: Run) -> dict[str, Any]:

@@ -112,7 +112,13 @@ _FINETUNE: dict[str, list[Option]] = {
     ],
     "training": [
         _option("--steps", 120, "optimizer steps", "N", type=_COUNT),
-        _option("--learning-rate", 2e-3, "peak learning rate; cosine decay to 0", "LR", type=_POSITIVE),
+        _option(
+            "--learning-rate",
+            None,
+            "peak learning rate, falling to 0 (default: 2e-4; 5e-3 for the small default model)",
+            "LR",
+            type=_POSITIVE,
+        ),
         _option("--seq-length", 256, "tokens in a sequence", "N", type=_FROM_TWO),
         _option("--batch-size", 8, "sequences in a forward pass", "N", type=_COUNT),
         _option("--grad-accumulation", 1, "forward passes in an optimizer step", "N", type=_COUNT),
@@ -193,4 +199,6 @@ def settle(explicit: dict[str, Any], recorded: dict[str, Any] | None = None) -> 
     options = argparse.Namespace(**{**DEFAULTS, **kept, **explicit})
     if options.alpha is None:
         options.alpha = 2.0 * options.rank
+    if options.learning_rate is None:
+        options.learning_rate = 2e-4 if options.model else 5e-3
     return options

@@ -82,10 +82,10 @@ def _step(model: PeftModel, rows: Tensor) -> float:
 
 
 def reload(model: PeftModel, adapter: Path, rows: Tensor) -> float:
-    """Relative difference of the logits on `rows` between `model` and its base with `adapter` under plain PEFT.
+    """Relative difference of the logits on `rows` between `model` and its base with `adapter` in plain PEFT.
 
-    The median over tokens: in half precision, rounding sends a few tokens to other experts. The tuned adapter is
-    unloaded first, so that a large base is not in memory twice; `model` is used up.
+    The median over tokens: in half precision, rounding sends a few tokens to other experts. The tuned adapter
+    is unloaded first, so that a large base is not in memory twice; `model` is used up.
 
     Raises: MoeloraError if the logits differ by more than rounding, or the adapter's tensors at all.
     """

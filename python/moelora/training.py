@@ -111,6 +111,11 @@ class Progress(TrainerCallback):
                 bar.close()
         self.bar = self.evaluation = None
 
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on in this process."""
+        return self.tokens_per_step * len(self.seconds)
+
     def tokens_per_second(self, last: int = 10) -> float:
         """Tokens a second over the last steps."""
         recent = self.seconds[-last:]
