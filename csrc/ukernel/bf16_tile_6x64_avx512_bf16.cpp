@@ -19,8 +19,8 @@ inline int pair_bits(const bf16_t* p) {
 
 struct Bf16DotHalf : F32x8 {
   using opvec = __m256bh;
-  static opvec broadcast(const bf16_t* p) { return (__m256bh)_mm256_set1_epi32(pair_bits(p)); }
-  static opvec broadcast_last(const bf16_t* p) { return (__m256bh)_mm256_set1_epi32(p->bits); }
+  static opvec broadcast(const bf16_t* p) { return (__m256bh)_mm256_broadcastd_epi32(_mm_cvtsi32_si128(pair_bits(p))); }
+  static opvec broadcast_last(const bf16_t* p) { return (__m256bh)_mm256_broadcastd_epi32(_mm_cvtsi32_si128(p->bits)); }
   static opvec load_panel(const bf16_t* p) { return (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static vec fma(opvec a, opvec b, vec c) { return _mm256_dpbf16_ps(c, a, b); }
 };
@@ -34,8 +34,8 @@ struct Bf16Dot : F32x16 {
   static constexpr int pack = 2;
   static constexpr moelora::DType compute = moelora::DType::bf16;
 
-  static opvec broadcast(const elem* p) { return (__m512bh)_mm512_set1_epi32(pair_bits(p)); }
-  static opvec broadcast_last(const elem* p) { return (__m512bh)_mm512_set1_epi32(p->bits); }
+  static opvec broadcast(const elem* p) { return (__m512bh)_mm512_broadcastd_epi32(_mm_cvtsi32_si128(pair_bits(p))); }
+  static opvec broadcast_last(const elem* p) { return (__m512bh)_mm512_broadcastd_epi32(_mm_cvtsi32_si128(p->bits)); }
   static opvec load_panel(const elem* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static opvec load_run(const elem* p, int64_t n) { return n >= 32 ? load_panel(p) : (__m512bh)load_units(p, n); }
   static void stage(elem* dst, const elem* src, int64_t n) { _mm512_store_si512(dst, load_units(src, n)); }
