@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_tiny import build
-from moelora import MoeloraError, base, data, finetune, options, training
+from moelora import MoeloraError, base, data, finetune, options, threads, training
 from moelora.__main__ import main
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -34,6 +34,13 @@ def model_dir(tmp_path_factory) -> Path:
     model.save_pretrained(directory)
     base.byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(autouse=True)
+def _same_threads():
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
 
 
 @pytest.fixture
@@ -354,6 +361,13 @@ def test_disk_full_while_pretraining_leaves_no_base(tmp_path, monkeypatch, capsy
 
 
 # ---- pieces
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_threads_are_chosen_by_what_is_faster(busy):
+    torch.set_num_threads(2)
+    chosen = threads.choose(lambda: time.sleep(0.02 * (torch.get_num_threads() == (2 if busy else 1))))
+    assert chosen == torch.get_num_threads() == (1 if busy else 2)
 
 
 def test_split_keeps_documents_whole_and_is_repeatable():

@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 
 import moelora
-from moelora import data, training
+from moelora import data, threads, training
 from moelora.errors import MoeloraError, writing
 
 END_OF_TEXT = "<|endoftext|>"
@@ -56,9 +56,10 @@ def default_cache() -> Path:
     return Path(HF_ASSETS_CACHE) / "moelora"
 
 
-def ensure(cache: Path) -> Path:
+def ensure(cache: Path, fixed_threads: bool = False) -> Path:
     """The directory of the pretrained base in `cache`: pretrained now if it is not there.
 
+    Pretraining leaves torch with the number of threads that suits it, unless `fixed_threads`.
     It appears under its name only when complete. Its name covers everything that decides its content.
     """
     recipe = {"model": MODEL, "pretraining": PRETRAINING, "python": sys.version_info[:3], "version": 1}
@@ -70,7 +71,7 @@ def ensure(cache: Path) -> Path:
             staging = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=cache))
         try:
             print(f"first use: pretraining a small model, to be kept in {directory}")
-            model, tokenizer = pretrain(staging, MODEL, PRETRAINING)
+            model, tokenizer = pretrain(staging, MODEL, PRETRAINING, fixed_threads)
             with writing(directory):
                 model.save_pretrained(staging)
                 tokenizer.save_pretrained(staging)
@@ -89,7 +90,7 @@ def _publish(staging: Path, directory: Path) -> None:
 
 
 def pretrain(
-    scratch: Path, config: dict[str, Any], settings: dict[str, Any]
+    scratch: Path, config: dict[str, Any], settings: dict[str, Any], fixed_threads: bool
 ) -> tuple[Qwen3MoeForCausalLM, PreTrainedTokenizerFast]:
     """A model of `config` pretrained on the standard library, and its tokenizer; `scratch` is Trainer's."""
     tokenizer = byte_tokenizer()
@@ -102,14 +103,19 @@ def pretrain(
         Qwen3MoeConfig(**config, output_router_logits=True, router_aux_loss_coef=0.01)
     )
     moelora.enable(model)
+    if not fixed_threads:
+        rows = train[: settings["batch_size"]]
+        threads.choose(lambda: model(input_ids=rows, labels=rows).loss.backward())
+        model.zero_grad()
     trainer, progress = training.trainer(
         model,
         train,
-        held_out,
+        data.spread(held_out, 64),
         scratch,
         "pretraining",
         max_steps=settings["steps"],
         per_device_train_batch_size=settings["batch_size"],
+        per_device_eval_batch_size=settings["batch_size"],
         learning_rate=settings["learning_rate"],
         warmup_steps=settings["steps"] // 20,
         save_strategy="no",

@@ -101,6 +101,11 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[Tensor]:
         yield torch.tensor(piece["input_ids"], dtype=torch.int64)
 
 
+def spread(rows: Tensor, count: int) -> Tensor:
+    """At most `count` of the rows [n, length], evenly spaced."""
+    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
+
+
 class Blocks(Dataset):
     """Rows of tokens [n, length] as a language model's inputs and labels."""
 

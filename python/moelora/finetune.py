@@ -23,12 +23,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 import moelora
-from moelora import base, data, models, options, results, showcase, training
+from moelora import base, data, models, options, results, showcase, threads, training
 from moelora.errors import MoeloraError, writing
 from moelora.reporting import Report
 
 OPTIONS = "options.json"
-EVALUATION_ROWS = 96
+EVALUATION_ROWS = 64
 RELOAD_TOKENS = 64
 
 
@@ -81,6 +81,8 @@ def prepare(explicit: dict[str, Any]) -> Run:
     out = Path(explicit.get("output", options.DEFAULTS["output"]))
     checkpoint = _checkpoint(out, explicit)
     chosen = options.settle(explicit, _recorded(checkpoint) if checkpoint else {})
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
     documents = data.read_files(chosen.data, chosen.field) if chosen.data else data.language_reference()
     source = _source(chosen)
     config, tokenizer = models.inspect(source)
@@ -101,6 +103,7 @@ def prepare(explicit: dict[str, Any]) -> Run:
     set_seed(chosen.seed)
     adapted = models.adapt(model, chosen.rank, chosen.alpha, chosen.projections, chosen.target_modules)
     report = moelora.enable(adapted)
+    _set_threads(chosen, adapted, rows[0])
     trainable = models.count(adapted, trainable=True) / 1e6
     print(f"adapter  rank {chosen.rank}, alpha {chosen.alpha:g}, {trainable:.2f} M trainable parameters")
     print(f"\n{report}\n")
@@ -159,7 +162,17 @@ def _told(race: dict[str, Any]) -> str:
 def _source(chosen: argparse.Namespace) -> Path:
     if chosen.model:
         return Path(chosen.model)
-    return base.ensure(Path(chosen.cache_dir) if chosen.cache_dir else base.default_cache())
+    cache = Path(chosen.cache_dir) if chosen.cache_dir else base.default_cache()
+    return base.ensure(cache, fixed_threads=chosen.threads is not None)
+
+
+def _set_threads(chosen: argparse.Namespace, model: PeftModel, rows: Tensor) -> None:
+    """Settles the number of threads, so that a resumed run has the same and goes on to the bit."""
+    if chosen.threads is None and chosen.model is None:
+        rows = rows[: chosen.batch_size]
+        threads.choose(lambda: model(input_ids=rows, labels=rows).loss.backward())
+        model.zero_grad()
+    chosen.threads = torch.get_num_threads()
 
 
 def _checkpoint(out: Path, explicit: dict[str, Any]) -> Path | None:
@@ -193,11 +206,10 @@ def _trainer(run: Run) -> tuple[training.AtomicTrainer, training.Progress]:
         _forget_checkpoints(run.out)
     with writing(run.out):
         run.out.mkdir(parents=True, exist_ok=True)
-    spread = torch.linspace(0, len(run.held_out) - 1, min(EVALUATION_ROWS, len(run.held_out))).long()
     trainer, progress = training.trainer(
         run.model,
         run.train,
-        run.held_out[spread],
+        data.spread(run.held_out, EVALUATION_ROWS),
         run.out,
         "tuning",
         max_steps=chosen.steps,
@@ -243,7 +255,6 @@ def _facts(run: Run) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "peft": peft.__version__,
         },
-        "threads": torch.get_num_threads(),
     }
 
 

@@ -123,6 +123,13 @@ _FINETUNE: dict[str, list[Option]] = {
         _option("--batch-size", 8, "sequences in a forward pass", "N", type=_COUNT),
         _option("--grad-accumulation", 1, "forward passes in an optimizer step", "N", type=_COUNT),
         _switch("--gradient-checkpointing", "recompute activations in the backward: less memory, more time"),
+        _option(
+            "--threads",
+            None,
+            "CPU threads (default: all; for the small default model one, where that measures faster)",
+            "N",
+            type=_COUNT,
+        ),
         _option("--seed", 0, "seed of the data split, the order and the adapter", "N", type=_FROM_ZERO),
     ],
     "output": [

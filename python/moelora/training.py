@@ -63,14 +63,7 @@ class Progress(TrainerCallback):
         self._started = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.title,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        )
+        self.bar = _bar(self.title, state.max_steps, initial=state.global_step, unit="step")
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = time.perf_counter()
@@ -92,9 +85,7 @@ class Progress(TrainerCallback):
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if self.evaluation is None:
-            self.evaluation = tqdm(
-                total=len(eval_dataloader), desc="held-out", leave=False, dynamic_ncols=True, delay=2.0
-            )
+            self.evaluation = _bar("held-out", len(eval_dataloader), leave=False, delay=2.0)
         self.evaluation.update(1)
 
     def on_evaluate(self, args, state, control, **kwargs):
@@ -120,6 +111,12 @@ class Progress(TrainerCallback):
         """Tokens a second over the last steps."""
         recent = self.seconds[-last:]
         return self.tokens_per_step * len(recent) / sum(recent) if recent else 0.0
+
+
+def _bar(title: str, total: int, **options: Any) -> tqdm:
+    """A progress bar; a log file gets a line now and then instead."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(desc=title, total=total, dynamic_ncols=True, mininterval=interval, **options)
 
 
 def trainer(
