@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -35,6 +36,15 @@ CONFIGS = {
     ),
 }
 PROJECTIONS = {"both": ("gate_up_proj", "down_proj"), "gate_up": ("gate_up_proj",), "down": ("down_proj",)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Autouse where imported. On a busy machine, threads wait for each other longer than tiny models take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def build(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

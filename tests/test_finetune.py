@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_tiny import build
+from model_tiny import (
+    build,
+    one_thread,  # noqa: F401  (autouse)
+)
 from moelora import MoeloraError, base, data, finetune, options, threads, training
 from moelora.__main__ import main
 from peft import PeftModel
@@ -36,13 +39,6 @@ def model_dir(tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.fixture(autouse=True)
-def _same_threads():
-    count = torch.get_num_threads()
-    yield
-    torch.set_num_threads(count)
-
-
 @pytest.fixture
 def arguments(model_dir, tmp_path) -> list[str]:
     text = tmp_path / "text.txt"
@@ -50,7 +46,7 @@ def arguments(model_dir, tmp_path) -> list[str]:
     return [
         *("finetune", "--model", str(model_dir), "--data", str(text), "--output", str(tmp_path / "out")),
         *("--steps", "6", "--save-every", "2", "--rank", "3", "--seq-length", "32", "--batch-size", "2"),
-        *("--compare", "1", "--sample", "8"),
+        *("--compare", "1", "--sample", "8", "--threads", "1"),
     ]
 
 

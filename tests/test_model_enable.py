@@ -5,7 +5,16 @@ import copy
 import moelora
 import pytest
 import torch
-from model_tiny import adapt, build, difference, fill, gradients, logits, wrappers
+from model_tiny import (
+    adapt,
+    build,
+    difference,
+    fill,
+    gradients,
+    logits,
+    one_thread,  # noqa: F401  (autouse)
+    wrappers,
+)
 from moelora import adapters
 from moelora.experts import recognise_activation
 from peft import LoraConfig

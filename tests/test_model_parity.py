@@ -3,7 +3,17 @@
 import moelora
 import pytest
 import torch
-from model_tiny import CONFIGS, PROJECTIONS, adapt, build, difference, gradients, logits, tokens
+from model_tiny import (
+    CONFIGS,
+    PROJECTIONS,
+    adapt,
+    build,
+    difference,
+    gradients,
+    logits,
+    one_thread,  # noqa: F401  (autouse)
+    tokens,
+)
 
 
 def _train_router(model):

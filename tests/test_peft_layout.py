@@ -3,7 +3,15 @@
 import moelora
 import pytest
 import torch
-from model_tiny import adapt, build, difference, logits, tokens, wrappers
+from model_tiny import (
+    adapt,
+    build,
+    difference,
+    logits,
+    one_thread,  # noqa: F401  (autouse)
+    tokens,
+    wrappers,
+)
 from moelora.adapters import factors
 
 KINDS = ("qwen3_moe", "gpt_oss")  # [E, out, in] and [E, in, out]
