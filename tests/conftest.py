@@ -19,6 +19,7 @@ if SWITCHES.backend == "triton":
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=60, derandomize=True, **_COMMON)
 settings.register_profile("quick", max_examples=15, derandomize=True, **_COMMON)
+settings.register_profile("sparse", max_examples=4, derandomize=True, **_COMMON)
 settings.register_profile("search", max_examples=500, **_COMMON)
 settings.load_profile("default")
 

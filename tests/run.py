@@ -83,8 +83,8 @@ def all_runs() -> list[Run]:
         Run("amx", "the operators on AMX, emulated", OPERATORS, {}, amx_emulator.environment, no_emulator),
         Run(
             "triton",
-            "the operators through the Triton kernels, interpreted",
-            OPERATORS,
+            "the operators through the Triton kernels, interpreted (slow: fewer examples)",
+            ("tests", "-m", "operators", "--hypothesis-profile=sparse"),
             {"MOELORA_BACKEND": "triton", "TRITON_INTERPRET": "1"},
             why_not=no_triton,
         ),
