@@ -24,7 +24,8 @@ from amx_emulator import build as amx_emulator
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "build" / "reports"
 # The kernels' own AMX tests emulate for themselves, within the first run.
-OPERATORS = ("tests", "-m", "operators", "--ignore=tests/test_amx_kernels.py", "--hypothesis-profile=quick")
+OPERATORS = ("tests", "-m", "operators", "--ignore=tests/test_amx_kernels.py")
+QUICK, SPARSE = "--hypothesis-profile=quick", "--hypothesis-profile=sparse"
 CORE = ("tests/test_ukernel.py", "tests/test_drivers_numpy.py")
 # What a run may set: it starts without what the caller's shell has of these.
 OURS = ("MOELORA_ISA", "MOELORA_BACKEND", "MOELORA_AUTOTUNE", "MOELORA_TEST_CORE", "TRITON_INTERPRET")
@@ -80,26 +81,32 @@ def all_runs() -> list[Run]:
     best, *others = cpu()["usable"]
     return [
         Run("suite", f"everything, with the best instruction set ({best})", ("tests",)),
-        *(Run(isa, f"the operators on {isa}", OPERATORS, {"MOELORA_ISA": isa}) for isa in others),
-        Run("amx", "the operators on AMX, emulated", OPERATORS, {}, amx_emulator.environment, no_emulator),
+        *(Run(isa, f"the operators on {isa}", (*OPERATORS, QUICK), {"MOELORA_ISA": isa}) for isa in others),
+        Run(
+            "amx",
+            "the operators on AMX, emulated",
+            (*OPERATORS, QUICK),
+            prepare=amx_emulator.environment,
+            why_not=no_emulator,
+        ),
         Run(
             "triton",
             "the operators through the Triton kernels, interpreted (slow: fewer examples)",
-            ("tests", "-m", "operators", "--hypothesis-profile=sparse"),
+            (*OPERATORS, SPARSE),
             {"MOELORA_BACKEND": "triton", "TRITON_INTERPRET": "1"},
             why_not=no_triton,
         ),
         Run(
             "sanitizers",
             "micro-kernels and drivers under AddressSanitizer and UBSan",
-            (*CORE, "--hypothesis-profile=quick"),
+            (*CORE, QUICK),
             prepare=core_builds.sanitized,
             why_not=core_builds.no_sanitizers,
         ),
         Run(
             "clang",
             "micro-kernels and drivers built by clang",
-            (*CORE, "--hypothesis-profile=quick"),
+            (*CORE, QUICK),
             prepare=core_builds.with_clang,
             why_not=core_builds.no_clang,
         ),
