@@ -123,12 +123,12 @@ def pretrain(
     )
     try:
         trainer.train()
+        model.config.output_router_logits = False  # the balancing loss is no part of what the model predicts
         loss = training.held_out_loss(trainer)
     finally:
         progress.close()
     print(f"pretrained on {progress.tokens:,} tokens: held-out loss {loss:.3f}\n")
     moelora.disable(model)
-    model.config.output_router_logits = False
     return model, tokenizer
 
 
