@@ -41,13 +41,14 @@ bench: $(READY) ## the operators beside what else there is
 lint: $(READY) ## ruff, clang-format, layout fences
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	@echo 'clang-format --dry-run -Werror ($(words $(FORMATTED)) files)'
+	@$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 	$(BIN)/python -m pytest tests/test_layout.py
 
 format: $(READY) ## rewrites the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(FORMATTED)
+	@$(BIN)/clang-format -i $(FORMATTED)
 
 clean: ## removes what was built, the virtual environment too
 	rm -rf build *.egg-info torch_moelora/*.so .pytest_cache .ruff_cache .hypothesis $(VENV)
@@ -59,6 +60,7 @@ $(VENV)/bin/python:
 
 # One pip call with TORCH in it: nothing that is installed beside it may bring another torch.
 $(READY): $(SOURCES) $(if $(COMPILED),,FORCE) | $(VENV)/bin/python
+	@echo 'Installing $(TORCH) and what goes with it, compiling the extension: some minutes.'
 	$(BIN)/python -m pip install --quiet '$(TORCH)' $(BUILD_REQUIRES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation '$(TORCH)' -e '.[$(EXTRAS)]'
 	$(BIN)/python -m torch_moelora
