@@ -11,9 +11,9 @@ MARKERS = (
 )
 
 if SWITCHES.backend == "triton":
-    import interpreter_bf16
+    import triton_interpreter
 
-    interpreter_bf16.install()
+    triton_interpreter.install()
 
 # The same examples in every run, so that a red test is somebody's change; `search` looks for new ones.
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}

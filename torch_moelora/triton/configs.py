@@ -41,6 +41,11 @@ class Gemm:
     per_sm: int = 1
     descriptor: bool = False
 
+    @property
+    def registers(self) -> int:
+        """A thread's share of a multiprocessor's 65536, of which the assembler then takes no fewer."""
+        return min(255, 65536 // (32 * self.warps * self.per_sm))
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -99,10 +104,10 @@ GEMM: tuple[tuple, ...] = (
     ("sm_90", "half", None, None, ANY, ANY, SQUARE),
     ("sm_90", "tf32", None, None, ANY, ANY, Gemm(64, 128, 32, warps=4, stages=3, per_sm=2)),
     ("sm_100", "half", None, None, ANY, 96, Gemm(64, 128, 64, 4, 4, per_sm=2, descriptor=True)),
-    ("sm_100", "half", None, None, ANY, ANY, Gemm(128, 128, 64, 8, 3, per_sm=2, descriptor=True)),
+    ("sm_100", "half", None, None, ANY, ANY, Gemm(128, 128, 64, 8, 4, per_sm=1, descriptor=True)),
     ("sm_100", "tf32", None, None, ANY, ANY, Gemm(64, 128, 32, warps=4, stages=3, per_sm=2)),
     ("sm_80", "half", None, None, ANY, 48, Gemm(32, 128, 64, warps=4, stages=4, per_sm=2)),
-    ("sm_80", "half", None, None, ANY, ANY, Gemm(128, 128, 32, warps=8, stages=4, per_sm=2)),
+    ("sm_80", "half", None, None, ANY, ANY, Gemm(128, 128, 32, warps=8, stages=4)),
     ("sm_80", "tf32", None, None, ANY, ANY, Gemm(64, 64, 32, warps=4, stages=3, per_sm=2)),
     # 8.6, 8.9 and 12.x: 99 KiB of shared memory.
     ("sm_86", "half", None, None, ANY, ANY, Gemm(64, 128, 32, warps=4, stages=3, per_sm=2)),
@@ -258,7 +263,7 @@ def rank_product(machine: Machine, dtype: torch.dtype, rank: int, block_m: int) 
     if machine.arch == "interpreter":
         return Gemm(block_m, bucket(rank, 16, 128), 64 if block_m < 64 else 512, warps=1, stages=1)
     half = dtype.itemsize == 2
-    block_n = bucket(rank, 16, 128 if half else 32)
+    block_n = bucket(rank, 16, 64 if half else 32)
     return Gemm(block_m, block_n, 64 if half else 16, warps=4, stages=3 if half else 2, per_sm=2)
 
 
@@ -272,7 +277,7 @@ def rank_rows(machine: Machine, dtype: torch.dtype, rows: int) -> int:
 def elementwise(machine: Machine, columns: int) -> tuple[int, int]:
     """Rows × columns of a tile of an elementwise kernel."""
     interpreter = machine.arch == "interpreter"
-    return (256, bucket(columns, 16, 128)) if interpreter else (8, bucket(columns, 16, 256))
+    return (256, bucket(columns, 16, 128)) if interpreter else (4, bucket(columns, 16, 256))
 
 
 def line(machine: Machine, size: int) -> int:

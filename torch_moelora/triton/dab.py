@@ -32,14 +32,14 @@ def chunk_of(index, tiles, starts, offsets, S, E, bound, LISTED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S", "E", "bound", "top_k", "blocks_p", "blocks_q"])
 def row_products(
-    p, q, gates, out, slots, tiles, starts, offsets, S, E, P, Q, bound, top_k, blocks_p, blocks_q,
+    p, q, gates, out, slots, tiles, starts, offsets, S, E, P, Q, p_width, bound, top_k, blocks_p, blocks_q,
     p_m, p_n, q_m, q_n, out_c, out_p, out_q,
     P_ROWS: tl.constexpr, Q_ROWS: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Grid: (chunks · blocks_q · blocks_p,). out[chunk, i, j] = Σ gate·p[row, i]·q[row, j] over its rows.
 
-    p       [rows by P_ROWS, P]
+    p       [rows by P_ROWS, p_width], p_width ≥ P
     q       [rows by Q_ROWS, Q]
     gates   [S by slot], or None
     out     [chunks, P, Q]
@@ -54,7 +54,7 @@ def row_products(
     i = tl.program_id(0) % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
     j = block_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     # Columns past the end wrap around: never stored. int64: columns·stride.
-    p_at = p + (i % P).to(tl.int64) * p_n
+    p_at = p + (i % p_width).to(tl.int64) * p_n
     q_at = q + (j % Q).to(tl.int64) * q_n
     acc = tl.zeros((BLOCK_Q, BLOCK_P), dtype=ACC)
     for row in range(first, last, BLOCK_S):
@@ -133,8 +133,8 @@ def _products(
         blocks = triton.cdiv(columns_p, block_p), triton.cdiv(columns_q, config.block_q)
         row_products[(out.shape[0] * blocks[0] * blocks[1],)](
             p.tensor, q.tensor, gates, out, route.slots, *listed[:2], route.offsets,
-            route.rows, route.experts, columns_p, columns_q, listed[2], route.top_k, *blocks,
-            *p.tensor.stride(), *q.tensor.stride(), *out.stride(),
+            route.rows, route.experts, columns_p, columns_q, p.tensor.shape[1], listed[2], route.top_k,
+            *blocks, *p.tensor.stride(), *q.tensor.stride(), *out.stride(),
             P_ROWS=p.by, Q_ROWS=q.by, LISTED=chunks is not None, PRECISION=configs.precision(dtype),
             BLOCK_P=block_p, BLOCK_Q=config.block_q, BLOCK_S=config.block_s,
             num_warps=config.warps, num_stages=config.stages,
@@ -164,9 +164,9 @@ def scatter_lora_dab(
     tile_list = route.tiles(configs.rank_rows(configs.machine(x.device), x.dtype, per_expert))
     wide_x, wide_dy = tiles.rows_of_x(x, x_grouped), tiles.rows_of_dy(dy, gates, y_grouped)
     gates = None if gates is None else gates.contiguous()
-    a, b = tiles.packed(lora_a, x.dtype), tiles.packed(lora_b, x.dtype).transpose(1, 2)
-    xa = Rows(tiles.rank_product(wide_x, a, route, tile_list, scaling, gates), "position")
-    dyb = Rows(tiles.rank_product(wide_dy, b, route, tile_list, scaling, gates), "position")
+    a, b = tiles.packed(lora_a, x.dtype, 1), tiles.packed(lora_b, x.dtype, 2).transpose(1, 2)
+    xa = Rows(tiles.rank_product(wide_x, a, rank, route, tile_list, scaling, gates), "position")
+    dyb = Rows(tiles.rank_product(wide_dy, b, rank, route, tile_list, scaling, gates), "position")
     chunks = _chunks(route)
     parts = torch.empty((chunks.bound, rank, k), dtype=tiles.accumulator(x.dtype), device=x.device)
     _products(dyb, wide_x, parts, route, chunks)

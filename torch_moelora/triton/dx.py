@@ -86,9 +86,9 @@ def scatter_lora_dx(
         tile_list = route.tiles(config.block_m)
         dyb = a = other = partial = None
         if lora_a is not None:
-            b = tiles.packed(lora_b, dy.dtype).transpose(1, 2)
-            dyb = tiles.rank_product(rows, b, route, tile_list, scaling)
-            a = tiles.packed(lora_a, dy.dtype).transpose(1, 2)
+            b = tiles.packed(lora_b, dy.dtype, 2).transpose(1, 2)
+            dyb = tiles.rank_product(rows, b, rank, route, tile_list, scaling)
+            a = tiles.packed(lora_a, dy.dtype, 1).transpose(1, 2)
         if with_dgates:
             other = tiles.rows_of_x(x, x_grouped)
             blocks = triton.cdiv(k, config.block_n)

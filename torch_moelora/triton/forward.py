@@ -36,8 +36,9 @@ def scatter_lora(
         tile_list = route.tiles(config.block_m)
         xa = b = None
         if lora_a is not None:
-            xa = tiles.rank_product(rows, tiles.packed(lora_a, x.dtype), route, tile_list, scaling)
-            b = tiles.packed(lora_b, x.dtype)
+            a = tiles.packed(lora_a, x.dtype, 1)
+            xa = tiles.rank_product(rows, a, rank, route, tile_list, scaling)
+            b = tiles.packed(lora_b, x.dtype, 2)
         dtype = tiles.accumulator(x.dtype) if sums else x.dtype
         y = Rows(
             torch.empty((route.rows, n), dtype=dtype, device=x.device), "position" if y_grouped else "slot"

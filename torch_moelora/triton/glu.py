@@ -15,6 +15,16 @@ from . import configs
 
 
 @triton.jit
+def clamped(g, u, LIMIT: tl.constexpr):
+    """min(g, LIMIT) and u inside ±LIMIT."""
+    if LIMIT is not None:
+        g = tl.minimum(g, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        u = tl.minimum(u, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        u = tl.maximum(u, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return g, u
+
+
+@triton.jit
 def activation(g, ALPHA: tl.constexpr, ACT: tl.constexpr):
     """f(g) and f'(g)."""
     if ACT == "silu":
@@ -25,19 +35,10 @@ def activation(g, ALPHA: tl.constexpr, ACT: tl.constexpr):
         df = s + g * tl.exp(-0.5 * g * g) * 0.3989422804014327
     else:
         # 0.5·(1 + tanh z) = σ(2z), which is 0 or 1 to the last bit past ±30, where g³ could overflow.
-        c = tl.clamp(g, -30.0, 30.0, propagate_nan=tl.PropagateNan.ALL)
+        _, c = clamped(g, g, 30.0)
         s = tl.sigmoid(1.5957691216057308 * (c + 0.044715 * c * c * c))
         df = s + c * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * c * c)
     return g * s, df
-
-
-@triton.jit
-def clamped(g, u, LIMIT: tl.constexpr):
-    """min(g, LIMIT) and u inside ±LIMIT."""
-    if LIMIT is not None:
-        g = tl.minimum(g, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        u = tl.clamp(u, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    return g, u
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -18,6 +18,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import configs
 from .route import Routing, Tiles
 
+# Ranks are padded to a multiple: the least that a matrix instruction contracts, and whole 32-byte lines.
+RANK_STEP = 16
+
 
 class Rows(NamedTuple):
     """A 2-D tensor of rows, any strides, and what finds a row in it: "position", "slot" or "token"."""
@@ -63,37 +66,51 @@ def row_of(position, last, slot, top_k, ROWS: tl.constexpr):
 
 
 @triton.jit
+def halves(acc):
+    """The left and right columns of [BM, BN]."""
+    return tl.split(acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def against(acc, start, end, row_at, real, stride):
+    """⟨acc, other⟩ [BM] over the columns from `start` on that are before `end`; rows of other at `row_at`."""
+    n = start + tl.arange(0, acc.shape[1])
+    at = row_at[:, None] + n.to(tl.int64)[None, :] * stride  # int64: N·stride
+    other = tl.load(at, mask=real[:, None] & (n < end)[None, :], other=0.0)  # [BM, BN]
+    return tl.sum(acc * other.to(acc.dtype), axis=1)
+
+
+@triton.jit
 def finish(
-    acc, n, expert, y_row, o_row, real, gate, y, bias, other, scale, N, bias_e, bias_n, other_m, other_n,
-    SCALED: tl.constexpr,
+    acc, start, expert, y_row, o_row, real, gate, y, bias, other, scale,
+    N, y_m, bias_e, bias_n, other_m, other_n, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Accumulators [BM, BN] of columns `n` → y. Returns ⟨row, other⟩ [BM], before scale, bias and gate."""
+    """Accumulators [BM, BN] of columns start.. → y. Returns ⟨row, other⟩ [BM], before scale, bias, gate."""
+    n = start + tl.arange(0, acc.shape[1])
     n_at = n.to(tl.int64)  # int64: N·stride
-    read = n < tl.where(expert < 0, 0, N)  # nothing for the rows of sentinels
+    end = tl.where(expert < 0, 0, N)  # for the rows of sentinels nothing is read
     product = tl.zeros((acc.shape[0],), dtype=acc.dtype)
     if other is not None:
-        other_at = other + o_row[:, None] * other_m + n_at[None, :] * other_n
-        other_tile = tl.load(other_at, mask=real[:, None] & read[None, :], other=0.0)  # [BM, BN]
-        product += tl.sum(acc * other_tile.to(acc.dtype), axis=1)
+        product += against(acc, start, end, other + o_row * other_m, real, other_n)
     if SCALED:
         acc *= tl.full((), scale, acc.dtype)
     if bias is not None:
         bias_at = bias + tl.maximum(expert, 0).to(tl.int64) * bias_e + n_at * bias_n  # int64: E·stride
-        acc += tl.load(bias_at, mask=read, other=0.0).to(acc.dtype)[None, :]
+        acc += tl.load(bias_at, mask=n < end, other=0.0).to(acc.dtype)[None, :]
     if gate is not None:
         acc *= gate.to(acc.dtype)[:, None]
     stored = real[:, None] & (n < N)[None, :]  # [BM, BN]
-    tl.store(y + y_row[:, None] * N + n_at[None, :], acc.to(y.dtype.element_ty), mask=stored)
+    tl.store(y + y_row[:, None] * y_m + n_at[None, :], acc.to(y.dtype.element_ty), mask=stored)
     return product
 
 
 @triton.jit(do_not_specialize=["S", "E", "bound", "top_k"])
 def grouped_gemm(
     x, w, y, xa, b, bias, gates, other, partial, slots, tiles, starts,
-    S, E, K, N, R, bound, top_k, scale: "fp64",  # noqa: F821, UP037
+    S, E, K, N, R, bound, top_k, y_m, scale: "fp64",  # noqa: F821, UP037
     x_m, x_k, w_e, w_n, w_k, b_e, b_n, b_r, bias_e, bias_n, other_m, other_n,
     X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, OTHER_ROWS: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_R: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, WHOLE_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
@@ -104,8 +121,8 @@ def grouped_gemm(
 
     x       [rows by X_ROWS, K]
     w       [E, N, K], or a descriptor of it: DESCRIPTOR "NK" as it is, "KN" of its transpose, "" a pointer
-    y       [S by Y_ROWS, N] contiguous
-    xa      [S by position, R] contiguous, or None
+    y       [S by Y_ROWS, N], rows y_m apart
+    xa      [S by position, R] contiguous, or None; BLOCK_R divides R
     b       [E, N, R], or None
     bias    [E, N], or None
     gates   [S by slot], or None
@@ -166,16 +183,11 @@ def grouped_gemm(
                 # int64: S·R, and E·N·R
                 xa_at = xa + tl.minimum(position, last - 1)[:, None].to(tl.int64) * R + r[None, :]
                 b_at = b + e_read * b_e + n_read[None, :] * b_n + r[:, None].to(tl.int64) * b_r
-                if WHOLE_R:
-                    xa_tile, b_tile = tl.load(xa_at), tl.load(b_at)  # [BM, BR], [BR, BN]
-                else:
-                    xa_tile = tl.load(xa_at, mask=r[None, :] < R, other=0.0)  # [BM, BR]
-                    b_tile = tl.load(b_at, mask=r[:, None] < R, other=0.0)  # [BR, BN]
+                xa_tile, b_tile = tl.load(xa_at), tl.load(b_at)  # [BM, BR], [BR, BN]
                 acc = tl.dot(xa_tile, b_tile, acc, input_precision=PRECISION)
 
         # Half the columns at a time: what follows needs addresses and operands beside the accumulators.
-        left, right = tl.split(acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
-        n = block_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        left, right = halves(acc)
         y_row = row_of(position, last, slot, top_k, Y_ROWS)
         o_row = row_of(position, last, slot, top_k, OTHER_ROWS)
         gate = None
@@ -183,12 +195,12 @@ def grouped_gemm(
             # A sentinel's gate may hold anything; its row is zero.
             gate = tl.load(gates + slot, mask=real & (position < tl.where(expert < 0, 0, last)), other=0.0)
         product = finish(
-            left, n, expert, y_row, o_row, real, gate, y, bias, other, scale,
-            N, bias_e, bias_n, other_m, other_n, SCALED,
+            left, block_n * BLOCK_N, expert, y_row, o_row, real, gate, y, bias, other, scale,
+            N, y_m, bias_e, bias_n, other_m, other_n, SCALED,
         )  # fmt: skip
         product += finish(
-            right, n + BLOCK_N // 2, expert, y_row, o_row, real, gate, y, bias, other, scale,
-            N, bias_e, bias_n, other_m, other_n, SCALED,
+            right, block_n * BLOCK_N + BLOCK_N // 2, expert, y_row, o_row, real, gate, y, bias, other, scale,
+            N, y_m, bias_e, bias_n, other_m, other_n, SCALED,
         )  # fmt: skip
         if partial is not None:
             tl.store(partial + block_n.to(tl.int64) * S + slot, product, mask=real)  # int64: blocks·S
@@ -207,7 +219,7 @@ def sum_slots(parts, out, rows, top_k, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
     kept = (m < rows)[:, None] & (n < N)[None, :]
     m = m.to(tl.int64)  # int64: S·N
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=parts.dtype.element_ty)
-    for j in tl.range(0, top_k, loop_unroll_factor=4):
+    for j in range(0, top_k):
         acc += tl.load(parts + (m * top_k + j)[:, None] * N + n[None, :], mask=kept, other=0.0)  # [BM, BN]
     tl.store(out + m[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), mask=kept)
 
@@ -249,44 +261,58 @@ def gemm(
     """Launches `grouped_gemm`, which has the shapes; w is [E, N, K]."""
     experts, n, k = w.shape
     rank = 0 if b is None else b.shape[2]
-    block_r = configs.bucket(rank, 16, 64)
+    block_r = 32 if rank and rank % 32 == 0 else RANK_STEP
     programs = configs.machine(w.device).processors * config.per_sm
     descriptor, w_in = describe(w, config)
     none = (None,) * 3
     grouped_gemm[(min(programs, tiles.bound * triton.cdiv(n, config.block_n)),)](
         x.tensor, w_in, y.tensor, xa, b, bias, gates, other and other.tensor, partial,
         routing.slots, tiles.map, tiles.starts,
-        routing.rows, experts, k, n, rank, tiles.bound, routing.top_k, 1.0 if scale is None else scale,
+        routing.rows, experts, k, n, rank, tiles.bound, routing.top_k, y.tensor.stride(0),
+        1.0 if scale is None else scale,
         *x.tensor.stride(), *w.stride(), *(none if b is None else b.stride()),
         *(none[:2] if bias is None else bias.stride()),
         *(none[:2] if other is None else other.tensor.stride()),
         X_ROWS=x.by, Y_ROWS=y.by, OTHER_ROWS=other.by if other else "",
         DESCRIPTOR=descriptor, PRECISION=configs.precision(w.dtype),
-        WHOLE_K=k % config.block_k == 0, WHOLE_R=rank % block_r == 0,
+        WHOLE_K=k % config.block_k == 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r,
         GROUP_M=config.group_m, SCALED=scale is not None,
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
 
 
-def packed(lora: Tensor, dtype: torch.dtype) -> Tensor:
-    """A LoRA parameter as the matrix units want it: in place if it can be read in whole lines, else a copy.
+def packed(lora: Tensor, dtype: torch.dtype, rank_dim: int) -> Tensor:
+    """A LoRA parameter as the matrix units want it, its rank a multiple of RANK_STEP: in place if it is so
+    and can be read in whole lines, else a copy padded with zeros.
 
     PEFT's B has the expert as its fastest dimension: a tile read in place would fetch a line per element,
     again for every row tile. The copy is rank-sized, and fp32 masters need the rounding anyway.
     """
-    if lora.dtype == dtype and 1 in lora.stride()[1:]:
+    rank = lora.shape[rank_dim]
+    if lora.dtype == dtype and 1 in lora.stride()[1:] and rank % RANK_STEP == 0:
         return lora
-    return torch.empty(lora.shape, dtype=dtype, device=lora.device).copy_(lora)
+    shape = list(lora.shape)
+    shape[rank_dim] = triton.cdiv(rank, RANK_STEP) * RANK_STEP
+    allocate = torch.empty if shape[rank_dim] == rank else torch.zeros
+    out = allocate(shape, dtype=dtype, device=lora.device)
+    out.narrow(rank_dim, 0, rank).copy_(lora)
+    return out
 
 
 def rank_product(
-    x: Rows, a: Tensor, routing: Routing, tiles: Tiles, scale: float, gates: Tensor | None = None
+    x: Rows, a: Tensor, rank: int, routing: Routing, tiles: Tiles, scale: float, gates: Tensor | None = None
 ) -> Tensor:
-    """scale·gate·(x · a[e]ᵀ) in grouped order: [S, R] in x's dtype, rounded once. a is [E, R, K]."""
-    out = torch.empty((routing.rows, a.shape[1]), dtype=x.tensor.dtype, device=a.device)
-    config = configs.rank_product(configs.machine(a.device), x.tensor.dtype, a.shape[1], tiles.rows)
-    gemm(x, a, Rows(out, "position"), routing, tiles, config, scale=scale, gates=gates)
+    """scale·gate·(x · a[e]ᵀ) in grouped order: [S, R] in x's dtype, rounded once. a is [E, R, K], packed: of
+    its R rows, and of the result's R columns, those from `rank` on are zeros.
+    """
+    padded = a.shape[1] != rank
+    out = (torch.zeros if padded else torch.empty)(
+        (routing.rows, a.shape[1]), dtype=x.tensor.dtype, device=a.device
+    )
+    config = configs.rank_product(configs.machine(a.device), x.tensor.dtype, rank, tiles.rows)
+    # The zeros are not computed: an Inf in x would make them NaN.
+    gemm(x, a[:, :rank], Rows(out, "position"), routing, tiles, config, scale=scale, gates=gates)
     return out
 
 

@@ -1,0 +1,94 @@
+"""What Triton's interpreter lacks for these tests: bf16 arithmetic, and a check that no kernel touches memory
+outside its tensors.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bf16 bit patterns → fp32 values."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """fp32 values → bf16 bit patterns, rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def install_bf16() -> None:
+    """The interpreter keeps bf16 as uint16, multiplies the patterns and truncates: products of the values,
+    and rounding to nearest even, instead. Products and conversions are all that the kernels do in bf16.
+    """
+    builder = interpreter.InterpreterBuilder
+    plain_dot, plain_cast = builder.create_dot, builder.cast_impl
+
+    def create_dot(self, a, b, *rest, **options):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (interpreter.TensorHandle(widen(t.data), tl.float32) for t in (a, b))
+        return plain_dot(self, a, b, *rest, **options)
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(narrow(src.data), tl.bfloat16)
+        if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
+            return interpreter.TensorHandle(widen(src.data), tl.float32)
+        return plain_cast(self, src, dst_type)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+
+
+class Bounds:
+    """The storages of the running kernel's tensors."""
+
+    def __init__(self) -> None:
+        self.starts = self.ends = np.zeros(0, np.uint64)
+
+    def enter(self, args) -> None:
+        bases = [getattr(a, "base", a) for a in args]  # a descriptor's tensor
+        storages = [t.untyped_storage() for t in bases if hasattr(t, "untyped_storage")]
+        ranges = sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages)
+        self.starts = np.array([start for start, _ in ranges], np.uint64)
+        self.ends = np.array([end for _, end in ranges], np.uint64)
+
+    def check(self, what: str, pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
+        touched = np.broadcast_to(pointers, np.broadcast_shapes(pointers.shape, mask.shape))
+        touched = touched[np.broadcast_to(mask, touched.shape)]
+        if touched.size == 0:
+            return
+        owner = np.searchsorted(self.starts, touched, side="right") - 1
+        inside = (owner >= 0) & (touched + np.uint64(itemsize) <= self.ends[owner])
+        assert inside.all(), f"{what} outside of the kernel's tensors: {(~inside).sum()} of {touched.size}"
+
+
+def install_bounds() -> None:
+    """Every load and store from here on is checked."""
+    bounds, builder, executor = Bounds(), interpreter.InterpreterBuilder, interpreter.GridExecutor
+    plain_call = executor.__call__
+    plain_load, plain_store = builder.create_masked_load, builder.create_masked_store
+
+    def call(self, *args, **kwargs):
+        bounds.enter([*args, *kwargs.values()])
+        return plain_call(self, *args, **kwargs)
+
+    def load(self, ptrs, mask, *rest, **options):
+        bounds.check("load", ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
+        return plain_load(self, ptrs, mask, *rest, **options)
+
+    def store(self, ptrs, value, mask, *rest, **options):
+        bounds.check("store", ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
+        return plain_store(self, ptrs, value, mask, *rest, **options)
+
+    executor.__call__ = call
+    builder.create_masked_load, builder.create_masked_store = load, store
+
+
+def install() -> None:
+    """Once per process."""
+    install_bf16()
+    install_bounds()
