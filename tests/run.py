@@ -91,8 +91,8 @@ def all_runs() -> list[Run]:
         ),
         Run(
             "triton",
-            "the operators through the Triton kernels, interpreted (slow: fewer examples)",
-            (*OPERATORS, SPARSE),
+            "routing and GLU through the Triton kernels, interpreted; the others are in tests/test_triton_kernels.py",
+            ("tests/test_flatten_sort_count.py", "tests/test_glu.py", "-m", "operators", SPARSE),
             {"MOELORA_BACKEND": "triton", "TRITON_INTERPRET": "1"},
             why_not=no_triton,
         ),
