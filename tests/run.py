@@ -91,8 +91,8 @@ def all_runs() -> list[Run]:
         ),
         Run(
             "triton",
-            "routing and GLU through the Triton kernels, interpreted; the others are in tests/test_triton_kernels.py",
-            ("tests/test_flatten_sort_count.py", "tests/test_glu.py", "-m", "operators", SPARSE),
+            "routing, GLU and special cases through the Triton kernels, interpreted",
+            ("tests/test_flatten_sort_count.py", "tests/test_glu.py", "tests/test_triton_kernels.py", SPARSE),
             {"MOELORA_BACKEND": "triton", "TRITON_INTERPRET": "1"},
             why_not=no_triton,
         ),
