@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "core/pages.h"
+
 namespace moelora {
 
 void Arena::Free::operator()(void* p) const { std::free(p); }
@@ -17,6 +19,7 @@ void* Arena::take(int64_t bytes) {
     const int64_t size = bytes > kBlock ? bytes : kBlock;
     void* data = std::aligned_alloc(64, static_cast<size_t>(size));
     if (data == nullptr) throw std::bad_alloc();
+    prefer_large_pages(data, size);
     blocks_.push_back({std::unique_ptr<char, Free>(static_cast<char*>(data)), size});
     used_ = 0;
   }
@@ -37,8 +40,10 @@ void Arena::release(size_t block, int64_t used) {
   block_ = 0;
   used_ = 0;
   if (total > kKeep) return;
-  if (void* data = std::aligned_alloc(64, static_cast<size_t>(total)))
+  if (void* data = std::aligned_alloc(64, static_cast<size_t>(total))) {
+    prefer_large_pages(data, total);
     blocks_.push_back({std::unique_ptr<char, Free>(static_cast<char*>(data)), total});
+  }
 }
 
 }  // namespace moelora

@@ -138,7 +138,7 @@ LeftRows x_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& ran
   return copied_rows(k, op.x.matrix, row_addresses(*op.routing, op.x, range.row0, rows, arena), rows, 0, depth, arena);
 }
 
-// Weights packed into lanes, times all rows of the block.
+// All rows of the block times panels of weights: each is packed once, by its first tile where the kernels weave.
 class PanelPass {
  public:
   // Weights that will be packed soon: outputs [out, out + width), steps [p0, p1). May reach beyond the end.
@@ -146,49 +146,50 @@ class PanelPass {
     int64_t out, width, p0, p1;
   };
 
-  // For passes of up to `pass` steps over up to `width` outputs.
-  PanelPass(const Kernels& k, const GroupedLinear& op, const BlockRange& range, int64_t pass, int64_t width,
-            Arena& arena)
+  // For passes of up to `pass` steps.
+  PanelPass(const Kernels& k, const GroupedLinear& op, const BlockRange& range, int64_t pass, Arena& arena)
       : k_(k), w_(op.w[range.expert]), b_(op.u ? op.b[range.expert] : Matrix{}), rows_(range.row1 - range.row0) {
-    const int64_t lanes = round_up(width, k.lane_step());
     x_ = x_rows(k, op, range, arena);
     if (b_.data) u_ = left_rows(k, u_matrix(k, op), range.row0, rows_, 0, b_.cols, arena);
-    w_panel_ = static_cast<char*>(arena.take(panel_bytes(k, pass, lanes)));
-    b_panel_ = static_cast<char*>(arena.take(panel_bytes(k, b_.cols, lanes)));
+    w_panel_ = static_cast<char*>(arena.take(panel_bytes(k, pass, k.lanes * k.vecs)));
+    b_panel_ = static_cast<char*>(arena.take(panel_bytes(k, b_.cols, k.lanes * k.vecs)));
   }
 
-  // Packs outputs [out, out + width), steps [p, p + steps); LoRA joins the last pass.
-  void pack(int64_t out, int64_t width, int64_t p, int64_t steps, Arena& arena) {
-    p_ = p;
-    steps_ = steps;
-    lanes_ = round_up(width, k_.lane_step());
-    with_lora_ = b_.data && p + steps == w_.cols;
-    pack_panel(k_, w_, out, width, p, steps, w_panel_, lanes_, arena);
-    if (with_lora_) pack_panel(k_, b_, out, width, 0, b_.cols, b_panel_, lanes_, arena);
-  }
-
-  // c: [rows][ldc] (+)= rows times the `width` packed outputs from `first` on.
-  void multiply(int64_t first, int64_t width, Next next, char* c, int64_t ldc) const {
-    const int64_t lanes = round_up(width, k_.lane_step()), at = first * k_.pack * size_of(k_.compute);
+  // c: [rows][ldc] (+)= rows times outputs [out, out + width), a panel, steps [p, p + steps); LoRA joins the last pass.
+  void operator()(int64_t out, int64_t width, int64_t p, int64_t steps, Next next, char* c, int64_t ldc,
+                  Arena& arena) const {
+    const int64_t lanes = round_up(width, k_.lane_step());
+    const bool with_lora = b_.data && p + steps == w_.cols, weave = weaves(width, steps);
+    if (!weave) pack_panel(k_, w_, out, width, p, steps, w_panel_, lanes, arena);
+    if (with_lora) pack_panel(k_, b_, out, width, 0, b_.cols, b_panel_, lanes, arena);
     const int64_t tiles = ceil_div(rows_, k_.max_rows[k_.vectors(lanes) - 1]);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = t * rows_ / tiles, tile_rows = (t + 1) * rows_ / tiles - row;
-      const Segment base{x_.at(row, p_ * size_of(k_.compute)), x_.stride, w_panel_ + at, steps_};
-      const Segment lora{u_.at(row, 0), u_.stride, b_panel_ + at, b_.cols};
-      k_.tile({{base, lora},
-               with_lora_ ? 2 : 1,
+      Segment base{x_.at(row, p * size_of(k_.compute)), x_.stride, w_panel_, steps};
+      if (weave && t == 0) {
+        base.rows = w_.at(out, p);
+        base.rows_stride = w_.col_stride * size_of(w_.dtype);
+        base.panel = tiles > 1 ? w_panel_ : nullptr;
+      }
+      k_.tile({{base, {u_.at(row, 0), u_.stride, b_panel_, b_.cols}},
+               with_lora ? 2 : 1,
                static_cast<int>(tile_rows),
                k_.vectors(lanes),
                k_.ends_in_half(lanes),
-               lanes_,
+               lanes,
                c + row * ldc * accumulator_size(k_),
                ldc,
-               p_ > 0,
+               p > 0,
                share(next, t, tiles)});
     }
   }
 
  private:
+  bool weaves(int64_t width, int64_t steps) const {
+    return k_.weaves && w_.dtype == k_.compute && w_.row_stride == 1 && width == k_.lanes * k_.vecs &&
+           steps % k_.pack == 0;
+  }
+
   // Tile t of `tiles` fetches its share of the next weights.
   Ahead share(Next next, int64_t t, int64_t tiles) const {
     const int64_t p_end = min64(next.p1, w_.cols), count = p_end - next.p0;
@@ -203,8 +204,6 @@ class PanelPass {
   const int64_t rows_;
   LeftRows x_{}, u_{};
   char *w_panel_, *b_panel_;
-  int64_t p_ = 0, steps_ = 0, lanes_ = 0;
-  bool with_lora_ = false;
 };
 
 }  // namespace
@@ -292,14 +291,12 @@ void panel_orientation_block(const KernelChoice& choice, const GroupedLinear& op
   const Epilogue epilogue(choice, op, range, sums, arena);
   const int64_t rows = range.row1 - range.row0, depth = op.w.cols, widest = k.lanes * k.vecs;
   const int64_t pass = min64(choice.blocking.depth, depth);
-  PanelPass panel(k, op, range, pass, widest, arena);
+  const PanelPass panel(k, op, range, pass, arena);
   char* c = static_cast<char*>(arena.take(rows * widest * accumulator_size(k)));
   for (int64_t out = range.out0; out < range.out1; out += widest) {
     const int64_t width = min64(widest, range.out1 - out);
-    for (int64_t p = 0; p < depth; p += pass) {
-      panel.pack(out, width, p, min64(pass, depth - p), arena);
-      panel.multiply(0, width, {out + widest, widest, p, p + pass}, c, widest);
-    }
+    for (int64_t p = 0; p < depth; p += pass)
+      panel(out, width, p, min64(pass, depth - p), {out + widest, widest, p, p + pass}, c, widest, arena);
     for (int64_t i = 0; i < rows; ++i) epilogue(range.row0 + i, c + i * widest * accumulator_size(k), out, width);
   }
 }
@@ -314,15 +311,13 @@ void thin_orientation_block(const KernelChoice& choice, const GroupedLinear& op,
   const int64_t rows = range.row1 - range.row0, depth = op.w.cols, widest = k.lanes * k.vecs;
   const int64_t all = range.out1 - range.out0, panels = ceil_div(all, widest), ldc = round_up(all, widest);
   const int64_t pass = min64(choice.blocking.thin_depth, depth), acc = accumulator_size(k);
-  PanelPass panel(k, op, range, pass, all, arena);
+  const PanelPass panel(k, op, range, pass, arena);
   char* c = static_cast<char*>(arena.take(rows * ldc * acc));
-  for (int64_t p = 0; p < depth; p += pass) {
-    panel.pack(range.out0, all, p, min64(pass, depth - p), arena);
+  for (int64_t p = 0; p < depth; p += pass)
     for (int64_t j = 0; j < panels; ++j)
-      panel.multiply(j * widest, min64(widest, all - j * widest),
-                     {range.out0, all, p + pass + j * pass / panels, p + pass + (j + 1) * pass / panels},
-                     c + j * widest * acc, ldc);
-  }
+      panel(range.out0 + j * widest, min64(widest, all - j * widest), p, min64(pass, depth - p),
+            {range.out0, all, p + pass + j * pass / panels, p + pass + (j + 1) * pass / panels}, c + j * widest * acc,
+            ldc, arena);
   for (int64_t j = 0; j < panels; ++j)
     for (int64_t i = 0; i < rows; ++i)
       epilogue(range.row0 + i, c + (i * ldc + j * widest) * acc, range.out0 + j * widest,

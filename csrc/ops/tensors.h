@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "core/pages.h"
 #include "core/views.h"
 #include "driver/drivers.h"
 
@@ -48,7 +49,10 @@ inline Lora lora_of(const OptionalTensor& a, const OptionalTensor& b, double sca
 }
 
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+  Tensor made =
+      torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+  prefer_large_pages(made.mutable_data_ptr(), made.numel() * made.element_size());
+  return made;
 }
 
 // Torch's threads, and this thread's scratch.

@@ -28,6 +28,7 @@ struct Bf16DotHalf : F32x8 {
 struct Bf16Dot : F32x16 {
   using Half = Bf16DotHalf;
   static constexpr bool has_half = true;
+  static constexpr bool weaves = true;
   using elem = bf16_t;
   using opvec = __m512bh;
   using unit = __m512i;
@@ -59,6 +60,14 @@ struct Bf16Dot : F32x16 {
     *low = _mm512_permutex2var_epi16(first, order, second);
     *high = _mm512_permutex2var_epi16(first, _mm512_add_epi16(order, _mm512_set1_epi16(16)), second);
   }
+  static void weave(const bf16_t* a, const bf16_t* b, opvec (&line)[4]) {
+    unit units[4];
+    interleave_two(a, b, &units[0], &units[1]);
+    interleave_two(a + 32, b + 32, &units[2], &units[3]);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) line[v] = (opvec)units[v];
+  }
+  static void store_operand(elem* p, opvec v) { _mm512_storeu_si512(p, (__m512i)v); }
   static unit interleave(const bf16_t* a, const bf16_t* b, int64_t n) {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first16(n), a));
     if (b == nullptr) return low;

@@ -22,6 +22,7 @@ template <class V, moelora::DType Compute, class H = void>
 struct Plain : V {
   using Half = typename HalfOf<H, Compute>::type;
   static constexpr bool has_half = !__is_same(H, void);
+  static constexpr bool weaves = false;
   using acc_t = typename V::acc_t;
   using elem = acc_t;
   using opvec = typename V::vec;

@@ -3,6 +3,7 @@
 // Op: elem, acc_t, vec (accumulators), opvec (operands), lanes, pack,
 //     broadcast(elem*), broadcast_last(elem*) (one element where pack is 2), load_panel(elem*), fma(opvec, opvec, vec),
 //     stage(elem* dst, const elem* src, n): copies n <= kStage elements, zeros up to kStage
+//     weave(const elem* a, const elem* b, opvec (&line)[4]): a line of the panel from two rows of 4 · lanes, if weaves
 // Half: the same with half as many lanes; Op itself where there is none.
 #pragma once
 
@@ -29,23 +30,31 @@ struct Accumulators {
     }
   }
 
-  // Adds L's p-th pack (row i at l(i)) times line r of the panel.
-  template <bool Last, class LeftAt>
-  [[gnu::always_inline]] void step(const LeftAt& l, const elem* r) {
-    typename Op::opvec b[kFull > 0 ? kFull : 1];
-    typename Half::opvec b_half;
+  // One line of the panel.
+  struct Line {
+    typename Op::opvec full[kFull > 0 ? kFull : 1];
+    typename Half::opvec half;
+  };
+  [[gnu::always_inline]] static Line load(const elem* r) {
+    Line line;
 #pragma GCC unroll 4
-    for (int v = 0; v < kFull; ++v) b[v] = Op::load_panel(r + v * Op::lanes * Op::pack);
-    if constexpr (HasHalf) b_half = Half::load_panel(r + kFull * Op::lanes * Op::pack);
+    for (int v = 0; v < kFull; ++v) line.full[v] = Op::load_panel(r + v * Op::lanes * Op::pack);
+    if constexpr (HasHalf) line.half = Half::load_panel(r + kFull * Op::lanes * Op::pack);
+    return line;
+  }
+
+  // Adds L's p-th pack (row i at l(i)) times a line.
+  template <bool Last, class LeftAt>
+  [[gnu::always_inline]] void step(const LeftAt& l, const Line& line) {
 #pragma GCC unroll 24
     for (int i = 0; i < MR; ++i) {
       if constexpr (kFull > 0) {
         const typename Op::opvec a = Last ? Op::broadcast_last(l(i)) : Op::broadcast(l(i));
 #pragma GCC unroll 4
-        for (int v = 0; v < kFull; ++v) full[i][v] = Op::fma(a, b[v], full[i][v]);
-        if constexpr (HasHalf) half[i] = Half::fma(Op::low_half(a), b_half, half[i]);
+        for (int v = 0; v < kFull; ++v) full[i][v] = Op::fma(a, line.full[v], full[i][v]);
+        if constexpr (HasHalf) half[i] = Half::fma(Op::low_half(a), line.half, half[i]);
       } else {
-        half[i] = Half::fma(Last ? Half::broadcast_last(l(i)) : Half::broadcast(l(i)), b_half, half[i]);
+        half[i] = Half::fma(Last ? Half::broadcast_last(l(i)) : Half::broadcast(l(i)), line.half, half[i]);
       }
     }
   }
@@ -96,27 +105,74 @@ struct Fetcher {
   }
 };
 
-// C: [MR, NV · lanes], L in place: one pointer a row.
-template <class Op, int MR, int NV, bool HasHalf>
-void tile_in_place(const moelora::TileArgs& args) {
+// Rows of L in place: one pointer a row.
+template <class Op, int MR>
+struct LeftPointers {
   using elem = typename Op::elem;
-  Accumulators<Op, MR, NV, HasHalf> acc;
-  Fetcher ahead(args.ahead, args.segments[0].depth / Op::pack);
-  for (int s = 0; s < args.n_segments; ++s) {
-    const moelora::Segment& segment = args.segments[s];
-    const elem* l[MR];
+  const elem* row[MR];
+
+  explicit LeftPointers(const moelora::Segment& segment) {
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i)
-      l[i] = reinterpret_cast<const elem*>(static_cast<const char*>(segment.l) + i * segment.l_stride);
-    const elem* r = static_cast<const elem*>(segment.r);
-    const int64_t line = args.panel_lanes * Op::pack;
-    const int64_t steps = segment.depth / Op::pack;
-    for (int64_t p = 0; p < steps; ++p, r += line) {
-      acc.template step<false>([&](int i) { return l[i] + p * Op::pack; }, r);
-      ahead.step();
-    }
-    if (segment.depth % Op::pack != 0) acc.template step<true>([&](int i) { return l[i] + steps * Op::pack; }, r);
+      row[i] = reinterpret_cast<const elem*>(static_cast<const char*>(segment.l) + i * segment.l_stride);
   }
+  [[gnu::always_inline]] auto at(int64_t p) const {
+    return [this, p](int i) { return row[i] + p * Op::pack; };
+  }
+};
+
+template <class Op, int MR, int NV, bool HasHalf>
+[[gnu::always_inline]] inline void multiply_packed(Accumulators<Op, MR, NV, HasHalf>& acc,
+                                                   const moelora::Segment& segment, int64_t panel_lanes,
+                                                   Fetcher& ahead) {
+  const LeftPointers<Op, MR> l(segment);
+  const auto* r = static_cast<const typename Op::elem*>(segment.r);
+  const int64_t line = panel_lanes * Op::pack, steps = segment.depth / Op::pack;
+  for (int64_t p = 0; p < steps; ++p, r += line) {
+    acc.template step<false>(l.at(p), acc.load(r));
+    ahead.step();
+  }
+  if (segment.depth % Op::pack != 0) acc.template step<true>(l.at(steps), acc.load(r));
+}
+
+// C: [MR, NV · lanes], L in place.
+template <class Op, int MR, int NV, bool HasHalf>
+void tile_in_place(const moelora::TileArgs& args) {
+  Accumulators<Op, MR, NV, HasHalf> acc;
+  Fetcher ahead(args.ahead, args.segments[0].depth / Op::pack);
+  for (int s = 0; s < args.n_segments; ++s) multiply_packed(acc, args.segments[s], args.panel_lanes, ahead);
+  acc.store(args);
+}
+
+constexpr int64_t kWeaveAhead = 16;  // rows
+
+// C: [MR, 4 · lanes], L in place, the first segment's panel written on the way.
+template <class Op, int MR>
+void tile_weaving(const moelora::TileArgs& args) {
+  using elem = typename Op::elem;
+  Accumulators<Op, MR, 4, false> acc;
+  const moelora::Segment& segment = args.segments[0];
+  Fetcher ahead(args.ahead, segment.depth / Op::pack);
+  const LeftPointers<Op, MR> l(segment);
+  const char* a = static_cast<const char*>(segment.rows);
+  elem* r = static_cast<elem*>(segment.panel);
+  for (int64_t p = 0; p < segment.depth; p += 2, a += 2 * segment.rows_stride) {
+    // A panel takes too little of each row for the processor to see it coming.
+    if (p + kWeaveAhead < segment.depth)
+      for (int64_t q = 0; q < 2; ++q)
+        for (int64_t line = 0; line < 4 * Op::lanes * static_cast<int64_t>(sizeof(elem)); line += 64)
+          __builtin_prefetch(a + (kWeaveAhead + q) * segment.rows_stride + line);
+    typename Accumulators<Op, MR, 4, false>::Line line;
+    Op::weave(reinterpret_cast<const elem*>(a), reinterpret_cast<const elem*>(a + segment.rows_stride), line.full);
+    if (r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) Op::store_operand(r + v * Op::lanes * Op::pack, line.full[v]);
+      r += args.panel_lanes * Op::pack;
+    }
+    acc.template step<false>(l.at(p / Op::pack), line);
+    ahead.step();
+  }
+  if (args.n_segments == 2) multiply_packed(acc, args.segments[1], args.panel_lanes, ahead);
   acc.store(args);
 }
 
@@ -152,7 +208,7 @@ void tile_staged(const moelora::TileArgs& args) {
       const int64_t left = segment.depth - p;
       const int steps = static_cast<int>(((left < kStage ? left : kStage) + Op::pack - 1) / Op::pack);
       for (int q = 0; q < steps; ++q, r += line) {
-        acc.template step<false>([&](int i) { return l + i * kStage + q * Op::pack; }, r);
+        acc.template step<false>([&](int i) { return l + i * kStage + q * Op::pack; }, acc.load(r));
         ahead.step();
       }
     }
@@ -182,9 +238,18 @@ void tile_width(const moelora::TileArgs& args) {
   tile_rows<Op, MR, NV, false>(args);
 }
 
+template <class Op, int MR>
+void weaving_rows(const moelora::TileArgs& args) {
+  if constexpr (MR > 1)
+    if (MR - 1 >= args.rows) return weaving_rows<Op, MR - 1>(args);
+  tile_weaving<Op, MR>(args);
+}
+
 // R1, R2, …: the tallest tile of 1, 2, … vectors; 0 where tiles are narrower.
 template <class Op, int R1, int R2, int R3 = 0, int R4 = 0>
 void tile_any(const moelora::TileArgs& args) {
+  if constexpr (Op::weaves)
+    if (args.segments[0].rows) return weaving_rows<Op, R4>(args);
   if (args.vecs == 1) return tile_width<Op, R1, 1>(args);
   if (R3 == 0 || args.vecs == 2) return tile_width<Op, R2, 2>(args);
   if constexpr (R3 > 0) {
@@ -199,6 +264,7 @@ void fill_tiles(moelora::Kernels& k) {
   k.pack = Op::pack;
   k.lanes = Op::lanes;
   k.halves = Op::has_half;
+  k.weaves = Op::weaves;
   k.vecs = R3 > 0 ? 4 : 2;
   const int rows[moelora::kMaxTileVecs] = {R1, R2, R3, R4};
   for (int v = 0; v < moelora::kMaxTileVecs; ++v) k.max_rows[v] = rows[v];

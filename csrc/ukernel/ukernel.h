@@ -17,6 +17,10 @@
 // tile's shape: results do not depend on how a driver cuts its blocks. Any 1 <= rows <= max_rows[vecs - 1] will do;
 // edges in j are zero lanes; edges in p are the kernel's.
 //
+// Where a kernel set weaves, the first segment's panel may not exist yet: `rows` then holds what is to be packed, one
+// row of lanes for every p, and the tile writes the panel while it multiplies. Only tiles as wide as they get, without
+// a half vector, and an even depth; the compute type.
+//
 // Two segments make LoRA part of the contraction: [x | s·xAᵀ] · [W | B]ᵀ.
 //
 //   dot_tile  C[j, i] (+)= Σ_s Σ_p L_s[i][p] · R_s[j][p]        i < rows, j < cols
@@ -40,6 +44,9 @@ struct Segment {
   int64_t l_stride;  // bytes between rows
   const void* r;     // packed panel
   int64_t depth;
+  const void* rows = nullptr;  // [depth][lanes], to be packed on the way; r is not read then
+  int64_t rows_stride = 0;     // bytes
+  void* panel = nullptr;       // where they go, if anywhere
 };
 
 // Memory that will be wanted soon: `rows` runs of `bytes`, `stride` bytes apart. A kernel may fetch it along the way.
@@ -107,6 +114,7 @@ struct Kernels {
   bool halves;                 // panels may end in half a vector
   int vecs;                    // widest tile
   int max_rows[kMaxTileVecs];  // tallest tile of 1, 2, … vecs
+  bool weaves;
   void (*tile)(const TileArgs&);
   int dot_rows[kMaxDotCols];         // tallest dot tile of 1, 2, … columns
   void (*dot_tile)(const DotArgs&);  // null where there is none
