@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .layouts import empty_gradient
 
 
 def gate_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -51,7 +52,7 @@ def scatter_lora_dab(
     checks.scatter_lora_dab(
         dy, x, slots, offsets, top_k, lora_a, lora_b, scaling, gates, x_grouped, y_grouped
     )
-    return lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
+    return lora_a.new_empty(lora_a.shape), empty_gradient(lora_b)
 
 
 def scatter_lora_dw(dy, x, slots, offsets, top_k, gates=None, x_grouped=False, y_grouped=False) -> Tensor:

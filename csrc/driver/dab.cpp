@@ -40,7 +40,7 @@ void lora_gradient(const KernelChoice& choice, const LoraGradient& op, const Run
                      .right = op.dy,
                      .out = op.db,
                      .out_dtype = op.lora.b.dtype,
-                     .transposed = true},
+                     .layout = op.db_experts_last ? GroupedOuter::Layout::jie : GroupedOuter::Layout::eji},
                     runtime);
 }
 

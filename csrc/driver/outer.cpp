@@ -9,8 +9,14 @@
 namespace moelora {
 namespace {
 
+using Layout = GroupedOuter::Layout;
+
+// Experts [e0, e1): one, or as many as there are lanes where experts are adjacent in the result.
 struct OuterRange {
-  int64_t expert, i0, i1, j0, j1;
+  int64_t e0, e1, i0, i1, j0, j1;
+
+  int64_t height() const { return i1 - i0; }
+  int64_t width() const { return j1 - j0; }
 };
 
 // Rows [row0, row0 + rows) of `left`, columns [i0, i1), transposed to L rows: [i1 - i0][rows], scaled by the gates.
@@ -34,15 +40,15 @@ void pack_left(const Kernels& k, const GroupedOuter& op, const OuterRange& range
       left, pitch, {from, rows, range.i0, range.i1 - range.i0, m.col_stride, nullptr, 0}, factors);
 }
 
-// c: [i1 - i0][pitch] accumulators -> out
+// c: [i][pitch] accumulators of one expert -> out
 void store_block(const Kernels& k, const GroupedOuter& op, const OuterRange& range, const char* c, int64_t pitch,
                  Arena& arena) {
   const int64_t acc = accumulator_size(k), size = size_of(op.out_dtype);
-  const int64_t height = range.i1 - range.i0, width = range.j1 - range.j0;
+  const int64_t height = range.height(), width = range.width();
   const int64_t all_i = op.left.matrix.cols, all_j = op.right.matrix.cols;
-  char* out = static_cast<char*>(op.out) + range.expert * all_i * all_j * size;
+  char* out = static_cast<char*>(op.out) + range.e0 * all_i * all_j * size;
   const auto store = k.store[static_cast<int>(op.out_dtype)];
-  if (!op.transposed) {
+  if (op.layout == Layout::eij) {
     for (int64_t i = 0; i < height; ++i)
       store(out + ((range.i0 + i) * all_j + range.j0) * size, c + i * pitch * acc, nullptr, 1.0, width);
     return;
@@ -54,16 +60,31 @@ void store_block(const Kernels& k, const GroupedOuter& op, const OuterRange& ran
     store(out + ((range.j0 + j) * all_i + range.i0) * size, t + j * height * acc, nullptr, 1.0, height);
 }
 
-// left packed: [i][rows].  right packed: [rows/pack][lanes][pack], lanes are j.  C: [i][j].
-void outer_block(const KernelChoice& choice, const GroupedOuter& op, const OuterRange& range, Arena& arena) {
+// c: [expert][i][pitch] accumulators -> out, experts side by side
+void store_experts(const Kernels& k, const GroupedOuter& op, const OuterRange& range, const char* c, int64_t pitch,
+                   Arena& arena) {
+  const int64_t acc = accumulator_size(k), size = size_of(op.out_dtype), count = range.e1 - range.e0;
+  const int64_t height = range.height(), width = range.width(), all_i = op.left.matrix.cols;
+  char* t = static_cast<char*>(arena.take(width * count * acc));
+  for (int64_t i = 0; i < height; ++i) {
+    k.transpose(t, count, c + i * pitch * acc, height * pitch, count, width);
+    for (int64_t j = 0; j < width; ++j) {
+      const int64_t at = ((range.j0 + j) * all_i + range.i0 + i) * op.routing->experts + range.e0;
+      k.store[static_cast<int>(op.out_dtype)](static_cast<char*>(op.out) + at * size, t + j * count * acc, nullptr, 1.0,
+                                              count);
+    }
+  }
+}
+
+// left packed: [i][rows].  right packed: [rows/pack][lanes][pack], lanes are j.  c: [i][pitch].
+void sum_outer_products(const KernelChoice& choice, const GroupedOuter& op, const OuterRange& range, int64_t expert,
+                        char* c, int64_t pitch, Arena& arena) {
+  Arena::Scope scope(arena);
   const Kernels& k = *choice.kernels;
   const Routing& routing = *op.routing;
-  const int64_t acc = accumulator_size(k), widest = k.lanes * k.vecs;
-  const int64_t begin = routing.begin(range.expert), end = routing.end(range.expert);
-  const int64_t height = range.i1 - range.i0, width = range.j1 - range.j0;
-  const int64_t pitch = round_up(width, widest);
+  const int64_t acc = accumulator_size(k), widest = k.lanes * k.vecs, height = range.height(), width = range.width();
+  const int64_t begin = routing.begin(expert), end = routing.end(expert);
   const int64_t pass = min64(choice.blocking.outer_depth, max64(1, end - begin));
-  char* c = static_cast<char*>(arena.take(height * pitch * acc));
   std::fill_n(c, begin == end ? height * pitch * acc : 0, char{0});
   char* left = static_cast<char*>(arena.take(height * pass * size_of(k.compute)));
   char* panel = static_cast<char*>(arena.take(panel_bytes(k, pass, widest)));
@@ -93,7 +114,18 @@ void outer_block(const KernelChoice& choice, const GroupedOuter& op, const Outer
       }
     }
   }
-  store_block(k, op, range, c, pitch, arena);
+}
+
+void outer_block(const KernelChoice& choice, const GroupedOuter& op, const OuterRange& range, Arena& arena) {
+  const Kernels& k = *choice.kernels;
+  const int64_t pitch = round_up(range.width(), k.lanes * k.vecs), block = range.height() * pitch * accumulator_size(k);
+  char* c = static_cast<char*>(arena.take((range.e1 - range.e0) * block));
+  for (int64_t e = range.e0; e < range.e1; ++e)
+    sum_outer_products(choice, op, range, e, c + (e - range.e0) * block, pitch, arena);
+  if (op.layout == Layout::jie)
+    store_experts(k, op, range, c, pitch, arena);
+  else
+    store_block(k, op, range, c, pitch, arena);
 }
 
 }  // namespace
@@ -102,12 +134,17 @@ void run_grouped_outer(const KernelChoice& choice, const GroupedOuter& op, const
   const Blocking& b = choice.blocking;
   const Routing& routing = *op.routing;
   const int64_t all_i = op.left.matrix.cols, all_j = op.right.matrix.cols;
+  // Experts side by side fill whole cache lines; the accumulators of all of them wait in L2.
+  const bool adjacent = op.layout == Layout::jie;
+  const int64_t e_step = adjacent ? choice.kernels->lanes : 1;
+  const int64_t j_step = adjacent ? choice.kernels->lanes * choice.kernels->vecs : b.outer_cols;
   std::vector<OuterRange> tasks;
-  for (int64_t e = 0; e < routing.experts; ++e)
+  for (int64_t e = 0; e < routing.experts; e += e_step)
     for (int64_t i = 0; i < all_i; i += b.outer_rows)
-      for (int64_t j = 0; j < all_j; j += b.outer_cols)
-        tasks.push_back({e, i, min64(i + b.outer_rows, all_i), j, min64(j + b.outer_cols, all_j)});
-  const auto rows = [&](const OuterRange& r) { return routing.end(r.expert) - routing.begin(r.expert); };
+      for (int64_t j = 0; j < all_j; j += j_step)
+        tasks.push_back({e, min64(e + e_step, routing.experts), i, min64(i + b.outer_rows, all_i), j,
+                         min64(j + j_step, all_j)});
+  const auto rows = [&](const OuterRange& r) { return routing.end(r.e1 - 1) - routing.begin(r.e0); };
   std::stable_sort(tasks.begin(), tasks.end(),
                    [&](const OuterRange& a, const OuterRange& c) { return rows(a) > rows(c); });
   for_each_task(runtime, static_cast<int64_t>(tasks.size()),

@@ -13,9 +13,9 @@ struct GroupedOuter {
   RowsIn left;                    // [.., I]
   RowsIn right;                   // [.., J]
   const double* gates = nullptr;  // [S] by slot
-  void* out;                      // [E, I, J], or [E, J, I] if transposed; contiguous
+  void* out;                      // contiguous, in this order:
   DType out_dtype;
-  bool transposed = false;
+  enum class Layout : uint8_t { eij, eji, jie } layout = Layout::eij;
 };
 
 void run_grouped_outer(const KernelChoice& choice, const GroupedOuter& op, const Runtime& runtime);

@@ -7,6 +7,12 @@ RowOrder dy_order(bool gated, bool y_grouped) {
   return gated ? RowOrder::token : y_grouped ? RowOrder::grouped : RowOrder::scattered;
 }
 
+// PEFT's B: [N, R, E] in memory, seen as [E, N, R].
+bool experts_last(const Tensor& lora_b) {
+  const int64_t experts = lora_b.size(0), rank = lora_b.size(2);
+  return lora_b.stride(0) == 1 && lora_b.stride(2) == experts && lora_b.stride(1) == rank * experts;
+}
+
 std::tuple<Tensor, Tensor> scatter_lora_dab(Tensor dy, Tensor x, Tensor sorted_scattered_idxs, Tensor expert_offsets,
                                             int64_t top_k, Tensor lora_a, Tensor lora_b, double scaling,
                                             OptionalTensor gates, bool x_grouped, bool y_grouped) {
@@ -23,7 +29,9 @@ std::tuple<Tensor, Tensor> scatter_lora_dab(Tensor dy, Tensor x, Tensor sorted_s
   check.contents(r);
 
   Tensor da = new_tensor(dy, {r.experts, lora_a.size(1), x.size(1)}, lora_a.scalar_type());
-  Tensor db = new_tensor(dy, {r.experts, dy.size(1), lora_a.size(1)}, lora_b.scalar_type());
+  const bool last = experts_last(lora_b);
+  Tensor db = last ? new_tensor(dy, {dy.size(1), lora_a.size(1), r.experts}, lora_b.scalar_type())
+                   : new_tensor(dy, {r.experts, dy.size(1), lora_a.size(1)}, lora_b.scalar_type());
   std::vector<double> by_slot;
   lora_gradient(kernels_for(dtype_of(dy)),
                 {.routing = r,
@@ -32,9 +40,11 @@ std::tuple<Tensor, Tensor> scatter_lora_dab(Tensor dy, Tensor x, Tensor sorted_s
                  .lora = lora_of(lora_a, lora_b, scaling),
                  .gates = gates_of(gates, by_slot),
                  .da = da.mutable_data_ptr(),
-                 .db = db.mutable_data_ptr()},
+                 .db = db.mutable_data_ptr(),
+                 .db_experts_last = last},
                 runtime());
-  return {da, db};
+  using torch::stable::transpose;
+  return {da, last ? transpose(transpose(db, 0, 2), 1, 2) : db};
 }
 
 Tensor scatter_lora_dw(Tensor dy, Tensor x, Tensor sorted_scattered_idxs, Tensor expert_offsets, int64_t top_k,
