@@ -1,5 +1,7 @@
 #include "driver/lora_pack.h"
 
+#include <cstring>
+
 #include "formats/dense.h"
 
 namespace moelora {
@@ -18,17 +20,21 @@ void copy_by_expert(const Kernels& k, const Experts& src, const Routing& routing
   });
 }
 
-// Experts next to each other, as in PEFT's B: a transpose of [rows · cols, E], which reads memory in order.
+// Experts next to each other, as in PEFT's B: a transpose of [rows · cols, E], which reads memory in order. It goes
+// through a buffer whose rows are an odd number of cache lines apart: the experts' own rows would share cache sets.
 void copy_transposed(const Kernels& k, const Experts& src, char* dst, const Runtime& runtime) {
-  constexpr int64_t kPositions = 1024;
+  constexpr int64_t kPositions = 256;
   const int64_t size = size_of(k.compute), all = src.rows * src.cols;
   const Matrix first = src[0];
   for_each_task(runtime, ceil_div(all, kPositions), [&](int64_t task, Arena& arena) {
-    const int64_t begin = task * kPositions, count = min64(kPositions, all - begin);
+    const int64_t begin = task * kPositions, count = min64(kPositions, all - begin), pitch = copy_pitch(k, count);
     const void** positions = arena.take_array<const void*>(count);
     for (int64_t i = 0; i < count; ++i) positions[i] = first.at((begin + i) / src.cols, (begin + i) % src.cols);
+    char* turned = static_cast<char*>(arena.take(src.experts * pitch));
     k.transpose_in[static_cast<int>(src.dtype)](
-        dst + begin * size, all, {positions, count, 0, src.experts, src.expert_stride, nullptr, 0}, nullptr);
+        turned, pitch / size, {positions, count, 0, src.experts, src.expert_stride, nullptr, 0}, nullptr);
+    for (int64_t e = 0; e < src.experts; ++e)
+      std::memcpy(dst + (e * all + begin) * size, turned + e * pitch, static_cast<size_t>(count * size));
   });
 }
 
