@@ -12,6 +12,8 @@
 
 namespace {
 
+constexpr int64_t kLanesAhead = 4;  // vectors of every row
+
 // panel: [ceil(n / pack)][panel_lanes][pack] from rows [n_rows][n]
 template <class P, class T>
 void pack_lanes(const moelora::PackArgs& args) {
@@ -27,6 +29,7 @@ void pack_lanes(const moelora::PackArgs& args) {
       for (int i = 0; i < kLanes; ++i) {
         if (lane + i < args.n_rows) {
           const T* row = static_cast<const T*>(args.rows[lane + i]) + (args.first + p) * args.stride;
+          __builtin_prefetch(row + kLanesAhead * kUnit * args.stride);
           v[i] = P::load_units(gathered(buffer, row, args.stride, count), count);
         } else {
           v[i] = P::zero_units();
