@@ -25,7 +25,10 @@ def enable(model: nn.Module) -> Report:
     found = {name: module for name, module in model.named_modules() if experts.is_experts(module)}
     by_module = adapters.wrappers(model)
     if not found:
-        raise MoeloraError(f"{_kind(model)} has no expert layers that follow transformers' experts interface")
+        raise MoeloraError(
+            f"{_kind(model)} has no expert layers that follow transformers' experts interface"
+            + _outside(model)
+        )
     bindings = {name: experts.bind(module) for name, module in found.items()}
     if all(binding.reason for binding in bindings.values()):
         name, binding = next(iter(bindings.items()))
@@ -98,6 +101,11 @@ def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
         active=adapter in active and not wrapper.disable_adapters,
         trainable=all(layer[adapter].weight.requires_grad for layer in (wrapper.lora_A, wrapper.lora_B)),
     )
+
+
+def _outside(model: nn.Module) -> str:
+    kinds = {type(module).__name__ for module in model.modules()} & experts.OUTSIDE.keys()
+    return "".join(f"; {kind}: {experts.OUTSIDE[kind]}" for kind in sorted(kinds))
 
 
 def _kind(model: nn.Module) -> str:

@@ -19,7 +19,19 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from torch_moelora.functional import glu, moe_mlp
 
 IMPLEMENTATION = "moelora"
+POST_NORM = "post_expert_norm"  # the module's own, between an expert's output and its routing weight
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Experts classes of transformers that do not follow its interface → what stands in the way.
+OUTSIDE = {
+    "DbrxExperts": "all experts in one 2-D parameter",
+    "JetMoeParallelExperts": "a single projection, of rows that are grouped already",
+    "Llama4TextExperts": "runs every expert on every token; the routing is in its input",
+    "LongcatFlashExperts": "some of its experts pass their input through",
+    "NllbMoeExperts": "each expert is a module of its own",
+    "Step3p7Experts": "its forward does not dispatch to a registered function",
+    "SwitchTransformersExperts": "each expert is a module of its own",
+}
 
 
 class Factors(NamedTuple):
@@ -62,8 +74,6 @@ def projections(module: nn.Module) -> tuple[str, str]:
 
 def unsupported(module: nn.Module) -> str | None:
     """Why the operators cannot run this experts module, or None if they can."""
-    if getattr(module, "has_post_expert_norm", False):
-        return "normalises each expert's output before the routing weights"
     for name in projections(module):
         weight = getattr(module, name, None)
         if not isinstance(weight, Tensor):
@@ -94,11 +104,12 @@ def recognise_activation(module: nn.Module) -> dict[str, Any]:
         return {"gated": False, "activation": module.act_fn}
     own: Callable[[Tensor], Tensor] = module._apply_gate
     known = {f"{name}{suffix}" for name in projections(module) for suffix in ("", "_bias")}
-    if any(name not in known for name, _ in module.named_parameters()):
+    others = (name for name, _ in module.named_parameters() if name not in known)
+    if any(name.partition(".")[0] != POST_NORM for name in others):
         return {"activation": own}  # a learned gate can look like a fused one until it is trained
     width = module.gate_up_proj.shape[2 if module.is_transposed else 1]
     probe = torch.randn(16, width, generator=torch.Generator().manual_seed(0))
-    probe *= torch.logspace(-1, 2, 16).unsqueeze(1)
+    probe *= torch.logspace(-1, 4, 16).unsqueeze(1)
     try:
         with torch.no_grad():
             expected = own(probe)
@@ -143,26 +154,40 @@ def experts_forward(
         binding = self._moelora = bind(self)
     if binding.reason is not None:
         return fallback(self, binding)(self, hidden_states, top_k_index, top_k_weights)
-    first, second = projections(self)
+    weight = getattr(self, projections(self)[0])
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
-    weight = getattr(self, first)
     # As transformers' own functions do: norms may hand over fp32 where the experts are 16-bit.
     x = x if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
-    gates = top_k_weights.reshape(-1, top_k_weights.shape[-1])
+    ids = top_k_index.reshape(-1, top_k_index.shape[-1])
+    gates = top_k_weights.reshape(ids.shape)
     gates = gates if gates.dtype in (x.dtype, torch.float32) else gates.to(x.dtype)
-    out = moe_mlp(
-        x,
-        top_k_index.reshape(-1, top_k_index.shape[-1]),
-        gates,
-        _oriented(self, weight),
-        _oriented(self, getattr(self, second)),
+    if getattr(self, "has_post_expert_norm", False):
+        out = _normalised(self, x, ids, gates, _parameters(self, binding))
+    else:
+        out = moe_mlp(x, ids, gates, **_parameters(self, binding))
+    return out.to(hidden_states.dtype).reshape(hidden_states.shape)
+
+
+def _parameters(module: nn.Module, binding: Binding) -> dict[str, Any]:
+    """`moe_mlp`'s arguments other than its inputs and the routing."""
+    first, second = projections(module)
+    return {
+        "gate_up_weight": _oriented(module, getattr(module, first)),
+        "down_weight": _oriented(module, getattr(module, second)),
+        "gate_up_bias": getattr(module, f"{first}_bias") if module.has_bias else None,
+        "down_bias": getattr(module, f"{second}_bias") if module.has_bias else None,
         **_lora("gate_up", binding.lora.get(first)),
         **_lora("down", binding.lora.get(second)),
-        gate_up_bias=getattr(self, f"{first}_bias") if self.has_bias else None,
-        down_bias=getattr(self, f"{second}_bias") if self.has_bias else None,
         **binding.activation,
-    )
-    return out.to(hidden_states.dtype).reshape(hidden_states.shape)
+    }
+
+
+def _normalised(module: nn.Module, x: Tensor, ids: Tensor, gates: Tensor, parameters: dict) -> Tensor:
+    """The experts' outputs, normalised one by one and then weighted: [T, H]."""
+    rows = getattr(module, POST_NORM)(moe_mlp(x, ids, None, **parameters))
+    local = (ids >= 0) & (ids < parameters["gate_up_weight"].shape[0])
+    gates = gates.where(local, 0)  # a norm may make something of the zeros of other ranks' experts
+    return (rows.view(*ids.shape, -1) * gates.unsqueeze(-1)).sum(1)
 
 
 def fallback(module: nn.Module, binding: Binding) -> Callable[..., Tensor]:

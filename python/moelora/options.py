@@ -179,6 +179,12 @@ def parser() -> argparse.ArgumentParser:
         "an adapter in PEFT's format, a loss curve and a summary. Without options it needs no download: it "
         "tunes a small model on text that comes with Python, in a few minutes on two cores.",
     )
+    commands.add_parser(
+        "models",
+        help="list the experts classes of the installed transformers that run on the operators",
+        description="Prints, in Markdown, each experts class of the installed transformers, its layout and "
+        "activation, and whether it runs on the operators.",
+    )
     for title, options in _FINETUNE.items():
         group = finetune.add_argument_group(title)
         for option in options:
