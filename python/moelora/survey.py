@@ -155,12 +155,13 @@ _DOCUMENT = """# Models
 
 <!-- Generated: python -m moelora models > docs/models.md -->
 
-Experts classes of transformers {version} that follow its experts interface: {classes}. On the operators: {served}.
+Experts classes of transformers {version} that follow its experts interface: {classes}.
+On the operators: {served}.
 
 `tests/test_model_sweep.py` compares each of them with transformers' own eager forward and PEFT: output, dX,
-gradients of routing weights and adapters, in fp32 and bf16. The activation is recognised by what it computes; a
-gate that is none of the fused ones is called as it is. A class that is not listed here, your own for one, is
-treated in the same way.
+gradients of routing weights and adapters, in fp32 and bf16. The activation is recognised by what it computes;
+a gate that is none of the fused ones is called as it is. A class that is not listed here, your own for one,
+is treated in the same way.
 
 | model | experts class | weights | activation | computed by |
 |---|---|---|---|---|
