@@ -57,12 +57,19 @@ def build(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model.to(dtype)
 
 
-def adapt(model: nn.Module, which: str = "both", rank: int = 3, fp32: bool = True, **keywords) -> PeftModel:
-    """PEFT's LoRA on the experts, with a B that is not zero; in the model's dtype if not `fp32`."""
+def adapt(
+    model: nn.Module,
+    which: str = "both",
+    rank: int = 3,
+    fp32: bool = True,
+    targets: tuple[str, ...] | list[str] = (),
+    **keywords,
+) -> PeftModel:
+    """PEFT's LoRA on the experts and on `targets`, B not zero; in the model's dtype if not `fp32`."""
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank + 1,
-        target_modules=[],
+        target_modules=list(targets),
         target_parameters=[f"experts.{name}" for name in PROJECTIONS[which]],
         **keywords,
     )
