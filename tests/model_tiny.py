@@ -97,15 +97,15 @@ def logits(model: nn.Module) -> Tensor:
         return model(input_ids=tokens()).logits
 
 
-def gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """The logits, and the gradient of every trainable parameter."""
+def gradients(model: nn.Module, missing: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits, and the gradient of every trainable parameter; if some may be `missing`, of the others."""
     model.zero_grad(set_to_none=True)
     out = model(input_ids=tokens(), labels=tokens())
     out.loss.backward()
     return out.logits.detach(), {
         name: parameter.grad.clone()
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        if parameter.requires_grad and not (missing and parameter.grad is None)
     }
 
 

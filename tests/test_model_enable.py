@@ -1,6 +1,7 @@
 """`enable`, `disable` and `report`: what they change, what they leave, what they say."""
 
 import copy
+import json
 
 import moelora
 import pytest
@@ -15,9 +16,8 @@ from model_tiny import (
     one_thread,  # noqa: F401  (autouse)
     wrappers,
 )
-from moelora import adapters, experts
+from moelora import experts
 from moelora.experts import recognise_activation
-from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
@@ -82,8 +82,9 @@ def test_report_names_layers_and_adapters():
     (row,) = [line for line in str(report).splitlines() if "layers" in line and "mlp" in line]
     name, *cells = row.split()
     assert name == "model.layers.*.mlp.experts"
-    assert cells == ["×2", "Qwen3MoeExperts", "5", "operators", "down_proj", "r=3"]
-    assert report.to_dict()["layers"][1]["adapters"][0]["parameter"] == "down_proj"
+    assert " ".join(cells) == "×2 Qwen3MoeExperts 5 operators down_proj r=3 (no gradient yet)"
+    assert "2 expert parameters train with LoRA, gradients have reached 0 so far" in str(report)
+    assert json.loads(report.to_json())["layers"][1]["adapters"][0]["parameter"] == "down_proj"
 
 
 def test_report_says_frozen():
@@ -91,7 +92,15 @@ def test_report_says_frozen():
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     report = moelora.enable(model)
-    assert report.trainable == 0 and "frozen" in str(report)
+    assert report.trainable == 0 and not report.untrained
+    assert "NOTHING ON THE EXPERTS WILL BE TRAINED: their LoRA is frozen" in str(report)
+
+
+def test_report_says_that_there_is_no_lora():
+    base = build("qwen3_moe").requires_grad_(False)
+    assert 'target_parameters=["experts.down_proj", "experts.gate_up_proj"]' in str(moelora.enable(base))
+    base.requires_grad_(True)
+    assert "NOTHING" not in str(moelora.report(base))  # the experts' own weights are trained
 
 
 def test_model_without_experts_is_an_error():
@@ -127,76 +136,6 @@ def test_layer_that_cannot_be_served_goes_its_old_way(monkeypatch):
     assert "transformers: is special" in str(report) and report.trainable == 4
     found = gradients(model)
     assert all(difference(found[1][name], gradient) < 1e-5 for name, gradient in expected[1].items())
-
-
-@pytest.mark.parametrize(
-    "state", ["disabled", "merged", "unloaded", "eager", "two adapters", "switched", "deleted"]
-)
-def test_states_behave_as_peft(state):
-    def run(enabled):
-        model = adapt(build("qwen3_moe"))
-        model.add_adapter("second", LoraConfig(**_config_of(model)))
-        fill(model, seed=4)
-        if enabled:
-            moelora.enable(model)
-        return _in_state(model, state)
-
-    assert difference(run(True), run(False)) < 1e-5
-
-
-def _config_of(model) -> dict:
-    config = model.peft_config["default"]
-    return {
-        "r": 2,
-        "lora_alpha": 5,
-        "target_modules": [],
-        "target_parameters": sorted(config.target_parameters),
-    }
-
-
-def _in_state(model, state: str) -> torch.Tensor:
-    if state == "disabled":
-        with model.disable_adapter():
-            return logits(model)
-    if state == "merged":
-        model.merge_adapter()
-    elif state == "unloaded":
-        return logits(model.unload())
-    elif state == "eager":
-        model.get_base_model().set_experts_implementation("eager")
-    elif state == "two adapters":
-        model.base_model.set_adapter(["default", "second"])
-    elif state == "switched":
-        model.set_adapter("second")
-    elif state == "deleted":
-        model.set_adapter("second")
-        model.delete_adapter("default")
-    return logits(model)
-
-
-def test_two_active_adapters_are_reported_and_warned_of_once(caplog, monkeypatch):
-    monkeypatch.setattr(adapters, "_warned", set())
-    model = adapt(build("qwen3_moe"))
-    model.add_adapter("second", LoraConfig(**_config_of(model)))
-    model.base_model.set_adapter(["default", "second"])
-    report = moelora.enable(model)
-    assert "by PEFT: 2 adapters are active, expected one" in str(report)
-    logits(model)
-    assert "2 adapters are active" in caplog.text
-    caplog.clear()
-    logits(model)
-    assert not caplog.text
-
-
-def test_adapters_added_after_enable_train():
-    model = build("qwen3_moe")
-    moelora.enable(model)
-    model = adapt(model)
-    _, late = gradients(model)
-    assert moelora.report(model).trainable == 4
-    moelora.enable(model)
-    _, found = gradients(model)
-    assert all(difference(found[name], gradient) < 1e-5 for name, gradient in late.items())
 
 
 def test_copy_of_an_enabled_model_is_its_own():

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moelora.errors import warn_once
+from moelora.watch import Watch
 from torch_moelora.functional import glu, moe_mlp
 
 IMPLEMENTATION = "moelora"
 POST_NORM = "post_expert_norm"  # the module's own, between an expert's output and its routing weight
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+LATE = "its adapter came after moelora.enable, call moelora.enable(model) again"
 # Experts classes of transformers that do not follow its interface → what stands in the way.
 OUTSIDE = {
     "DbrxExperts": "all experts in one 2-D parameter",
@@ -49,9 +52,9 @@ class Binding:
     previous: str | None  # the experts implementation to go back to
     reason: str | None  # why the operators cannot serve this module; None if they can
     activation: dict[str, Any]  # `moe_mlp`'s arguments for what happens between the projections
-    lora: dict[str, Factors] = field(
-        default_factory=dict
-    )  # parameter name → factors, only while its wrapper runs
+    lora: dict[str, Factors] = field(default_factory=dict)  # by parameter, only while its wrapper runs
+    by_peft: set[str] = field(default_factory=set)  # parameters whose wrapper leaves its LoRA to PEFT
+    watches: dict[tuple[str, str], Watch] = field(default_factory=dict)  # by (parameter, adapter)
 
 
 def register() -> None:
@@ -152,6 +155,8 @@ def experts_forward(
     binding = getattr(self, "_moelora", None)
     if binding is None:  # chosen by name, without `enable`: no adapters to hook, so nothing to undo either
         binding = self._moelora = bind(self)
+    if not torch.compiler.is_compiling():
+        _warn_of_late_adapters(self, binding)
     if binding.reason is not None:
         return fallback(self, binding)(self, hidden_states, top_k_index, top_k_weights)
     weight = getattr(self, projections(self)[0])
@@ -166,6 +171,12 @@ def experts_forward(
     else:
         out = moe_mlp(x, ids, gates, **_parameters(self, binding))
     return out.to(hidden_states.dtype).reshape(hidden_states.shape)
+
+
+def _warn_of_late_adapters(module: nn.Module, binding: Binding) -> None:
+    """PEFT parametrizes a weight for a wrapper that `enable` has not seen; for the others it was asked to."""
+    for name in getattr(module, "parametrizations", {}).keys() - binding.by_peft:
+        warn_once(f"PEFT adds the LoRA of {name} to a copy of the weights: {LATE}")
 
 
 def _parameters(module: nn.Module, binding: Binding) -> dict[str, Any]:
