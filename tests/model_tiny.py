@@ -24,6 +24,10 @@ CONFIGS = {
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **_COMMON, intermediate_size=40, moe_intermediate_size=20, num_experts=5, norm_topk_prob=True
     ),
+    # sizes that two processes can share
+    "qwen3_moe_ep": lambda: Qwen3MoeConfig(
+        **_COMMON | {"num_key_value_heads": 2}, intermediate_size=40, moe_intermediate_size=20, num_experts=6
+    ),
     # [E, in, out], biases, interleaved and clamped gate
     "gpt_oss": lambda: GptOssConfig(**_COMMON, intermediate_size=20, num_local_experts=5),
     # another activation

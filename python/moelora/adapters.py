@@ -76,6 +76,8 @@ def _unusable(wrapper: PeftParamWrapper, adapter: str) -> str | None:
     """What is unusual about one adapter's tensors, or None."""
     module, name = wrapper.get_base_layer(), wrapper.parameter_name
     weight = getattr(module, name)
+    if getattr(module, "_is_expert_parallel", False):
+        return "its experts are spread over processes, which PEFT's LoRA on them does not support"
     experts, out, inner = weight.transpose(1, 2).shape if module.is_transposed else weight.shape
     if experts == 1:
         return "a single expert is a plain matrix to PEFT"
