@@ -140,6 +140,13 @@ _FINETUNE: dict[str, list[Option]] = {
             "go on from the last checkpoint in the output directory, with its options",
         ),
         _switch("--overwrite", "start anew where an unfinished run left checkpoints"),
+        _option(
+            "--profile",
+            0,
+            "steps to measure with torch.profiler: a trace and a table of the slowest operators; 0 for none",
+            "N",
+            type=_FROM_ZERO,
+        ),
     ],
     "what is shown at the end": [
         _option(
@@ -155,7 +162,10 @@ _FINETUNE: dict[str, list[Option]] = {
 }
 
 # These may differ when a run is resumed: they do not touch what is trained.
-FREE_ON_RESUME = ("cache_dir", "output", "save_every", "resume", "overwrite", "compare", "sample", "prompt")
+FREE_ON_RESUME = (
+    *("cache_dir", "output", "save_every", "resume", "overwrite", "profile"),
+    *("compare", "sample", "prompt"),
+)
 
 DEFAULTS: dict[str, Any] = {option.name: option.default for group in _FINETUNE.values() for option in group}
 
