@@ -27,13 +27,19 @@ def _finetune(explicit: dict) -> None:
     finetune.main(explicit)
 
 
+def _inspect(explicit: dict) -> None:
+    from moelora import inspection
+
+    inspection.main(explicit)
+
+
 def _models(explicit: dict) -> None:
     from moelora import survey
 
     print(survey.markdown(), end="")
 
 
-_COMMANDS = {"finetune": _finetune, "models": _models}
+_COMMANDS = {"finetune": _finetune, "inspect": _inspect, "models": _models}
 
 
 def _interrupted(explicit: dict) -> str:

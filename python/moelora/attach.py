@@ -28,7 +28,7 @@ def enable(model: nn.Module) -> Report:
     if not found:
         raise MoeloraError(
             f"{_kind(model)} has no expert layers that follow transformers' experts interface"
-            + _outside(model)
+            + experts.outside(model)
         )
     bindings = {name: experts.bind(module) for name, module in found.items()}
     if all(binding.reason for binding in bindings.values()):
@@ -114,11 +114,6 @@ def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
         gradient=(watch is not None and watch.seen)
         or any(weight.grad is not None and bool(nonzero(weight.grad)) for weight in weights),
     )
-
-
-def _outside(model: nn.Module) -> str:
-    kinds = {type(module).__name__ for module in model.modules()} & experts.OUTSIDE.keys()
-    return "".join(f"; {kind}: {experts.OUTSIDE[kind]}" for kind in sorted(kinds))
 
 
 def _kind(model: nn.Module) -> str:

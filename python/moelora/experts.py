@@ -70,6 +70,12 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
+def outside(model: nn.Module) -> str:
+    """The model's experts that do not follow the interface, each with its reason; the end of a sentence."""
+    kinds = {type(module).__name__ for module in model.modules()} & OUTSIDE.keys()
+    return "".join(f"; {kind}: {OUTSIDE[kind]}" for kind in sorted(kinds))
+
+
 def projections(module: nn.Module) -> tuple[str, str]:
     """The names of the module's two weights, in the order in which they are applied."""
     return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"

@@ -103,7 +103,7 @@ def matrix() -> list[Row]:
             Row(
                 cls.__name__,
                 cls.__module__.split(".")[-2],
-                _weights(module),
+                weights(module),
                 activation(module, binding),
                 "transformers: " + binding.reason if binding.reason else "operators",
             )
@@ -111,7 +111,8 @@ def matrix() -> list[Row]:
     return rows
 
 
-def _weights(module: nn.Module) -> str:
+def weights(module: nn.Module) -> str:
+    """The layout of the projections, in words."""
     order = "[E, in, out]" if module.is_transposed else "[E, out, in]"
     first = projections(module)[0]
     return f"{first} {order}" + (", biases" if module.has_bias else "")
