@@ -213,6 +213,23 @@ def test_trainer_unmodified(make, tmp_path):
     assert len(losses) == 4 and losses == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_callback_enables_and_tells(frozen, tmp_path, caplog):
+    """As in a framework that builds everything itself; what is attached but never trained is told of."""
+    set_seed(0)
+    model = adapt(build("qwen3_moe"), targets=["o_proj"])
+    for name, parameter in model.named_parameters():
+        if frozen and "experts" in name:
+            parameter.requires_grad_(False)
+    with caplog.at_level("INFO", logger="moelora"):
+        trainer = _trainer(model, str(tmp_path))
+        trainer.add_callback(moelora.Callback())
+        _losses(trainer)
+    assert "model.layers.*.mlp.experts  ×2" in caplog.text
+    assert ("nothing on the experts was trained" in caplog.text) == frozen
+    assert moelora.report(model).trainable == (0 if frozen else 4) and not moelora.report(model).untrained
+
+
 def test_generation_of_a_bf16_model_that_was_trained():
     """Training mode, then generation under autocast: the same tokens as eager in most places."""
     model = adapt(build("qwen3_moe", torch.bfloat16)).eval()

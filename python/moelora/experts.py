@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moelora.errors import warn_once
+from moelora.errors import MoeloraError, warn_once
 from moelora.watch import Watch
 from torch_moelora.functional import glu, moe_mlp
 
@@ -117,7 +117,7 @@ def recognise_activation(module: nn.Module) -> dict[str, Any]:
     if any(name.partition(".")[0] != POST_NORM for name in others):
         return {"activation": own}  # a learned gate can look like a fused one until it is trained
     width = module.gate_up_proj.shape[2 if module.is_transposed else 1]
-    probe = torch.randn(16, width, generator=torch.Generator().manual_seed(0))
+    probe = torch.randn(16, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     probe *= torch.logspace(-1, 4, 16).unsqueeze(1)
     try:
         with torch.no_grad():
@@ -160,6 +160,8 @@ def experts_forward(
     """
     binding = getattr(self, "_moelora", None)
     if binding is None:  # chosen by name, without `enable`: no adapters to hook, so nothing to undo either
+        if torch.compiler.is_compiling():
+            raise MoeloraError("call moelora.enable(model) before the first call of a compiled model")
         binding = self._moelora = bind(self)
     if not torch.compiler.is_compiling():
         _warn_of_late_adapters(self, binding)
