@@ -22,7 +22,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
 
 
 def _experts(model):
@@ -136,6 +136,35 @@ def test_layer_that_cannot_be_served_goes_its_old_way(monkeypatch):
     assert "transformers: is special" in str(report) and report.trainable == 4
     found = gradients(model)
     assert all(difference(found[1][name], gradient) < 1e-5 for name, gradient in expected[1].items())
+
+
+def test_layers_of_another_interface_keep_their_own_functions():
+    """As quantised experts do, beside others of the same configuration."""
+
+    class Others(ExpertsInterface):
+        _global_mapping = {"mine": lambda self, x, ids, gates: 2 * x}  # noqa: RUF012
+
+    plain = _with_gate()
+    kind = type("EightBit", (_Experts,), {"gated": True})
+    eight_bit = use_experts_implementation(kind, experts_interface=Others())(plain.config)
+    _eight_bit(eight_bit)
+    plain.config._experts_implementation_internal = "mine"
+    report = moelora.enable(nn.ModuleList([plain, eight_bit]))
+    assert [layer.path for layer in report.layers] == ["operators", "transformers"]
+    x = torch.randn(3, 8)
+    assert torch.equal(eight_bit(x, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)), 2 * x)
+    plain.config._experts_implementation_internal = None
+
+
+def test_whole_model_can_be_pickled(tmp_path):
+    model = adapt(build("qwen3_moe"))
+    moelora.enable(model)
+    gradients(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(loaded), logits(model))
+    gradients(loaded)
+    assert not moelora.report(loaded).untrained and moelora.report(loaded).served
 
 
 def test_copy_of_an_enabled_model_is_its_own():

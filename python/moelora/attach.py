@@ -36,7 +36,8 @@ def enable(model: nn.Module) -> Report:
         raise MoeloraError(
             f"no expert layer of {_kind(model)} can use the operators: {name} {binding.reason}"
         )
-    experts.register()
+    for binding in bindings.values():  # layers share configurations, so every interface must know the name
+        experts.register(binding.interface)
     # Layers share configurations, so what an enabled layer goes back to holds for a new one beside it.
     earlier = {id(m.config): m._moelora.previous for m in found.values() if hasattr(m, "_moelora")}
     for name, module in found.items():
@@ -99,6 +100,8 @@ def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
         reason = "merged into the weights"
     elif type(wrapper) is PeftParamWrapper:
         reason = experts.LATE
+    elif not isinstance(wrapper, adapters.ParamWrapper):
+        reason = f"its wrapper is a {type(wrapper).__name__}"
     elif adapter in active:
         reason = adapters.unserved(wrapper, active)
     else:

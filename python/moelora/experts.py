@@ -8,13 +8,14 @@ the `Binding` that `moelora.enable` left on the module.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from moelora.errors import MoeloraError, warn_once
 from moelora.watch import Watch
@@ -52,15 +53,22 @@ class Binding:
 
     previous: str | None  # the experts implementation to go back to
     reason: str | None  # why the operators cannot serve this module; None if they can
+    interface: ExpertsInterface  # where its class looks functions up
     activation: dict[str, Any]  # `moe_mlp`'s arguments for what happens between the projections
     lora: dict[str, Factors] = field(default_factory=dict)  # by parameter, only while its wrapper runs
     by_peft: set[str] = field(default_factory=set)  # parameters whose wrapper leaves its LoRA to PEFT
     watches: dict[tuple[str, str], Watch] = field(default_factory=dict)  # by (parameter, adapter)
 
 
-def register() -> None:
+def register(interface: ExpertsInterface = ALL_EXPERTS_FUNCTIONS) -> None:
     """Make `experts_implementation="moelora"` known to transformers; calling it again changes nothing."""
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    interface.register(IMPLEMENTATION, experts_forward)
+
+
+def _interface(module: nn.Module) -> ExpertsInterface:
+    """Where the module's class looks its function up: quantised experts have an interface of their own."""
+    found = inspect.getclosurevars(type(module).forward).nonlocals
+    return found.get("experts_interface", ALL_EXPERTS_FUNCTIONS)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -101,7 +109,7 @@ def bind(module: nn.Module) -> Binding:
     """A new binding for an experts module, without touching the module."""
     reason = unsupported(module)
     activation = {} if reason else recognise_activation(module)
-    return Binding(module.config._experts_implementation, reason, activation)
+    return Binding(module.config._experts_implementation, reason, _interface(module), activation)
 
 
 def recognise_activation(module: nn.Module) -> dict[str, Any]:
@@ -213,9 +221,10 @@ def _normalised(module: nn.Module, x: Tensor, ids: Tensor, gates: Tensor, parame
 def fallback(module: nn.Module, binding: Binding) -> Callable[..., Tensor]:
     """The function that ran the module before: a registered one, or the class's own forward."""
     name = binding.previous
-    if name is None or name == IMPLEMENTATION or name not in ALL_EXPERTS_FUNCTIONS:
+    functions = binding.interface
+    if name is None or name == IMPLEMENTATION or name not in functions:
         return type(module).forward.__wrapped__
-    return ALL_EXPERTS_FUNCTIONS[name]
+    return functions[name]
 
 
 def _lora(projection: str, factors: Factors | None) -> dict[str, Any]:
