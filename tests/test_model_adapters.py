@@ -48,6 +48,7 @@ _STATES = {
     "unmerged": (lambda m: (m.merge_adapter(), m.unmerge_adapter()), "operators"),
     "scaled": (lambda m: [w.set_scale("default", 3.0) for w in wrappers(m)], "operators"),
     "two active": (lambda m: _both(m), "PEFT"),
+    "another dtype": (lambda m: [w.to(torch.bfloat16) for w in _factor_modules(m)], "PEFT"),
     "eager chosen": (lambda m: m.get_base_model().set_experts_implementation("eager"), "PEFT"),
 }
 
@@ -56,6 +57,10 @@ def _again(model: PeftModel) -> None:
     model.add_adapter("default", _second(use_rslora=True))
     model.set_adapter("default")
     fill(model, seed=6)
+
+
+def _factor_modules(model: PeftModel) -> list[nn.Module]:
+    return [factors["default"] for w in wrappers(model) for factors in (w.lora_A, w.lora_B)]
 
 
 def _both(model: PeftModel) -> None:

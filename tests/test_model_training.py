@@ -15,6 +15,7 @@ from model_tiny import (
     tokens,
 )
 from moelora.base import byte_tokenizer
+from peft import LoraConfig
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import CheckpointError
@@ -190,10 +191,26 @@ def _trainer(model: nn.Module, out: str) -> Trainer:
     return Trainer(model, TrainingArguments(out, **_ARGUMENTS, max_grad_norm=0.5), train_dataset=rows)
 
 
-def _sft_trainer(model: nn.Module, out: str) -> Trainer:
+def _sft_trainer(model: nn.Module, out: str, **keywords) -> Trainer:
     texts = Dataset.from_dict({"text": [f"{i} and {i} is {2 * i}" for i in range(16)]})
     arguments = SFTConfig(out, **_ARGUMENTS, max_length=32, bf16=False)
-    return SFTTrainer(model, arguments, train_dataset=texts, processing_class=byte_tokenizer())
+    return SFTTrainer(model, arguments, train_dataset=texts, processing_class=byte_tokenizer(), **keywords)
+
+
+def test_sft_trainer_that_attaches_the_adapter_itself(tmp_path):
+    def run(enabled: bool) -> list[float]:
+        set_seed(0)
+        base = build("qwen3_moe")
+        base.resize_token_embeddings(257, mean_resizing=False)
+        names = ["experts.gate_up_proj", "experts.down_proj"]
+        lora = LoraConfig(r=3, target_modules=[], target_parameters=names, task_type="CAUSAL_LM")
+        trainer = _sft_trainer(base, str(tmp_path), peft_config=lora)
+        if enabled:
+            assert moelora.enable(trainer.model).trainable == 4
+        return _losses(trainer)
+
+    losses, expected = run(True), run(False)
+    assert len(losses) == 4 and losses == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("make", [_trainer, _sft_trainer])

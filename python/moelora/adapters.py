@@ -88,8 +88,10 @@ def _unusable(wrapper: PeftParamWrapper, adapter: str) -> str | None:
             f"its factors are {list(a.shape)} and {list(b.shape)}, "
             f"expected {[experts * rank, inner]} and {[out, rank * experts]}"
         )
-    if a.dtype not in DTYPES or b.dtype != a.dtype:
+    if b.dtype != a.dtype or a.dtype not in DTYPES:
         return f"its factors are {a.dtype} and {b.dtype}"
+    if a.dtype != weight.dtype and not (a.dtype == torch.float32 and weight.dtype.itemsize == 2):
+        return f"its factors are {a.dtype} beside {weight.dtype} weights"
     return None
 
 

@@ -99,9 +99,8 @@ def unsupported(module: nn.Module) -> str | None:
         if weight.ndim != 3:
             return f"{name} has {weight.ndim} dimensions, expected [experts, out, in]"
         if weight.dtype not in DTYPES:
-            return (
-                f"{name} is {str(weight.dtype).removeprefix('torch.')}, expected a 16-, 32- or 64-bit float"
-            )
+            found = str(weight.dtype).removeprefix("torch.")
+            return f"{name} is {found}, expected a 16-, 32- or 64-bit float: load the model dequantised"
     return None
 
 
