@@ -115,3 +115,18 @@ def test_class_agrees_with_eager(cls):
     for name, expected in exact.items():
         assert ours[name].dtype == eager[name].dtype, name
         assert difference(ours[name], expected) < max(1.5 * difference(eager[name], expected), 1e-2), name
+
+
+_ODD = ("GptOssExperts", "Inkling2Experts", "MuseSparkExperts", "NemotronHExperts")
+
+
+@pytest.mark.parametrize(
+    "cls", [cls for cls in CLASSES if cls.__name__ in _ODD], ids=lambda cls: cls.__name__
+)
+def test_unusual_class_compiles_into_one_graph(cls):
+    """Biases, a gate of its own, a norm after each expert, no gate."""
+    layer = _adapted(cls, torch.float32)
+    moelora.enable(layer)
+    x, ids, _, gates = _routing(torch.float32)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(x, ids, gates), layer(x, ids, gates))
