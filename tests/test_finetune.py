@@ -87,6 +87,7 @@ def test_run_writes_adapter_curve_and_summary(arguments, model_dir, tmp_path, ca
     assert [step for step, _ in summary["losses"]] == list(range(1, 31))
     assert summary["reload_difference"] < 1e-4 and summary["race"]["speedup"] > 0
     assert {layer["path"] for layer in summary["experts"]["layers"]} == {"operators"}
+    assert all(a["gradient"] for layer in summary["experts"]["layers"] for a in layer["adapters"])
     printed = capsys.readouterr().out
     for expected in ("held-out loss before", "held-out loss after", "transformers' experts + PEFT", "tuned"):
         assert expected in printed

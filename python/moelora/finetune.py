@@ -25,7 +25,6 @@ from transformers import PreTrainedTokenizerBase, set_seed
 import moelora
 from moelora import base, data, models, options, profiling, results, showcase, threads, training
 from moelora.errors import MoeloraError, writing
-from moelora.reporting import Report
 
 OPTIONS = "options.json"
 EVALUATION_ROWS = 64
@@ -44,7 +43,6 @@ class Run:
     train: Tensor  # [n, seq_length] int64
     held_out: Tensor  # [m, seq_length] int64
     model: PeftModel
-    report: Report
     started: float  # time.perf_counter()
 
 
@@ -112,7 +110,7 @@ def prepare(explicit: dict[str, Any]) -> Run:
     trainable = models.count(adapted, trainable=True) / 1e6
     print(f"adapter  rank {chosen.rank}, alpha {chosen.alpha:g}, {trainable:.2f} M trainable parameters")
     print(f"\n{report}\n")
-    return Run(chosen, out, checkpoint, source, tokenizer, *rows, adapted, report, started)
+    return Run(chosen, out, checkpoint, source, tokenizer, *rows, adapted, started)
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -269,7 +267,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "train_tokens": run.train.numel(),
         "held_out_tokens": run.held_out.numel(),
         "trainable_parameters": models.count(run.model, trainable=True),
-        "experts": run.report.to_dict(),
+        "experts": moelora.report(run.model).to_dict(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
