@@ -96,6 +96,16 @@ def test_report_says_frozen():
     assert "NOTHING ON THE EXPERTS WILL BE TRAINED: their LoRA is frozen" in str(report)
 
 
+def test_adapter_with_one_factor_frozen_still_trains():
+    model = adapt(build("qwen3_moe"))
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    moelora.enable(model)
+    gradients(model)
+    assert moelora.report(model).trainable == 4 and not moelora.report(model).untrained
+
+
 def test_report_says_that_there_is_no_lora():
     base = build("qwen3_moe").requires_grad_(False)
     assert 'target_parameters=["experts.down_proj", "experts.gate_up_proj"]' in str(moelora.enable(base))
@@ -235,7 +245,12 @@ def test_known_gates_are_fused(module, expected):
     assert found["interleaved"] is False
 
 
-@pytest.mark.parametrize("gate", [_clamped_after, _swapped])
+def _cut(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return self.act_fn(gate).detach() * up  # a fused one, but for its gradient
+
+
+@pytest.mark.parametrize("gate", [_clamped_after, _swapped, _cut])
 def test_other_gates_are_called_as_they_are(gate):
     module = _with_gate(gate, limit=5)
     assert recognise_activation(module) == {"activation": module._apply_gate}

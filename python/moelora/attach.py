@@ -113,7 +113,7 @@ def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
         path="PEFT" if reason else "operators",
         reason=reason or "",
         active=adapter in active and not wrapper.disable_adapters,
-        trainable=all(weight.requires_grad for weight in weights),
+        trainable=any(weight.requires_grad for weight in weights),
         gradient=(watch is not None and watch.seen)
         or any(weight.grad is not None and bool(nonzero(weight.grad)) for weight in weights),
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch_moelora.functional import glu, moe_mlp
 IMPLEMENTATION = "moelora"
 POST_NORM = "post_expert_norm"  # the module's own, between an expert's output and its routing weight
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEVICES = ("cpu", "cuda", "meta")
 
 LATE = "its adapter came after moelora.enable, call moelora.enable(model) again"
 # Experts classes of transformers that do not follow its interface → what stands in the way.
@@ -101,6 +103,8 @@ def unsupported(module: nn.Module) -> str | None:
         if weight.dtype not in DTYPES:
             found = str(weight.dtype).removeprefix("torch.")
             return f"{name} is {found}, expected a 16-, 32- or 64-bit float: load the model dequantised"
+        if weight.device.type not in DEVICES:
+            return f"{name} is on {weight.device}, expected cpu or cuda"
     return None
 
 
@@ -114,8 +118,8 @@ def bind(module: nn.Module) -> Binding:
 def recognise_activation(module: nn.Module) -> dict[str, Any]:
     """`moe_mlp`'s arguments for the module's activation: a fused gate that agrees, else the module's own.
 
-    The module's gate is compared with the operator on probe values that reach beyond every clamp, so a model
-    class is recognised by what it computes and never by its name or its configuration.
+    The gate and its gradient are compared with the operator's on probe values that reach beyond every clamp:
+    a model class is recognised by what it computes and never by its name or its configuration.
     """
     if not module.has_gate:
         return {"gated": False, "activation": module.act_fn}
@@ -128,15 +132,26 @@ def recognise_activation(module: nn.Module) -> dict[str, Any]:
     probe = torch.randn(16, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     probe *= torch.logspace(-1, 4, 16).unsqueeze(1)
     try:
-        with torch.no_grad():
-            expected = own(probe)
+        expected = _with_gradient(own, probe)
     except (RuntimeError, ValueError, TypeError):  # a gate that only runs on the model's own device or dtype
         return {"activation": own}
     for candidate in _fused_candidates(module):
-        found = glu(probe, **candidate)
-        if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
+        found = _with_gradient(partial(glu, **candidate), probe)
+        if all(
+            f.shape == e.shape and torch.allclose(f, e, 1e-5, 1e-5)
+            for f, e in zip(found, expected, strict=True)
+        ):
             return candidate
     return {"activation": own}
+
+
+def _with_gradient(gate: Callable[[Tensor], Tensor], probe: Tensor) -> tuple[Tensor, Tensor]:
+    """The gate's output, and the gradient of a sum in which every output has a weight of its own."""
+    with torch.inference_mode(False), torch.enable_grad():
+        h = probe.clone().requires_grad_()
+        y = gate(h)
+        (gradient,) = torch.autograd.grad(y, h, torch.linspace(1, 2, y.numel()).view(y.shape))
+    return y.detach(), gradient
 
 
 def _fused_candidates(module: nn.Module) -> list[dict[str, Any]]:
