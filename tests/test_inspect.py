@@ -82,7 +82,10 @@ def test_stored_layouts(tmp_path):
     )
     fused = {"model.layers.0.mlp.experts.gate_up_proj": matrix.bfloat16()}
     save_file(fused, tmp_path / "model.safetensors")
-    assert inspection.stored(tmp_path) == "1 tensors of all experts, BF16: as the model has them"
+    assert (
+        inspection.stored(tmp_path)
+        == "1 tensors of all experts, BF16: loading them in their dtype maps the files"
+    )
     (tmp_path / "model.safetensors").write_bytes(b"no header")
     with pytest.raises(moelora.MoeloraError, match="cannot read the header of "):
         inspection.stored(tmp_path)

@@ -12,7 +12,7 @@ from model_tiny import (
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 EXPERTS, HIDDEN, INNER, ROUTED = 96, 512, 512, 6
@@ -74,6 +74,26 @@ def test_mapped_experts_are_not_copied(tmp_path):
     routed = size * ROUTED // EXPERTS
     assert size > 140e6
     assert routed < _step(adapted, 8, ROUTED) < routed + 36e6  # either weight, copied, would be 50 MB or more
+
+
+def test_a_checkpoint_with_fused_experts_trains_where_it_lies(tmp_path):
+    """transformers maps it; a step touches the experts of its few tokens, in a whole model."""
+    config = GptOssConfig(
+        hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=EXPERTS, num_experts_per_tok=2,
+        vocab_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    del model
+    rows = torch.arange(3).view(1, 3)
+    _forget_peak()
+    before = psutil.Process().memory_info().rss
+    adapted = _adapted(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto"))
+    moelora.enable(adapted)
+    adapted(input_ids=rows, labels=rows).loss.backward()
+    assert not moelora.report(adapted).untrained
+    assert size > 140e6 and _peak() - before < 0.6 * size  # the libraries' own share is a third, at most
 
 
 def test_peak_is_at_most_half_of_transformers_and_peft():

@@ -198,7 +198,7 @@ def stored(directory: Path) -> str:
     kinds = ", ".join(sorted(dtypes))
     if single:
         return f"{single} matrices of single experts, {kinds}: transformers merges them while loading"
-    return f"{fused} tensors of all experts, {kinds}: as the model has them"
+    return f"{fused} tensors of all experts, {kinds}: loading them in their dtype maps the files"
 
 
 def _dense_seconds(parameters: int, tokens: int, hidden: int, dtype: torch.dtype) -> float:
