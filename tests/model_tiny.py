@@ -24,6 +24,10 @@ CONFIGS = {
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **_COMMON, intermediate_size=40, moe_intermediate_size=20, num_experts=5, norm_topk_prob=True
     ),
+    # sizes that two processes can share
+    "qwen3_moe_ep": lambda: Qwen3MoeConfig(
+        **_COMMON | {"num_key_value_heads": 2}, intermediate_size=40, moe_intermediate_size=20, num_experts=6
+    ),
     # [E, in, out], biases, interleaved and clamped gate
     "gpt_oss": lambda: GptOssConfig(**_COMMON, intermediate_size=20, num_local_experts=5),
     # another activation
@@ -57,12 +61,19 @@ def build(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model.to(dtype)
 
 
-def adapt(model: nn.Module, which: str = "both", rank: int = 3, fp32: bool = True, **keywords) -> PeftModel:
-    """PEFT's LoRA on the experts, with a B that is not zero; in the model's dtype if not `fp32`."""
+def adapt(
+    model: nn.Module,
+    which: str = "both",
+    rank: int = 3,
+    fp32: bool = True,
+    targets: tuple[str, ...] | list[str] = (),
+    **keywords,
+) -> PeftModel:
+    """PEFT's LoRA on the experts and on `targets`, B not zero; in the model's dtype if not `fp32`."""
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank + 1,
-        target_modules=[],
+        target_modules=list(targets),
         target_parameters=[f"experts.{name}" for name in PROJECTIONS[which]],
         **keywords,
     )
@@ -90,15 +101,15 @@ def logits(model: nn.Module) -> Tensor:
         return model(input_ids=tokens()).logits
 
 
-def gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """The logits, and the gradient of every trainable parameter."""
+def gradients(model: nn.Module, missing: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits, and the gradient of every trainable parameter; if some may be `missing`, of the others."""
     model.zero_grad(set_to_none=True)
     out = model(input_ids=tokens(), labels=tokens())
     out.loss.backward()
     return out.logits.detach(), {
         name: parameter.grad.clone()
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        if parameter.requires_grad and not (missing and parameter.grad is None)
     }
 
 

@@ -18,7 +18,7 @@ from model_tiny import (
     build,
     one_thread,  # noqa: F401  (autouse)
 )
-from moelora import MoeloraError, base, data, finetune, options, threads, training
+from moelora import MoeloraError, base, data, finetune, models, options, threads, training
 from moelora.__main__ import main
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -87,6 +87,7 @@ def test_run_writes_adapter_curve_and_summary(arguments, model_dir, tmp_path, ca
     assert [step for step, _ in summary["losses"]] == list(range(1, 31))
     assert summary["reload_difference"] < 1e-4 and summary["race"]["speedup"] > 0
     assert {layer["path"] for layer in summary["experts"]["layers"]} == {"operators"}
+    assert all(a["gradient"] for layer in summary["experts"]["layers"] for a in layer["adapters"])
     printed = capsys.readouterr().out
     for expected in ("held-out loss before", "held-out loss after", "transformers' experts + PEFT", "tuned"):
         assert expected in printed
@@ -109,6 +110,39 @@ def test_options(arguments, tmp_path, changes):
     assert len(_adapter(tmp_path / "out")) == (8 if changes.get("gradient_checkpointing") else 4) + 8 * (
         "target_modules" in changes
     )
+
+
+def test_profile(arguments, tmp_path, capsys):
+    assert main(_set(arguments, steps=4, profile=2, compare=0, sample=0)) == 0
+    events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
+    names = {event.get("name") for event in events}
+    operators = (
+        "flatten_sort_count",
+        "scatter_lora",
+        "scatter_lora_dx",
+        "scatter_lora_dab",
+        "glu",
+        "glu_backward",
+    )
+    assert {f"moelora::{name}" for name in operators} <= names
+    table = (tmp_path / "out" / "profile.txt").read_text()
+    assert "moelora::scatter_lora" in table and table in capsys.readouterr().out
+
+
+def test_a_run_that_trains_nothing_is_an_error(arguments, monkeypatch, capsys):
+    """Adapters whose gradients never come."""
+    adapt = models.adapt
+
+    def useless(*values):
+        adapted = adapt(*values)
+        for name, parameter in adapted.named_parameters():
+            if "lora_A" in name:
+                torch.nn.init.zeros_(parameter)  # as B is: neither has a gradient
+        return adapted
+
+    monkeypatch.setattr(models, "adapt", useless)
+    assert main(_set(arguments, steps=1, compare=0, sample=0)) == 2
+    assert "4 adapted parameters, model.layers.0.mlp.experts" in capsys.readouterr().err
 
 
 def test_jsonl_with_a_field(arguments, tmp_path):
@@ -242,6 +276,7 @@ def _fails(arguments: list[str], message: str, capsys) -> None:
         ({"held_out": 1e-6}, "the held-out text is 1 tokens long, expected at least --seq-length (32)"),
         ({"target_modules": "nonsense"}, "--target-modules nonsense names no layer of Qwen3MoeForCausalLM"),
         ({"target_modules": "mlp"}, "PEFT cannot adapt Qwen3MoeForCausalLM"),
+        ({"profile": 5}, "--profile is 5, expected at most 4: --steps is 6"),
         ({"resume": True}, "expected a checkpoint of an unfinished run"),
         ({"output": "/dev/null"}, "--output /dev/null is a file, expected a directory"),
         ({"output": "/proc/no/such"}, "cannot write /proc/no/such: No such file or directory"),

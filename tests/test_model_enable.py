@@ -1,6 +1,7 @@
 """`enable`, `disable` and `report`: what they change, what they leave, what they say."""
 
 import copy
+import json
 
 import moelora
 import pytest
@@ -15,14 +16,13 @@ from model_tiny import (
     one_thread,  # noqa: F401  (autouse)
     wrappers,
 )
-from moelora import adapters
+from moelora import experts
 from moelora.experts import recognise_activation
-from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
 
 
 def _experts(model):
@@ -82,8 +82,9 @@ def test_report_names_layers_and_adapters():
     (row,) = [line for line in str(report).splitlines() if "layers" in line and "mlp" in line]
     name, *cells = row.split()
     assert name == "model.layers.*.mlp.experts"
-    assert cells == ["×2", "Qwen3MoeExperts", "5", "operators", "down_proj", "r=3"]
-    assert report.to_dict()["layers"][1]["adapters"][0]["parameter"] == "down_proj"
+    assert " ".join(cells) == "×2 Qwen3MoeExperts 5 operators down_proj r=3 (no gradient yet)"
+    assert "2 expert parameters train with LoRA, gradients have reached 0 so far" in str(report)
+    assert json.loads(report.to_json())["layers"][1]["adapters"][0]["parameter"] == "down_proj"
 
 
 def test_report_says_frozen():
@@ -91,7 +92,25 @@ def test_report_says_frozen():
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     report = moelora.enable(model)
-    assert report.trainable == 0 and "frozen" in str(report)
+    assert report.trainable == 0 and not report.untrained
+    assert "NOTHING ON THE EXPERTS WILL BE TRAINED: their LoRA is frozen" in str(report)
+
+
+def test_adapter_with_one_factor_frozen_still_trains():
+    model = adapt(build("qwen3_moe"))
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    moelora.enable(model)
+    gradients(model)
+    assert moelora.report(model).trainable == 4 and not moelora.report(model).untrained
+
+
+def test_report_says_that_there_is_no_lora():
+    base = build("qwen3_moe").requires_grad_(False)
+    assert 'target_parameters=["experts.down_proj", "experts.gate_up_proj"]' in str(moelora.enable(base))
+    base.requires_grad_(True)
+    assert "NOTHING" not in str(moelora.report(base))  # the experts' own weights are trained
 
 
 def test_model_without_experts_is_an_error():
@@ -102,96 +121,60 @@ def test_model_without_experts_is_an_error():
         moelora.enable(LlamaForCausalLM(config))
 
 
+def _eight_bit(module):
+    """Weights that transformers' eager experts could not use either: for what `enable` says only."""
+    module.down_proj = nn.Parameter(module.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
+
+
 def test_model_that_cannot_be_served_is_an_error_and_unchanged():
     model = build("qwen3_moe")
     for module in _experts(model):
-        module.has_post_expert_norm = True
-    with pytest.raises(
-        moelora.MoeloraError, match=r"layers\.0\.mlp\.experts normalises each expert's output"
-    ):
+        _eight_bit(module)
+    message = r"can use the operators: model\.layers\.0\.mlp\.experts down_proj is float8_e4m3fn"
+    with pytest.raises(moelora.MoeloraError, match=message):
         moelora.enable(model)
     assert all("_moelora" not in vars(module) for module in model.modules())
 
 
-def test_layer_that_cannot_be_served_goes_its_old_way():
+def test_layer_that_cannot_be_served_goes_its_old_way(monkeypatch):
     model = adapt(build("qwen3_moe"))
     expected = gradients(model)
-    _experts(model)[1].has_post_expert_norm = True  # eager does not look at it
+    second = _experts(model)[1]
+    monkeypatch.setattr(experts, "unsupported", lambda module: "is special" if module is second else None)
     report = moelora.enable(model)
     assert [layer.path for layer in report.layers] == ["operators", "transformers"]
-    assert "normalises" in str(report) and report.trainable == 4
+    assert "transformers: is special" in str(report) and report.trainable == 4
     found = gradients(model)
     assert all(difference(found[1][name], gradient) < 1e-5 for name, gradient in expected[1].items())
 
 
-@pytest.mark.parametrize(
-    "state", ["disabled", "merged", "unloaded", "eager", "two adapters", "switched", "deleted"]
-)
-def test_states_behave_as_peft(state):
-    def run(enabled):
-        model = adapt(build("qwen3_moe"))
-        model.add_adapter("second", LoraConfig(**_config_of(model)))
-        fill(model, seed=4)
-        if enabled:
-            moelora.enable(model)
-        return _in_state(model, state)
+def test_layers_of_another_interface_keep_their_own_functions():
+    """As quantised experts do, beside others of the same configuration."""
 
-    assert difference(run(True), run(False)) < 1e-5
+    class Others(ExpertsInterface):
+        _global_mapping = {"mine": lambda self, x, ids, gates: 2 * x}  # noqa: RUF012
 
-
-def _config_of(model) -> dict:
-    config = model.peft_config["default"]
-    return {
-        "r": 2,
-        "lora_alpha": 5,
-        "target_modules": [],
-        "target_parameters": sorted(config.target_parameters),
-    }
+    plain = _with_gate()
+    kind = type("EightBit", (_Experts,), {"gated": True})
+    eight_bit = use_experts_implementation(kind, experts_interface=Others())(plain.config)
+    _eight_bit(eight_bit)
+    plain.config._experts_implementation_internal = "mine"
+    report = moelora.enable(nn.ModuleList([plain, eight_bit]))
+    assert [layer.path for layer in report.layers] == ["operators", "transformers"]
+    x = torch.randn(3, 8)
+    assert torch.equal(eight_bit(x, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)), 2 * x)
+    plain.config._experts_implementation_internal = None
 
 
-def _in_state(model, state: str) -> torch.Tensor:
-    if state == "disabled":
-        with model.disable_adapter():
-            return logits(model)
-    if state == "merged":
-        model.merge_adapter()
-    elif state == "unloaded":
-        return logits(model.unload())
-    elif state == "eager":
-        model.get_base_model().set_experts_implementation("eager")
-    elif state == "two adapters":
-        model.base_model.set_adapter(["default", "second"])
-    elif state == "switched":
-        model.set_adapter("second")
-    elif state == "deleted":
-        model.set_adapter("second")
-        model.delete_adapter("default")
-    return logits(model)
-
-
-def test_two_active_adapters_are_reported_and_warned_of_once(caplog, monkeypatch):
-    monkeypatch.setattr(adapters, "_warned", set())
+def test_whole_model_can_be_pickled(tmp_path):
     model = adapt(build("qwen3_moe"))
-    model.add_adapter("second", LoraConfig(**_config_of(model)))
-    model.base_model.set_adapter(["default", "second"])
-    report = moelora.enable(model)
-    assert "by PEFT: 2 adapters are active, expected one" in str(report)
-    logits(model)
-    assert "2 adapters are active" in caplog.text
-    caplog.clear()
-    logits(model)
-    assert not caplog.text
-
-
-def test_adapters_added_after_enable_train():
-    model = build("qwen3_moe")
     moelora.enable(model)
-    model = adapt(model)
-    _, late = gradients(model)
-    assert moelora.report(model).trainable == 4
-    moelora.enable(model)
-    _, found = gradients(model)
-    assert all(difference(found[name], gradient) < 1e-5 for name, gradient in late.items())
+    gradients(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(loaded), logits(model))
+    gradients(loaded)
+    assert not moelora.report(loaded).untrained and moelora.report(loaded).served
 
 
 def test_copy_of_an_enabled_model_is_its_own():
@@ -262,7 +245,12 @@ def test_known_gates_are_fused(module, expected):
     assert found["interleaved"] is False
 
 
-@pytest.mark.parametrize("gate", [_clamped_after, _swapped])
+def _cut(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return self.act_fn(gate).detach() * up  # a fused one, but for its gradient
+
+
+@pytest.mark.parametrize("gate", [_clamped_after, _swapped, _cut])
 def test_other_gates_are_called_as_they_are(gate):
     module = _with_gate(gate, limit=5)
     assert recognise_activation(module) == {"activation": module._apply_gate}

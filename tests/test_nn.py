@@ -107,6 +107,26 @@ def test_forward_and_gradients(options, bias):
         torch.testing.assert_close(got, expected[name], msg=lambda msg, name=name: f"{name}: {msg}")
 
 
+@pytest.mark.parametrize("options", [{}, {"activation": lambda h: h[:, :INNER].tanh()}])
+def test_rows_without_gates(options):
+    """Weighted by hand, they are what the gates give; the rows of sentinels are zero."""
+    m = module(bias=True, **options)
+
+    def by_hand(x, ids, gates):
+        rows = functional.moe_mlp(
+            x, ids, None, m.gate_up_weight, m.down_weight, gate_up_bias=m.gate_up_bias, down_bias=m.down_bias,
+            gate_up_lora_a=m.gate_up_lora_a, gate_up_lora_b=m.gate_up_lora_b, gate_up_scaling=m.scaling,
+            down_lora_a=m.down_lora_a, down_lora_b=m.down_lora_b, down_scaling=m.scaling, **options,
+        )  # fmt: skip
+        assert torch.count_nonzero(rows.view(T, TOP_K, H)[(ids < 0) | (ids >= E)]) == 0
+        return torch.einsum("tj,tjh->th", gates, rows.view(T, TOP_K, H))
+
+    args = inputs()
+    expected = results(m, m, *args)
+    for name, got in results(m, by_hand, *args).items():
+        torch.testing.assert_close(got, expected[name])
+
+
 @pytest.mark.parametrize("target", ["gate_up", "down", ("gate_up", "down")])
 def test_targets(target):
     m = module(target=target)

@@ -140,12 +140,12 @@ def _check_moe_mlp(x, expert_idxs, gates, gate_up_weight, down_weight, gated, ac
         ("gate_up_weight", gate_up_weight, 3),
         ("down_weight", down_weight, 3),
     ):
-        if t.dim() != dim:
+        if t is not None and t.dim() != dim:
             raise RuntimeError(f"moe_mlp: {name} must be {dim}-D, got shape {list(t.shape)}")
     if expert_idxs.shape[0] != x.shape[0]:
         rows = f"{x.shape[0]} rows (those of x)"
         raise RuntimeError(f"moe_mlp: expert_idxs must have {rows}, got shape {list(expert_idxs.shape)}")
-    if gates.shape != expert_idxs.shape:
+    if gates is not None and gates.shape != expert_idxs.shape:
         want = f"{list(expert_idxs.shape)} (that of expert_idxs)"
         raise RuntimeError(f"moe_mlp: gates must have shape {want}, got {list(gates.shape)}")
     experts, columns, features = gate_up_weight.shape
@@ -181,7 +181,7 @@ def _check_ungated(gated, activation, act, alpha, limit, up_shift, interleaved) 
 def moe_mlp(
     x: Tensor,
     expert_idxs: Tensor,
-    gates: Tensor,
+    gates: Tensor | None,
     gate_up_weight: Tensor,
     down_weight: Tensor,
     *,
@@ -207,7 +207,7 @@ def moe_mlp(
     recomputed from h. Differentiable in x, gates and every parameter; once only.
 
     Args:
-        x, gates: [T, H], [T, top_k].
+        x, gates: [T, H], [T, top_k]; gates None for the rows of the single experts, without weights.
         expert_idxs: [T, top_k] int32 or int64; ids outside [0, E) are sentinels and contribute nothing.
         gate_up_weight, down_weight: [E, 2I, H] ([E, I, H] if not `gated`), [E, H, I], any strides, in place.
         gate_up_lora_a, gate_up_lora_b: [E, R, H], [E, 2I, R]; both or neither.
@@ -220,7 +220,7 @@ def moe_mlp(
         activation: replaces the activation: a function of h [S, 2I] in grouped order that gives [S, I].
 
     Returns:
-        [T, H], x's dtype.
+        [T, H], x's dtype; without gates [T·top_k, H] in slot order, zero where the id is a sentinel.
 
     Raises:
         RuntimeError: an argument has a wrong shape, dtype, device or value; the message names it.

@@ -2,14 +2,16 @@
 
 `moelora.enable(model)` puts a transformers model, with PEFT adapters or without, on the operators and
 reports what it did; `moelora.disable(model)` undoes it; `moelora.report(model)` tells the present state.
+`moelora.Callback()` does it in trainers that others build.
 `python -m moelora` is the command line.
 """
 
 from typing import Any
 
-__all__ = ["MoeloraError", "Report", "disable", "enable", "register", "report"]
+__all__ = ["Callback", "MoeloraError", "Report", "disable", "enable", "register", "report"]
 
 _HOMES = {
+    "Callback": "moelora.callback",
     "MoeloraError": "moelora.errors",
     "Report": "moelora.reporting",
     "disable": "moelora.attach",

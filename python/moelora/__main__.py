@@ -8,18 +8,38 @@ from moelora import MoeloraError, options
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line. Returns its exit status: 2 for what the user can mend, 130 when interrupted."""
     explicit = vars(options.parser().parse_args(argv))
-    explicit.pop("command")
+    command = explicit.pop("command")
     try:
-        from moelora import finetune
-
-        finetune.main(explicit)
+        _COMMANDS[command](explicit)
     except (MoeloraError, ImportError) as error:  # ImportError: a missing dependency, or operators not built
         print(f"moelora: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"moelora: {_interrupted(explicit)}", file=sys.stderr)
+        told = _interrupted(explicit) if command == "finetune" else "interrupted"
+        print(f"moelora: {told}", file=sys.stderr)
         return 130
     return 0
+
+
+def _finetune(explicit: dict) -> None:
+    from moelora import finetune  # seconds to import, which --help need not wait for
+
+    finetune.main(explicit)
+
+
+def _inspect(explicit: dict) -> None:
+    from moelora import inspection
+
+    inspection.main(explicit)
+
+
+def _models(explicit: dict) -> None:
+    from moelora import survey
+
+    print(survey.markdown(), end="")
+
+
+_COMMANDS = {"finetune": _finetune, "inspect": _inspect, "models": _models}
 
 
 def _interrupted(explicit: dict) -> str:

@@ -8,6 +8,7 @@ from torch import nn
 from moelora import adapters, experts
 from moelora.errors import MoeloraError
 from moelora.reporting import AdapterReport, LayerReport, Report
+from moelora.watch import nonzero
 
 
 def enable(model: nn.Module) -> Report:
@@ -25,18 +26,24 @@ def enable(model: nn.Module) -> Report:
     found = {name: module for name, module in model.named_modules() if experts.is_experts(module)}
     by_module = adapters.wrappers(model)
     if not found:
-        raise MoeloraError(f"{_kind(model)} has no expert layers that follow transformers' experts interface")
+        raise MoeloraError(
+            f"{_kind(model)} has no expert layers that follow transformers' experts interface"
+            + experts.outside(model)
+        )
     bindings = {name: experts.bind(module) for name, module in found.items()}
     if all(binding.reason for binding in bindings.values()):
         name, binding = next(iter(bindings.items()))
         raise MoeloraError(
             f"no expert layer of {_kind(model)} can use the operators: {name} {binding.reason}"
         )
-    experts.register()
+    for binding in bindings.values():  # layers share configurations, so every interface must know the name
+        experts.register(binding.interface)
     # Layers share configurations, so what an enabled layer goes back to holds for a new one beside it.
     earlier = {id(m.config): m._moelora.previous for m in found.values() if hasattr(m, "_moelora")}
     for name, module in found.items():
         bindings[name].previous = earlier.get(id(module.config), bindings[name].previous)
+        if hasattr(module, "_moelora"):
+            bindings[name].watches = module._moelora.watches
         module._moelora = bindings[name]
         for wrapper in by_module.get(id(module), []):
             adapters.hook(wrapper)
@@ -52,6 +59,8 @@ def disable(model: nn.Module) -> None:
             adapters.unhook(module)
         binding = vars(module).get("_moelora")
         if binding is not None:
+            for watch in binding.watches.values():
+                watch.stop()
             module.config._experts_implementation_internal = binding.previous
             del module._moelora
 
@@ -76,15 +85,23 @@ def _layer(name: str, module: nn.Module, wrappers: list[PeftParamWrapper]) -> La
         path="transformers" if binding.reason else "operators",
         reason=binding.reason or "",
         experts=getattr(module, experts.projections(module)[1]).shape[0],
+        projections=experts.projections(module),
         gate="module" if "activation" in binding.activation else "fused",
+        weights="trainable" if any(p.requires_grad for p in module.parameters()) else "frozen",
         adapters=tuple(_adapter(w, name) for w in reversed(wrappers) for name in w.lora_A),
     )
 
 
 def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
+    weights = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    watch = wrapper.get_base_layer()._moelora.watches.get((wrapper.parameter_name, adapter))
     active = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
     if wrapper.merged:
         reason = "merged into the weights"
+    elif type(wrapper) is PeftParamWrapper:
+        reason = experts.LATE
+    elif not isinstance(wrapper, adapters.ParamWrapper):
+        reason = f"its wrapper is a {type(wrapper).__name__}"
     elif adapter in active:
         reason = adapters.unserved(wrapper, active)
     else:
@@ -96,7 +113,9 @@ def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
         path="PEFT" if reason else "operators",
         reason=reason or "",
         active=adapter in active and not wrapper.disable_adapters,
-        trainable=all(layer[adapter].weight.requires_grad for layer in (wrapper.lora_A, wrapper.lora_B)),
+        trainable=any(weight.requires_grad for weight in weights),
+        gradient=(watch is not None and watch.seen)
+        or any(weight.grad is not None and bool(nonzero(weight.grad)) for weight in weights),
     )
 
 

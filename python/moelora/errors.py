@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,18 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+_warned: set[str] = set()
+
 
 class MoeloraError(Exception):
     """A problem with what the user asked for: one line that says what was expected and what came."""
+
+
+def warn_once(message: str) -> None:
+    """A warning that each process gives once, however many layers and steps it concerns."""
+    if message not in _warned:
+        _warned.add(message)
+        logging.getLogger("moelora").warning(message)
 
 
 @contextmanager

@@ -8,18 +8,37 @@ the `Binding` that `moelora.enable` left on the module.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
+from moelora.errors import MoeloraError, warn_once
+from moelora.watch import Watch
 from torch_moelora.functional import glu, moe_mlp
 
 IMPLEMENTATION = "moelora"
+POST_NORM = "post_expert_norm"  # the module's own, between an expert's output and its routing weight
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEVICES = ("cpu", "cuda", "meta")
+
+LATE = "its adapter came after moelora.enable, call moelora.enable(model) again"
+# Experts classes of transformers that do not follow its interface → what stands in the way.
+OUTSIDE = {
+    "DbrxExperts": "all experts in one 2-D parameter",
+    "JetMoeParallelExperts": "a single projection, of rows that are grouped already",
+    "Llama4TextExperts": "runs every expert on every token; the routing is in its input",
+    "LongcatFlashExperts": "some of its experts pass their input through",
+    "Mxfp4GptOssExperts": "4-bit weights; Mxfp4Config(dequantize=True) loads them in 16 bits",
+    "NllbMoeExperts": "each expert is a module of its own",
+    "Step3p7Experts": "its forward does not dispatch to a registered function",
+    "SwitchTransformersExperts": "each expert is a module of its own",
+}
 
 
 class Factors(NamedTuple):
@@ -36,15 +55,22 @@ class Binding:
 
     previous: str | None  # the experts implementation to go back to
     reason: str | None  # why the operators cannot serve this module; None if they can
+    interface: ExpertsInterface  # where its class looks functions up
     activation: dict[str, Any]  # `moe_mlp`'s arguments for what happens between the projections
-    lora: dict[str, Factors] = field(
-        default_factory=dict
-    )  # parameter name → factors, only while its wrapper runs
+    lora: dict[str, Factors] = field(default_factory=dict)  # by parameter, only while its wrapper runs
+    by_peft: set[str] = field(default_factory=set)  # parameters whose wrapper leaves its LoRA to PEFT
+    watches: dict[tuple[str, str], Watch] = field(default_factory=dict)  # by (parameter, adapter)
 
 
-def register() -> None:
+def register(interface: ExpertsInterface = ALL_EXPERTS_FUNCTIONS) -> None:
     """Make `experts_implementation="moelora"` known to transformers; calling it again changes nothing."""
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    interface.register(IMPLEMENTATION, experts_forward)
+
+
+def _interface(module: nn.Module) -> ExpertsInterface:
+    """Where the module's class looks its function up: quantised experts have an interface of their own."""
+    found = inspect.getclosurevars(type(module).forward).nonlocals
+    return found.get("experts_interface", ALL_EXPERTS_FUNCTIONS)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -55,6 +81,12 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
+def outside(model: nn.Module) -> str:
+    """The model's experts that do not follow the interface, each with its reason; the end of a sentence."""
+    kinds = {type(module).__name__ for module in model.modules()} & OUTSIDE.keys()
+    return "".join(f"; {kind}: {OUTSIDE[kind]}" for kind in sorted(kinds))
+
+
 def projections(module: nn.Module) -> tuple[str, str]:
     """The names of the module's two weights, in the order in which they are applied."""
     return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
@@ -62,8 +94,6 @@ def projections(module: nn.Module) -> tuple[str, str]:
 
 def unsupported(module: nn.Module) -> str | None:
     """Why the operators cannot run this experts module, or None if they can."""
-    if getattr(module, "has_post_expert_norm", False):
-        return "normalises each expert's output before the routing weights"
     for name in projections(module):
         weight = getattr(module, name, None)
         if not isinstance(weight, Tensor):
@@ -71,9 +101,10 @@ def unsupported(module: nn.Module) -> str | None:
         if weight.ndim != 3:
             return f"{name} has {weight.ndim} dimensions, expected [experts, out, in]"
         if weight.dtype not in DTYPES:
-            return (
-                f"{name} is {str(weight.dtype).removeprefix('torch.')}, expected a 16-, 32- or 64-bit float"
-            )
+            found = str(weight.dtype).removeprefix("torch.")
+            return f"{name} is {found}, expected a 16-, 32- or 64-bit float: load the model dequantised"
+        if weight.device.type not in DEVICES:
+            return f"{name} is on {weight.device}, expected cpu or cuda"
     return None
 
 
@@ -81,34 +112,46 @@ def bind(module: nn.Module) -> Binding:
     """A new binding for an experts module, without touching the module."""
     reason = unsupported(module)
     activation = {} if reason else recognise_activation(module)
-    return Binding(module.config._experts_implementation, reason, activation)
+    return Binding(module.config._experts_implementation, reason, _interface(module), activation)
 
 
 def recognise_activation(module: nn.Module) -> dict[str, Any]:
     """`moe_mlp`'s arguments for the module's activation: a fused gate that agrees, else the module's own.
 
-    The module's gate is compared with the operator on probe values that reach beyond every clamp, so a model
-    class is recognised by what it computes and never by its name or its configuration.
+    The gate and its gradient are compared with the operator's on probe values that reach beyond every clamp:
+    a model class is recognised by what it computes and never by its name or its configuration.
     """
     if not module.has_gate:
         return {"gated": False, "activation": module.act_fn}
     own: Callable[[Tensor], Tensor] = module._apply_gate
     known = {f"{name}{suffix}" for name in projections(module) for suffix in ("", "_bias")}
-    if any(name not in known for name, _ in module.named_parameters()):
+    others = (name for name, _ in module.named_parameters() if name not in known)
+    if any(name.partition(".")[0] != POST_NORM for name in others):
         return {"activation": own}  # a learned gate can look like a fused one until it is trained
     width = module.gate_up_proj.shape[2 if module.is_transposed else 1]
-    probe = torch.randn(16, width, generator=torch.Generator().manual_seed(0))
-    probe *= torch.logspace(-1, 2, 16).unsqueeze(1)
+    probe = torch.randn(16, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    probe *= torch.logspace(-1, 4, 16).unsqueeze(1)
     try:
-        with torch.no_grad():
-            expected = own(probe)
+        expected = _with_gradient(own, probe)
     except (RuntimeError, ValueError, TypeError):  # a gate that only runs on the model's own device or dtype
         return {"activation": own}
     for candidate in _fused_candidates(module):
-        found = glu(probe, **candidate)
-        if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
+        found = _with_gradient(partial(glu, **candidate), probe)
+        if all(
+            f.shape == e.shape and torch.allclose(f, e, 1e-5, 1e-5)
+            for f, e in zip(found, expected, strict=True)
+        ):
             return candidate
     return {"activation": own}
+
+
+def _with_gradient(gate: Callable[[Tensor], Tensor], probe: Tensor) -> tuple[Tensor, Tensor]:
+    """The gate's output, and the gradient of a sum in which every output has a weight of its own."""
+    with torch.inference_mode(False), torch.enable_grad():
+        h = probe.clone().requires_grad_()
+        y = gate(h)
+        (gradient,) = torch.autograd.grad(y, h, torch.linspace(1, 2, y.numel()).view(y.shape))
+    return y.detach(), gradient
 
 
 def _fused_candidates(module: nn.Module) -> list[dict[str, Any]]:
@@ -140,37 +183,62 @@ def experts_forward(
     """
     binding = getattr(self, "_moelora", None)
     if binding is None:  # chosen by name, without `enable`: no adapters to hook, so nothing to undo either
+        if torch.compiler.is_compiling():
+            raise MoeloraError("call moelora.enable(model) before the first call of a compiled model")
         binding = self._moelora = bind(self)
+    if not torch.compiler.is_compiling():
+        _warn_of_late_adapters(self, binding)
     if binding.reason is not None:
         return fallback(self, binding)(self, hidden_states, top_k_index, top_k_weights)
-    first, second = projections(self)
+    weight = getattr(self, projections(self)[0])
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
-    weight = getattr(self, first)
     # As transformers' own functions do: norms may hand over fp32 where the experts are 16-bit.
     x = x if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
-    gates = top_k_weights.reshape(-1, top_k_weights.shape[-1])
+    ids = top_k_index.reshape(-1, top_k_index.shape[-1])
+    gates = top_k_weights.reshape(ids.shape)
     gates = gates if gates.dtype in (x.dtype, torch.float32) else gates.to(x.dtype)
-    out = moe_mlp(
-        x,
-        top_k_index.reshape(-1, top_k_index.shape[-1]),
-        gates,
-        _oriented(self, weight),
-        _oriented(self, getattr(self, second)),
+    if getattr(self, "has_post_expert_norm", False):
+        out = _normalised(self, x, ids, gates, _parameters(self, binding))
+    else:
+        out = moe_mlp(x, ids, gates, **_parameters(self, binding))
+    return out.to(hidden_states.dtype).reshape(hidden_states.shape)
+
+
+def _warn_of_late_adapters(module: nn.Module, binding: Binding) -> None:
+    """PEFT parametrizes a weight for a wrapper that `enable` has not seen; for the others it was asked to."""
+    for name in getattr(module, "parametrizations", {}).keys() - binding.by_peft:
+        warn_once(f"PEFT adds the LoRA of {name} to a copy of the weights: {LATE}")
+
+
+def _parameters(module: nn.Module, binding: Binding) -> dict[str, Any]:
+    """`moe_mlp`'s arguments other than its inputs and the routing."""
+    first, second = projections(module)
+    return {
+        "gate_up_weight": _oriented(module, getattr(module, first)),
+        "down_weight": _oriented(module, getattr(module, second)),
+        "gate_up_bias": getattr(module, f"{first}_bias") if module.has_bias else None,
+        "down_bias": getattr(module, f"{second}_bias") if module.has_bias else None,
         **_lora("gate_up", binding.lora.get(first)),
         **_lora("down", binding.lora.get(second)),
-        gate_up_bias=getattr(self, f"{first}_bias") if self.has_bias else None,
-        down_bias=getattr(self, f"{second}_bias") if self.has_bias else None,
         **binding.activation,
-    )
-    return out.to(hidden_states.dtype).reshape(hidden_states.shape)
+    }
+
+
+def _normalised(module: nn.Module, x: Tensor, ids: Tensor, gates: Tensor, parameters: dict) -> Tensor:
+    """The experts' outputs, normalised one by one and then weighted: [T, H]."""
+    rows = getattr(module, POST_NORM)(moe_mlp(x, ids, None, **parameters))
+    local = (ids >= 0) & (ids < parameters["gate_up_weight"].shape[0])
+    gates = gates.where(local, 0)  # a norm may make something of the zeros of other ranks' experts
+    return (rows.view(*ids.shape, -1) * gates.unsqueeze(-1)).sum(1)
 
 
 def fallback(module: nn.Module, binding: Binding) -> Callable[..., Tensor]:
     """The function that ran the module before: a registered one, or the class's own forward."""
     name = binding.previous
-    if name is None or name == IMPLEMENTATION or name not in ALL_EXPERTS_FUNCTIONS:
+    functions = binding.interface
+    if name is None or name == IMPLEMENTATION or name not in functions:
         return type(module).forward.__wrapped__
-    return ALL_EXPERTS_FUNCTIONS[name]
+    return functions[name]
 
 
 def _lora(projection: str, factors: Factors | None) -> dict[str, Any]:

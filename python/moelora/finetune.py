@@ -23,9 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 import moelora
-from moelora import base, data, models, options, results, showcase, threads, training
+from moelora import base, data, models, options, profiling, results, showcase, threads, training
 from moelora.errors import MoeloraError, writing
-from moelora.reporting import Report
 
 OPTIONS = "options.json"
 EVALUATION_ROWS = 64
@@ -44,7 +43,6 @@ class Run:
     train: Tensor  # [n, seq_length] int64
     held_out: Tensor  # [m, seq_length] int64
     model: PeftModel
-    report: Report
     started: float  # time.perf_counter()
 
 
@@ -83,6 +81,11 @@ def prepare(explicit: dict[str, Any]) -> Run:
     chosen = options.settle(explicit, _recorded(checkpoint) if checkpoint else {})
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
+    if chosen.profile and chosen.steps < chosen.profile + profiling.WARMUP:
+        raise MoeloraError(
+            f"--profile is {chosen.profile}, expected at most {chosen.steps - profiling.WARMUP}: --steps is "
+            f"{chosen.steps}, and {profiling.WARMUP} steps go before the measured ones"
+        )
     documents = data.read_files(chosen.data, chosen.field) if chosen.data else data.language_reference()
     source = _source(chosen)
     config, tokenizer = models.inspect(source)
@@ -107,12 +110,15 @@ def prepare(explicit: dict[str, Any]) -> Run:
     trainable = models.count(adapted, trainable=True) / 1e6
     print(f"adapter  rank {chosen.rank}, alpha {chosen.alpha:g}, {trainable:.2f} M trainable parameters")
     print(f"\n{report}\n")
-    return Run(chosen, out, checkpoint, source, tokenizer, *rows, adapted, report, started)
+    return Run(chosen, out, checkpoint, source, tokenizer, *rows, adapted, started)
 
 
 def train(run: Run) -> dict[str, Any]:
     """Trains the adapter, and tells how: losses, speed, and what the base made of the prompt."""
     trainer, progress = _trainer(run)
+    profiler = profiling.Profiler(run.out, run.options.profile) if run.options.profile else None
+    if profiler is not None:
+        trainer.add_callback(profiler)
     try:
         before = training.held_out_loss(trainer)
         print(f"held-out loss before: {before:.3f}")
@@ -122,7 +128,10 @@ def train(run: Run) -> dict[str, Any]:
         after = training.held_out_loss(trainer)
     finally:
         progress.close()
+    _check_trained(run, steps=len(progress.seconds))
     print(f"held-out loss after:  {after:.3f}")
+    if profiler is not None and profiler.table is not None:
+        print(profiler.table)
     return {
         **_facts(run),
         "held_out_loss": {"base": before, "tuned": after},
@@ -131,6 +140,16 @@ def train(run: Run) -> dict[str, Any]:
         "tokens_per_second": progress.tokens_per_second(len(progress.seconds)),
         "base_sample": base_sample,
     }
+
+
+def _check_trained(run: Run, steps: int) -> None:
+    """A run must not look like success when nothing was learned."""
+    untrained = moelora.report(run.model).untrained
+    if steps and untrained:
+        raise MoeloraError(
+            f"{len(untrained)} adapted parameters, {untrained[0]} first, got no gradient in {steps} steps: "
+            "their layers are not part of the loss, or all their gradients are zero"
+        )
 
 
 def show(run: Run, adapter: Path, summary: dict[str, Any]) -> None:
@@ -248,7 +267,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "train_tokens": run.train.numel(),
         "held_out_tokens": run.held_out.numel(),
         "trainable_parameters": models.count(run.model, trainable=True),
-        "experts": run.report.to_dict(),
+        "experts": moelora.report(run.model).to_dict(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

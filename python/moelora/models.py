@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from moelora.errors import MoeloraError
-from moelora.experts import is_experts, projections
+from moelora.experts import is_experts, outside, projections
 
 
 def inspect(directory: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
@@ -29,17 +29,32 @@ def inspect(directory: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]
     Raises: MoeloraError naming the directory and what it lacks.
     """
     _check_directory(directory)
+    if not any(directory.glob("*.safetensors")):
+        raise MoeloraError(
+            f"{directory} is not a transformers checkpoint: expected weights (*.safetensors) in it"
+        )
+    _, config = outline(directory)
+    with _loading(directory):
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return config, tokenizer
+
+
+def outline(directory: Path) -> tuple[PreTrainedModel, PreTrainedConfig]:
+    """The model with experts that a checkpoint's configuration describes, on the meta device, and the latter.
+
+    Raises: MoeloraError naming the directory and what it lacks.
+    """
+    _check_directory(directory)
     with _loading(directory):
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         with torch.device("meta"):
-            outline = AutoModelForCausalLM.from_config(config)
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    if not any(is_experts(module) for module in outline.modules()):
+            empty = AutoModelForCausalLM.from_config(config)
+    if not any(is_experts(module) for module in empty.modules()):
         raise MoeloraError(
-            f"{directory} holds a {type(outline).__name__}, which has no expert layers: expected a "
-            "mixture-of-experts model that follows transformers' experts interface"
+            f"{directory} holds a {type(empty).__name__}, which has no expert layers: expected a "
+            f"mixture-of-experts model that follows transformers' experts interface{outside(empty)}"
         )
-    return config, tokenizer
+    return empty, config
 
 
 def load(directory: Path, dtype: str) -> PreTrainedModel:
@@ -62,9 +77,8 @@ def _loading(directory: Path) -> Iterator[None]:
 def _check_directory(directory: Path) -> None:
     if not directory.is_dir():
         raise MoeloraError(f"{directory} is not a directory, expected a local transformers checkpoint")
-    for pattern, what in (("config.json", "a config.json"), ("*.safetensors", "weights (*.safetensors)")):
-        if not any(directory.glob(pattern)):
-            raise MoeloraError(f"{directory} is not a transformers checkpoint: expected {what} in it")
+    if not (directory / "config.json").exists():
+        raise MoeloraError(f"{directory} is not a transformers checkpoint: expected a config.json in it")
 
 
 def _first_line(error: Exception) -> str:

@@ -140,6 +140,13 @@ _FINETUNE: dict[str, list[Option]] = {
             "go on from the last checkpoint in the output directory, with its options",
         ),
         _switch("--overwrite", "start anew where an unfinished run left checkpoints"),
+        _option(
+            "--profile",
+            0,
+            "steps to measure with torch.profiler: a trace and a table of the slowest operators; 0 for none",
+            "N",
+            type=_FROM_ZERO,
+        ),
     ],
     "what is shown at the end": [
         _option(
@@ -155,7 +162,10 @@ _FINETUNE: dict[str, list[Option]] = {
 }
 
 # These may differ when a run is resumed: they do not touch what is trained.
-FREE_ON_RESUME = ("cache_dir", "output", "save_every", "resume", "overwrite", "compare", "sample", "prompt")
+FREE_ON_RESUME = (
+    *("cache_dir", "output", "save_every", "resume", "overwrite", "profile"),
+    *("compare", "sample", "prompt"),
+)
 
 DEFAULTS: dict[str, Any] = {option.name: option.default for group in _FINETUNE.values() for option in group}
 
@@ -179,6 +189,13 @@ def parser() -> argparse.ArgumentParser:
         "an adapter in PEFT's format, a loss curve and a summary. Without options it needs no download: it "
         "tunes a small model on text that comes with Python, in a few minutes on two cores.",
     )
+    _add_inspect(commands)
+    commands.add_parser(
+        "models",
+        help="list the experts classes of the installed transformers that run on the operators",
+        description="Prints, in Markdown, each experts class of the installed transformers, its layout and "
+        "activation, and whether it runs on the operators.",
+    )
     for title, options in _FINETUNE.items():
         group = finetune.add_argument_group(title)
         for option in options:
@@ -186,6 +203,24 @@ def parser() -> argparse.ArgumentParser:
             text = option.help + (f" (default: {option.default})" if shown else "")
             group.add_argument(option.flag, help=text, default=argparse.SUPPRESS, **option.keywords)
     return top
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="what experts a checkpoint has, what LoRA on them would train, and what that costs here",
+        description="Reads a checkpoint's configuration and the headers of its weight files. The time of a "
+        "step is extrapolated from a measurement of some seconds, with random weights.",
+    )
+    inspect.add_argument("model_dir", metavar="MODEL_DIR", help="a local transformers checkpoint")
+    for option in (option for group in _FINETUNE.values() for option in group):
+        if option.name in ("rank", "projections"):
+            text = f"{option.help} (default: {option.default})"
+            inspect.add_argument(option.flag, help=text, default=option.default, **option.keywords)
+    text = "tokens in a step, all sequences together (default: 2048)"
+    inspect.add_argument("--tokens", metavar="N", type=_COUNT, default=2048, help=text)
+    text = "leave the time of a step out"
+    inspect.add_argument("--no-measure", dest="measure", action="store_false", help=text)
 
 
 def settle(explicit: dict[str, Any], recorded: dict[str, Any] | None = None) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,11 +24,18 @@ class AdapterReport:
     reason: str  # why PEFT, or ""
     active: bool
     trainable: bool
+    gradient: bool  # a gradient other than zero has reached it since it was enabled
+
+    @property
+    def untrained(self) -> bool:
+        """Active and meant to learn, but no gradient has come so far."""
+        return self.active and self.trainable and not self.gradient
 
     def __str__(self) -> str:
         notes = [] if self.path == "operators" else [f"by PEFT: {self.reason}"]
         notes += [] if self.active else ["inactive"]
         notes += [] if self.trainable else ["frozen"]
+        notes += ["no gradient yet"] if self.untrained else []
         return f"{self.parameter} r={self.rank}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
@@ -40,7 +48,9 @@ class LayerReport:
     path: str  # "operators" or "transformers"
     reason: str  # why transformers, or ""
     experts: int
+    projections: tuple[str, str]  # the names of its weights
     gate: str  # "fused" or "module": who computes what is between the projections
+    weights: str  # "frozen" or "trainable": the experts' own
     adapters: tuple[AdapterReport, ...]
 
 
@@ -63,9 +73,20 @@ class Report:
         """How many LoRA parameters on experts are active and trainable."""
         return sum(a.active and a.trainable for layer in self.layers for a in layer.adapters)
 
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """The adapted parameters that are active and trainable but have seen no gradient so far."""
+        return tuple(
+            f"{layer.name}.{a.parameter}" for layer in self.layers for a in layer.adapters if a.untrained
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, for JSON."""
+        """The report as plain data."""
         return asdict(self)
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
         table = Table(box=None, pad_edge=False, header_style="")
@@ -78,7 +99,22 @@ class Report:
             table.add_row(names, layer.kind, str(layer.experts), path, adapters)
         console = Console(file=StringIO(), width=200, color_system=None)
         console.print(table)
+        console.print(*self._summary(), sep="\n", markup=False, highlight=False)
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+    def _summary(self) -> Iterator[str]:
+        """What a run that trains nothing would look like, in words."""
+        adapted = sum(a.active for layer in self.layers for a in layer.adapters)
+        own = any(layer.weights == "trainable" for layer in self.layers)
+        nothing = "NOTHING ON THE EXPERTS WILL BE TRAINED"
+        if self.trainable:
+            seen = self.trainable - len(self.untrained)
+            yield f"{self.trainable} expert parameters train with LoRA, gradients have reached {seen} so far"
+        elif adapted:
+            yield f"{nothing}: their LoRA is frozen (load it with is_trainable=True)"
+        elif not own:
+            names = sorted({f'"experts.{name}"' for layer in self.layers for name in layer.projections})
+            yield f"{nothing}: no LoRA is active on them (target_parameters=[{', '.join(names)}])"
 
 
 def _rows(layers: tuple[LayerReport, ...]) -> Iterator[tuple[str, LayerReport]]:

@@ -1,0 +1,228 @@
+"""`python -m moelora inspect`: what experts a checkpoint has, what LoRA would train, what that costs.
+
+All but the measurement comes from the configuration and the headers of the weight files.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from moelora import models
+from moelora.errors import MoeloraError
+from moelora.experts import bind, is_experts, projections
+from moelora.survey import activation, weights
+from torch_moelora.functional import moe_mlp
+
+MEASURED_BYTES = 2**28  # of weights: enough to be out of the caches, drawn in a second
+REPEATS = 3
+OPTIMIZER_BYTES = 16  # a LoRA parameter in float32, its gradient and AdamW's two moments
+
+
+@dataclass(frozen=True)
+class Group:
+    """Expert layers of one kind."""
+
+    name: str
+    count: int
+    module: nn.Module  # one of them, without storage
+    top_k: int
+    dtype: torch.dtype
+
+    @property
+    def experts(self) -> int:
+        return self._shape(1)[0]
+
+    @property
+    def parameters(self) -> int:
+        """Of all its layers."""
+        return self.count * sum(p.numel() for p in self.module.parameters())
+
+    def trainable(self, rank: int, which: str) -> int:
+        """LoRA parameters of all its layers; `which` is both, gate_up or down."""
+        chosen = {"both": (0, 1), "gate_up": (0,), "down": (1,)}[which]
+        return self.count * sum(e * rank * (n + k) for e, n, k in map(self._shape, chosen))
+
+    def kept(self, tokens: int) -> int:
+        """Bytes that its layers keep from the forward for the backward: x, h, indices."""
+        _, n, k = self._shape(0)
+        return self.count * tokens * ((k + self.top_k * n) * self.dtype.itemsize + self.top_k * 16)
+
+    def _shape(self, which: int) -> tuple[int, int, int]:
+        """(E, out, in) of the first or the second projection."""
+        weight = getattr(self.module, projections(self.module)[which])
+        e, n, k = weight.shape
+        return (e, k, n) if self.module.is_transposed else (e, n, k)
+
+    def step_seconds(self, tokens: int, rank: int) -> float:
+        """Forward and backward of all its layers, from some experts of one with their share of tokens."""
+        (e, n, k), (_, hidden, inner) = self._shape(0), self._shape(1)
+        each = (n * k + hidden * inner) * self.dtype.itemsize
+        some = max(1, min(e, MEASURED_BYTES // each))
+        rows = max(1, tokens * some // e)
+        gated = self.module.has_gate
+
+        def draw(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype).uniform_(-0.05, 0.05)
+
+        first, second = draw(some, n, k), draw(some, hidden, inner)
+        x = draw(rows, k).requires_grad_()
+        ids = torch.randint(some, (rows, self.top_k))
+        gates = torch.full((rows, self.top_k), 1 / self.top_k, dtype=self.dtype)
+        lora = {
+            name: draw(*shape, dtype=torch.float32).requires_grad_()
+            for name, shape in (
+                ("gate_up_lora_a", (some, rank, k)),
+                ("gate_up_lora_b", (some, n, rank)),
+                ("down_lora_a", (some, rank, inner)),
+                ("down_lora_b", (some, hidden, rank)),
+            )
+        }
+
+        def step() -> None:
+            moe_mlp(x, ids, gates, first, second, gated=gated, **lora).sum().backward()
+
+        return _median(step) * self.count * e / some
+
+
+def main(explicit: dict) -> None:
+    """Prints the inspection. MoeloraError tells the user what to mend."""
+    directory = Path(explicit["model_dir"])
+    outline, config = models.outline(directory)
+    groups = list(_groups(outline, config))
+    rank, which, tokens = explicit["rank"], explicit["projections"], explicit["tokens"]
+    total, dtype = models.count(outline), groups[0].dtype
+    print(f"{directory}: {type(outline).__name__}, {_count(total)} parameters, {_name(dtype)}")
+    print(f"stored   {stored(directory)}\n")
+    print(_table(groups, rank, which))
+    trainable = sum(group.trainable(rank, which) for group in groups)
+    print(f"\nLoRA     rank {rank} on {which}: {_count(trainable)} trainable parameters")
+    parts = {
+        "weights": total * dtype.itemsize,
+        "LoRA with gradients and AdamW": trainable * OPTIMIZER_BYTES,
+        f"kept by the expert layers for {tokens} tokens": sum(group.kept(tokens) for group in groups),
+    }
+    print(f"memory   {', '.join(f'{size / 1e9:.2f} GB {what}' for what, size in parts.items())}")
+    print("         without what attention keeps; gradient checkpointing keeps one layer's at a time")
+    if explicit["measure"]:
+        experts = sum(group.step_seconds(tokens, rank) for group in groups)
+        others = total - sum(group.parameters for group in groups)
+        rest = _dense_seconds(others, tokens, config.get_text_config().hidden_size, dtype)
+        threads = torch.get_num_threads()
+        print(f"time     about {_seconds(experts + rest)} a step of {tokens} tokens on {threads} threads:")
+        print(f"         {_seconds(experts)} in the experts, {_seconds(rest)} in the other weights;")
+        print("         attention scores are not counted, gradient checkpointing adds a third")
+
+
+def _groups(outline: nn.Module, config: PreTrainedConfig) -> Iterator[Group]:
+    """Expert layers, those that differ only in their number together."""
+    same: dict[tuple, list[tuple[str, nn.Module]]] = {}
+    for name, module in outline.named_modules():
+        if is_experts(module):
+            shapes = tuple(tuple(p.shape) for p in module.parameters())
+            same.setdefault((re.sub(r"\d+", "*", name), type(module), shapes), []).append((name, module))
+    text = config.get_text_config()
+    names = (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "moe_k",
+        "top_k_experts",
+        "moe_top_k",
+    )
+    top_k = next((k for k in (getattr(text, name, None) for name in names) if isinstance(k, int)), 1)
+    for (pattern, *_), members in same.items():
+        name = pattern if len(members) > 1 else members[0][0]
+        yield Group(name, len(members), members[0][1], top_k, config.dtype or torch.float32)
+
+
+def _table(groups: list[Group], rank: int, which: str) -> str:
+    table = Table(box=None, pad_edge=False, header_style="")
+    for heading in (
+        "expert layers",
+        "class",
+        "experts",
+        "weights",
+        "activation",
+        "computed by",
+        "LoRA parameters",
+    ):
+        table.add_column(heading)
+    for group in groups:
+        binding = bind(group.module)
+        experts = f"{group.experts}, {group.top_k} a token"
+        table.add_row(
+            group.name + (f"  ×{group.count}" if group.count > 1 else ""),
+            type(group.module).__name__,
+            experts,
+            weights(group.module),
+            activation(group.module, binding),
+            f"transformers: {binding.reason}" if binding.reason else "operators",
+            _count(group.trainable(rank, which)),
+        )
+    console = Console(file=StringIO(), width=200, color_system=None)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def stored(directory: Path) -> str:
+    """How the experts lie in the weight files, from their headers."""
+    single, fused, dtypes = 0, 0, set()
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a dict)
+                    if re.search(r"experts\.\d+\.", name):
+                        single += 1
+                    elif "experts." in name and "shared_expert" not in name:
+                        fused += 1
+                    else:
+                        continue
+                    dtypes.add(file.get_slice(name).get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise MoeloraError(f"cannot read the header of {path}: {error}") from None
+    if not single and not fused:
+        return "no expert weights in *.safetensors here"
+    kinds = ", ".join(sorted(dtypes))
+    if single:
+        return f"{single} matrices of single experts, {kinds}: transformers merges them while loading"
+    return f"{fused} tensors of all experts, {kinds}: loading them in their dtype maps the files"
+
+
+def _dense_seconds(parameters: int, tokens: int, hidden: int, dtype: torch.dtype) -> float:
+    """Forward and dX of `parameters` frozen weights, from a product of their width."""
+    x, weight = torch.ones(tokens, hidden, dtype=dtype), torch.ones(hidden, 2 * hidden, dtype=dtype)
+    return 2 * _median(lambda: x @ weight) * parameters / weight.numel()
+
+
+def _median(step: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(REPEATS + 1):  # the first one warms up
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def _count(count: int) -> str:
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f} s" if value >= 10 else f"{value:.2g} s"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
