@@ -292,6 +292,8 @@ def packed(lora: Tensor, dtype: torch.dtype, rank_dim: int) -> Tensor:
     rank = lora.shape[rank_dim]
     if lora.dtype == dtype and 1 in lora.stride()[1:] and rank % RANK_STEP == 0:
         return lora
+    if lora.stride(0) == 0 and lora.shape[0] > 1:  # one adapter for all experts
+        return packed(lora[:1], dtype, rank_dim).expand(lora.shape[0], -1, -1)
     shape = list(lora.shape)
     shape[rank_dim] = triton.cdiv(rank, RANK_STEP) * RANK_STEP
     allocate = torch.empty if shape[rank_dim] == rank else torch.zeros
