@@ -164,6 +164,28 @@ def test_padded_ranks(rank):
     assert torch.equal(out[~others].isnan(), ref[~others].isnan())
 
 
+def far_apart(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """The same values with 2³⁰ elements from one index of `dim` to the next, in memory that is hardly touched."""
+    strides = list(t.stride())
+    strides[dim] = 2**30
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_offsets_beyond_32_bits(layout):
+    """Experts and rows whose offsets pass 2³¹ elements. The interpreter reports sums that overflow, too."""
+    case = Case(
+        tokens=3, top_k=2, experts=3, k=24, n=32, rank=4, dtype=FP16, weight_layout=layout, gates="same"
+    )
+    p = problems.build(case)
+    near = {name: problems.call(name, *args) for name, args in calls(p).items()}
+    p.x, p.weight, p.dy = far_apart(p.x, 0), far_apart(p.weight, 0), far_apart(p.dy, 0)
+    for name, args in calls(p).items():
+        far = problems.call(name, *args)
+        pairs = zip(near[name], far, strict=True) if isinstance(far, tuple) else [(near[name], far)]
+        assert all(torch.equal(a, b) for a, b in pairs), name
+
+
 def test_packed_lora_is_in_place_where_it_can_be():
     a = torch.zeros(3, 16, 40, dtype=FP16)
     assert tiles.packed(a, FP16, 1) is a

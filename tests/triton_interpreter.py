@@ -1,5 +1,5 @@
-"""What Triton's interpreter lacks for these tests: bf16 arithmetic, and a check that no kernel touches memory
-outside its tensors.
+"""What Triton's interpreter lacks for these tests: bf16 arithmetic, a check that no kernel touches memory outside
+its tensors, other orders of the programs, and some speed.
 """
 
 from __future__ import annotations
@@ -7,6 +7,8 @@ from __future__ import annotations
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
+
+from torch_moelora.triton import configs
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -88,7 +90,44 @@ def install_bounds() -> None:
     builder.create_masked_load, builder.create_masked_store = load, store
 
 
+def install_speed() -> None:
+    """The interpreter exchanges `triton.language` for its own at every call of a device function, a third of its
+    time: once a launch for each file of kernels is enough. After a launch it copies its tensors back: CPU tensors
+    onto themselves.
+    """
+    executor, plain_patch = interpreter.GridExecutor, interpreter._patch_lang
+    plain_call, patched = executor.__call__, set()
+
+    def call(self, *args, **kwargs):
+        patched.clear()
+        return plain_call(self, *args, **kwargs)
+
+    def patch(function):
+        if id(function.__globals__) in patched:
+            return None
+        patched.add(id(function.__globals__))
+        return plain_patch(function)
+
+    executor.__call__, interpreter._patch_lang = call, patch
+    executor._restore_args_dev = lambda self, *args: None
+
+
+def other_programs(monkeypatch, count: int) -> None:
+    """From here on persistent kernels have `count` programs, and all run in the other order if it is even."""
+    builder = interpreter.InterpreterBuilder
+    plain = builder.set_grid_idx
+
+    def backwards(self, x, y, z):
+        plain(self, self.grid_dim[0] - 1 - x, y, z)
+
+    if count % 2 == 0:
+        monkeypatch.setattr(builder, "set_grid_idx", backwards)
+    machine = configs.Machine("interpreter", count, "interpreter")
+    monkeypatch.setattr(configs, "machine", lambda device: machine)
+
+
 def install() -> None:
     """Once per process."""
     install_bf16()
     install_bounds()
+    install_speed()

@@ -124,7 +124,8 @@ GEMM: tuple[tuple, ...] = (
 
 # As above; block_p shrinks to the rank where that is what it covers.
 OUTER: tuple[tuple, ...] = (
-    ("interpreter", None, None, None, ANY, ANY, Outer(64, 256, 128, warps=1, stages=1)),
+    ("interpreter", None, None, None, ANY, 63, Outer(64, 256, 32, warps=1, stages=1)),
+    ("interpreter", None, None, None, ANY, ANY, Outer(512, 512, 512, warps=1, stages=1)),
     ("sm_80", "half", None, None, ANY, ANY, Outer(64, 128, 64, warps=4, stages=4)),
     ("sm_86", "half", None, None, ANY, ANY, Outer(64, 128, 32, warps=4, stages=3)),
     # Slots are read before rows, so two stages of rows take five.
