@@ -1,4 +1,6 @@
-"""Bit-identical results from run to run, whatever the number of threads or, of Triton's programs, their order."""
+"""Bit-identical results from run to run, whatever the number of threads, or the number and order of Triton's
+programs.
+"""
 
 import problems
 import pytest
