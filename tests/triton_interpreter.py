@@ -1,5 +1,5 @@
-"""What Triton's interpreter lacks for these tests: bf16 arithmetic, a check that no kernel touches memory outside
-its tensors, other orders of the programs, and some speed.
+"""What Triton's interpreter lacks for these tests: bf16 arithmetic, a check that no kernel touches memory
+outside its tensors, other orders of the programs, and some speed.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ def install_bounds() -> None:
 
 
 def install_speed() -> None:
-    """The interpreter exchanges `triton.language` for its own at every call of a device function, a third of its
-    time: once a launch for each file of kernels is enough. After a launch it copies its tensors back: CPU tensors
-    onto themselves.
+    """The interpreter exchanges `triton.language` for its own at every call of a device function, a third of
+    its time: once a launch for each file of kernels is enough. After a launch it copies its tensors back, CPU
+    tensors onto themselves.
     """
     executor, plain_patch = interpreter.GridExecutor, interpreter._patch_lang
     plain_call, patched = executor.__call__, set()
