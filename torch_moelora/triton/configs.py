@@ -127,7 +127,7 @@ OUTER: tuple[tuple, ...] = (
     ("interpreter", None, None, None, ANY, 63, Outer(64, 256, 32, warps=1, stages=1)),
     ("interpreter", None, None, None, ANY, ANY, Outer(512, 512, 512, warps=1, stages=1)),
     ("sm_80", "half", None, None, ANY, ANY, Outer(64, 128, 64, warps=4, stages=4)),
-    ("sm_86", "half", None, None, ANY, ANY, Outer(64, 128, 32, warps=4, stages=3)),
+    ("sm_86", "half", None, None, ANY, ANY, Outer(64, 128, 64, warps=4, stages=4)),
     # Slots are read before rows, so two stages of rows take five.
     (None, "half", None, None, ANY, ANY, Outer(128, 128, 64, warps=8, stages=5)),
     (None, "tf32", None, None, ANY, ANY, Outer(64, 64, 32, warps=4, stages=3)),
@@ -275,10 +275,11 @@ def rank_rows(machine: Machine, dtype: torch.dtype, rows: int) -> int:
     return 128 if rows > 96 and dtype.itemsize == 2 else 64
 
 
-def elementwise(machine: Machine, columns: int) -> tuple[int, int]:
+def elementwise(machine: Machine, columns: int, dtype: torch.dtype) -> tuple[int, int]:
     """Rows × columns of a tile of an elementwise kernel."""
-    interpreter = machine.arch == "interpreter"
-    return (256, bucket(columns, 16, 128)) if interpreter else (4, bucket(columns, 16, 256))
+    if machine.arch == "interpreter":
+        return 256, bucket(columns, 16, 128)
+    return 2 if dtype == torch.float64 else 4, bucket(columns, 16, 256)
 
 
 def line(machine: Machine, size: int) -> int:

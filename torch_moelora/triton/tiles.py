@@ -72,6 +72,15 @@ def halves(acc):
 
 
 @triton.jit
+def quarters(acc):
+    """[BM, BN] → four times [BM, BN / 4], from left to right."""
+    left, right = halves(acc)
+    q0, q1 = halves(left)
+    q2, q3 = halves(right)
+    return q0, q1, q2, q3
+
+
+@triton.jit
 def against(acc, start, end, row_at, real, stride):
     """⟨acc, other⟩ [BM] over the columns from `start` on that are before `end`; rows of other at `row_at`."""
     n = start + tl.arange(0, acc.shape[1])
@@ -186,22 +195,21 @@ def grouped_gemm(
                 xa_tile, b_tile = tl.load(xa_at), tl.load(b_at)  # [BM, BR], [BR, BN]
                 acc = tl.dot(xa_tile, b_tile, acc, input_precision=PRECISION)
 
-        # Half the columns at a time: what follows needs addresses and operands beside the accumulators.
-        left, right = halves(acc)
+        # A quarter of the columns at a time: addresses and operands need registers, too.
+        q0, q1, q2, q3 = quarters(acc)
         y_row = row_of(position, last, slot, top_k, Y_ROWS)
         o_row = row_of(position, last, slot, top_k, OTHER_ROWS)
         gate = None
         if gates is not None:
             # A sentinel's gate may hold anything; its row is zero.
             gate = tl.load(gates + slot, mask=real & (position < tl.where(expert < 0, 0, last)), other=0.0)
-        product = finish(
-            left, block_n * BLOCK_N, expert, y_row, o_row, real, gate, y, bias, other, scale,
-            N, y_m, bias_e, bias_n, other_m, other_n, SCALED,
-        )  # fmt: skip
-        product += finish(
-            right, block_n * BLOCK_N + BLOCK_N // 2, expert, y_row, o_row, real, gate, y, bias, other, scale,
-            N, y_m, bias_e, bias_n, other_m, other_n, SCALED,
-        )  # fmt: skip
+        product = tl.zeros((BLOCK_M,), dtype=ACC)
+        for part in tl.static_range(4):
+            product += finish(
+                (q0, q1, q2, q3)[part], block_n * BLOCK_N + part * (BLOCK_N // 4), expert,
+                y_row, o_row, real, gate, y, bias, other, scale,
+                N, y_m, bias_e, bias_n, other_m, other_n, SCALED,
+            )  # fmt: skip
         if partial is not None:
             tl.store(partial + block_n.to(tl.int64) * S + slot, product, mask=real)  # int64: blocks·S
 
@@ -322,7 +330,7 @@ def summed(parts: Tensor, rows: int, top_k: int, dtype: torch.dtype) -> Tensor:
     """parts [rows · top_k, N] by slot → [rows, N] in `dtype`."""
     n = parts.shape[1]
     out = torch.empty((rows, n), dtype=dtype, device=parts.device)
-    block_m, block_n = configs.elementwise(configs.machine(parts.device), n)
+    block_m, block_n = configs.elementwise(configs.machine(parts.device), n, parts.dtype)
     grid = (triton.cdiv(rows, block_m) * triton.cdiv(n, block_n),)
     sum_slots[grid](parts, out, rows, top_k, n, BLOCK_M=block_m, BLOCK_N=block_n)
     return out
