@@ -1,8 +1,8 @@
 """`python -m benchmarks.gpu_proof`: all that only a GPU can show, in one command and under ten minutes.
 
 Tests (tests/test_cuda.py: real shapes, 20 equal runs, beyond 2³¹ elements, CUDA graphs, torch.compile), the
-small ones again under compute-sanitizer, and the benchmark. Each step is a process with a log; what the time did
-not suffice for is named as such. summary.json has it all, beside the benchmark's own JSON and PNG.
+small ones again under compute-sanitizer, and the benchmark. Each step is a process with a log; what the time
+did not suffice for is named as such. summary.json has it all, beside the benchmark's own JSON and PNG.
 """
 
 from __future__ import annotations
