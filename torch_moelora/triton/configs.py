@@ -24,6 +24,13 @@ from triton.runtime.errors import TritonError
 from .. import switches
 
 
+def registers(warps: int) -> int:
+    """A thread's share of a multiprocessor's 65536 where so many warps have them. Told what it may take, the
+    assembler does not spill in order to take less.
+    """
+    return min(255, 65536 // (32 * warps))
+
+
 @dataclass(frozen=True)
 class Gemm:
     """The grouped GEMM: a tile of block_m rows × block_n columns, block_k of the contraction a step.
@@ -43,8 +50,7 @@ class Gemm:
 
     @property
     def registers(self) -> int:
-        """A thread's share of a multiprocessor's 65536, of which the assembler then takes no fewer."""
-        return min(255, 65536 // (32 * self.warps * self.per_sm))
+        return registers(self.warps * self.per_sm)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class Outer:
     block_s: int
     warps: int
     stages: int
+
+    @property
+    def registers(self) -> int:
+        return registers(self.warps)
 
 
 class Machine(NamedTuple):

@@ -67,7 +67,7 @@ def row_products(
         if gates is not None:
             gate = tl.load(gates + slot, mask=real, other=0.0).to(ACC)  # [BS]
             p_tile = (p_tile.to(ACC) * gate[:, None]).to(p_tile.dtype)
-        acc = tl.dot(q_tile.T, p_tile, acc, input_precision=PRECISION)  # [BQ, BP]
+        acc = tl.dot(q_tile.T, p_tile, acc, input_precision=PRECISION, out_dtype=ACC)  # [BQ, BP]
     if not LISTED or first < last:
         # int64: chunks·P·Q, and P·stride and Q·stride within one chunk
         out_at = out + chunk.to(tl.int64) * out_c + i[None, :].to(tl.int64) * out_p
@@ -137,7 +137,7 @@ def _products(
             *blocks, *p.tensor.stride(), *q.tensor.stride(), *out.stride(),
             P_ROWS=p.by, Q_ROWS=q.by, LISTED=chunks is not None, PRECISION=configs.precision(dtype),
             BLOCK_P=block_p, BLOCK_Q=config.block_q, BLOCK_S=config.block_s,
-            num_warps=config.warps, num_stages=config.stages,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
 
     per_expert = route.rows // route.experts
@@ -209,6 +209,6 @@ def scatter_lora_dbias(
     row_sums[(chunks.bound * blocks,)](
         dy, None if gates is None else gates.contiguous(), parts, route.slots, chunks.map, chunks.starts,
         route.offsets, route.rows, route.experts, n, chunks.bound, top_k, blocks, *dy.stride(),
-        DY_ROWS=rows.by, BLOCK_S=32, BLOCK_N=block,
+        DY_ROWS=rows.by, BLOCK_S=32, BLOCK_N=block, num_warps=4, maxnreg=configs.registers(8),
     )  # fmt: skip
     return _sum_chunks(parts, chunks, dbias)

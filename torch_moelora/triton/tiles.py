@@ -182,7 +182,7 @@ def grouped_gemm(
                 w_tile = tl.load(w_at)  # [BK, BN]
             else:
                 w_tile = tl.load(w_at, mask=k[:, None] < K - done, other=0.0)  # [BK, BN]
-            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)
             x_at += step * x_k
             if DESCRIPTOR == "":
                 w_at += step * w_k
@@ -193,7 +193,7 @@ def grouped_gemm(
                 xa_at = xa + tl.minimum(position, last - 1)[:, None].to(tl.int64) * R + r[None, :]
                 b_at = b + e_read * b_e + n_read[None, :] * b_n + r[:, None].to(tl.int64) * b_r
                 xa_tile, b_tile = tl.load(xa_at), tl.load(b_at)  # [BM, BR], [BR, BN]
-                acc = tl.dot(xa_tile, b_tile, acc, input_precision=PRECISION)
+                acc = tl.dot(xa_tile, b_tile, acc, input_precision=PRECISION, out_dtype=ACC)
 
         # A quarter of the columns at a time: addresses and operands need registers, too.
         q0, q1, q2, q3 = quarters(acc)
