@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 COMPILED := $(wildcard torch_moelora/_C*.so)
 FORMATTED := $(shell find csrc tests/amx_emulator -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.c')
 
-.PHONY: help setup demo test bench lint format clean FORCE
+.PHONY: help setup demo test bench gpu lint format clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -37,6 +37,9 @@ test: $(READY) ## the whole suite, each instruction set, the sanitizers, Triton'
 
 bench: $(READY) ## the operators beside what else there is
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+gpu: $(READY) ## tests, sanitizer and benchmark on a CUDA device, in ten minutes
+	$(BIN)/python -m benchmarks.gpu_proof $(ARGS)
 
 lint: $(READY) ## ruff, clang-format, layout fences
 	$(BIN)/ruff check .

@@ -91,8 +91,8 @@ def all_runs() -> list[Run]:
         ),
         Run(
             "triton",
-            "routing, GLU and special cases through the Triton kernels, interpreted",
-            ("tests/test_flatten_sort_count.py", "tests/test_glu.py", "tests/test_triton_kernels.py", SPARSE),
+            "the operators through the Triton kernels, interpreted",
+            (*OPERATORS, SPARSE),
             {"MOELORA_BACKEND": "triton", "TRITON_INTERPRET": "1"},
             why_not=no_triton,
         ),

@@ -164,6 +164,35 @@ def test_padded_ranks(rank):
     assert torch.equal(out[~others].isnan(), ref[~others].isnan())
 
 
+def far_apart(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """The same values with 2³⁰ elements from one index of `dim` to the next, in memory hardly touched."""
+    strides = list(t.stride())
+    strides[dim] = 2**30
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t)
+
+
+@pytest.fixture
+def checked_sums():
+    """Integer sums that overflow raise."""
+    triton_interpreter.check_sums(True)
+    yield
+    triton_interpreter.check_sums(False)
+
+
+@pytest.mark.parametrize(("layout", "k"), [("contiguous", 25), ("transposed", 24)], ids=["pointer", "copied"])
+def test_offsets_beyond_32_bits(layout, k, checked_sums):
+    """Experts and rows whose offsets pass 2³¹ elements."""
+    case = Case(tokens=3, top_k=2, experts=3, k=k, n=32, rank=4, dtype=FP16, gates="same")
+    case = case.with_(weight_layout=layout)
+    p = problems.build(case)
+    near = {name: problems.call(name, *args) for name, args in calls(p).items()}
+    p.x, p.weight, p.dy = far_apart(p.x, 0), far_apart(p.weight, 0), far_apart(p.dy, 0)
+    for name, args in calls(p).items():
+        far = problems.call(name, *args)
+        pairs = zip(near[name], far, strict=True) if isinstance(far, tuple) else [(near[name], far)]
+        assert all(torch.equal(a, b) for a, b in pairs), name
+
+
 def test_packed_lora_is_in_place_where_it_can_be():
     a = torch.zeros(3, 16, 40, dtype=FP16)
     assert tiles.packed(a, FP16, 1) is a

@@ -1,12 +1,16 @@
-"""What Triton's interpreter lacks for these tests: bf16 arithmetic, and a check that no kernel touches memory
-outside its tensors.
+"""What Triton's interpreter lacks for these tests: bf16 arithmetic, a check that no kernel touches memory
+outside its tensors, other orders of the programs, and some speed.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
+
+from torch_moelora.triton import configs
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -88,7 +92,53 @@ def install_bounds() -> None:
     builder.create_masked_load, builder.create_masked_store = load, store
 
 
+def check_sums(on: bool) -> None:
+    """Whether an integer sum or product that overflows raises."""
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=on)
+
+
+class Kept:
+    """What undoes the interpreter's changes to `triton.language` after a launch: nothing."""
+
+    def restore(self) -> None:
+        pass
+
+
+def install_speed() -> None:
+    """The interpreter exchanges `triton.language` for its own at every launch and every call of a device
+    function: once for each file of kernels is enough where nothing is compiled. After a launch it copies its
+    tensors back, CPU tensors onto themselves. And it does each integer sum again in 64 bits.
+    """
+    check_sums(False)
+    plain_patch, patched = interpreter._patch_lang, set()
+
+    def patch(function):
+        if id(function.__globals__) not in patched:
+            patched.add(id(function.__globals__))
+            plain_patch(function)
+        return Kept()
+
+    interpreter._patch_lang = patch
+    interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
+
+
+def other_programs(monkeypatch, count: int) -> None:
+    """From here on persistent kernels have `count` programs, and all run in the other order if it is even."""
+    builder = interpreter.InterpreterBuilder
+    plain = builder.set_grid_idx
+
+    def backwards(self, x, y, z):
+        plain(self, self.grid_dim[0] - 1 - x, y, z)
+
+    if count % 2 == 0:
+        monkeypatch.setattr(builder, "set_grid_idx", backwards)
+    machine = configs.Machine("interpreter", count, "interpreter")
+    monkeypatch.setattr(configs, "machine", lambda device: machine)
+
+
 def install() -> None:
     """Once per process."""
     install_bf16()
     install_bounds()
+    install_speed()

@@ -24,6 +24,13 @@ from triton.runtime.errors import TritonError
 from .. import switches
 
 
+def registers(warps: int) -> int:
+    """A thread's share of a multiprocessor's 65536 where so many warps have them. Told what it may take, the
+    assembler does not spill in order to take less.
+    """
+    return min(255, 65536 // (32 * warps))
+
+
 @dataclass(frozen=True)
 class Gemm:
     """The grouped GEMM: a tile of block_m rows × block_n columns, block_k of the contraction a step.
@@ -43,8 +50,7 @@ class Gemm:
 
     @property
     def registers(self) -> int:
-        """A thread's share of a multiprocessor's 65536, of which the assembler then takes no fewer."""
-        return min(255, 65536 // (32 * self.warps * self.per_sm))
+        return registers(self.warps * self.per_sm)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class Outer:
     block_s: int
     warps: int
     stages: int
+
+    @property
+    def registers(self) -> int:
+        return registers(self.warps)
 
 
 class Machine(NamedTuple):
@@ -124,9 +134,10 @@ GEMM: tuple[tuple, ...] = (
 
 # As above; block_p shrinks to the rank where that is what it covers.
 OUTER: tuple[tuple, ...] = (
-    ("interpreter", None, None, None, ANY, ANY, Outer(64, 256, 128, warps=1, stages=1)),
+    ("interpreter", None, None, None, ANY, 63, Outer(64, 256, 32, warps=1, stages=1)),
+    ("interpreter", None, None, None, ANY, ANY, Outer(512, 512, 512, warps=1, stages=1)),
     ("sm_80", "half", None, None, ANY, ANY, Outer(64, 128, 64, warps=4, stages=4)),
-    ("sm_86", "half", None, None, ANY, ANY, Outer(64, 128, 32, warps=4, stages=3)),
+    ("sm_86", "half", None, None, ANY, ANY, Outer(64, 128, 64, warps=4, stages=4)),
     # Slots are read before rows, so two stages of rows take five.
     (None, "half", None, None, ANY, ANY, Outer(128, 128, 64, warps=8, stages=5)),
     (None, "tf32", None, None, ANY, ANY, Outer(64, 64, 32, warps=4, stages=3)),
@@ -274,10 +285,11 @@ def rank_rows(machine: Machine, dtype: torch.dtype, rows: int) -> int:
     return 128 if rows > 96 and dtype.itemsize == 2 else 64
 
 
-def elementwise(machine: Machine, columns: int) -> tuple[int, int]:
+def elementwise(machine: Machine, columns: int, dtype: torch.dtype) -> tuple[int, int]:
     """Rows × columns of a tile of an elementwise kernel."""
-    interpreter = machine.arch == "interpreter"
-    return (256, bucket(columns, 16, 128)) if interpreter else (4, bucket(columns, 16, 256))
+    if machine.arch == "interpreter":
+        return 256, bucket(columns, 16, 128)
+    return 2 if dtype == torch.float64 else 4, bucket(columns, 16, 256)
 
 
 def line(machine: Machine, size: int) -> int:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks
+from ..layouts import empty_gradient
 from . import configs, tiles
 from .route import Routing, Tiles, edge, routing
 from .tiles import Rows, row_of, slots_of
@@ -67,7 +68,7 @@ def row_products(
         if gates is not None:
             gate = tl.load(gates + slot, mask=real, other=0.0).to(ACC)  # [BS]
             p_tile = (p_tile.to(ACC) * gate[:, None]).to(p_tile.dtype)
-        acc = tl.dot(q_tile.T, p_tile, acc, input_precision=PRECISION)  # [BQ, BP]
+        acc = tl.dot(q_tile.T, p_tile, acc, input_precision=PRECISION, out_dtype=ACC)  # [BQ, BP]
     if not LISTED or first < last:
         # int64: chunks·P·Q, and P·stride and Q·stride within one chunk
         out_at = out + chunk.to(tl.int64) * out_c + i[None, :].to(tl.int64) * out_p
@@ -137,7 +138,7 @@ def _products(
             *blocks, *p.tensor.stride(), *q.tensor.stride(), *out.stride(),
             P_ROWS=p.by, Q_ROWS=q.by, LISTED=chunks is not None, PRECISION=configs.precision(dtype),
             BLOCK_P=block_p, BLOCK_Q=config.block_q, BLOCK_S=config.block_s,
-            num_warps=config.warps, num_stages=config.stages,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
 
     per_expert = route.rows // route.experts
@@ -156,7 +157,8 @@ def scatter_lora_dab(
         y_grouped,
     )  # fmt: skip
     route = routing(sorted_scattered_idxs, expert_offsets, top_k)
-    da, db = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (lora_a, lora_b))
+    da = torch.empty(lora_a.shape, dtype=lora_a.dtype, device=lora_a.device)
+    db = empty_gradient(lora_b)
     if route.rows == 0:
         return da.zero_(), db.zero_()
     (_, rank, k), n = lora_a.shape, lora_b.shape[1]
@@ -173,7 +175,9 @@ def scatter_lora_dab(
     _sum_chunks(parts, chunks, da)
     parts = torch.empty((chunks.bound, n, rank), dtype=tiles.accumulator(x.dtype), device=x.device)
     _products(xa, wide_dy, parts.transpose(1, 2), route, chunks)
-    return da, _sum_chunks(parts, chunks, db)
+    by_expert = db if db.is_contiguous() else torch.empty(db.shape, dtype=db.dtype, device=db.device)
+    _sum_chunks(parts, chunks, by_expert)
+    return da, db if db is by_expert else db.copy_(by_expert)
 
 
 def scatter_lora_dw(
@@ -209,6 +213,6 @@ def scatter_lora_dbias(
     row_sums[(chunks.bound * blocks,)](
         dy, None if gates is None else gates.contiguous(), parts, route.slots, chunks.map, chunks.starts,
         route.offsets, route.rows, route.experts, n, chunks.bound, top_k, blocks, *dy.stride(),
-        DY_ROWS=rows.by, BLOCK_S=32, BLOCK_N=block,
+        DY_ROWS=rows.by, BLOCK_S=32, BLOCK_N=block, num_warps=4, maxnreg=configs.registers(8),
     )  # fmt: skip
     return _sum_chunks(parts, chunks, dbias)

@@ -104,7 +104,7 @@ def _launch(kernel: Callable, tensors: tuple, strides: tuple, h: Tensor, options
     rows, inner = h.shape[0], h.shape[1] // 2
     if rows == 0:
         return
-    block_m, block_n = configs.elementwise(configs.machine(h.device), inner)
+    block_m, block_n = configs.elementwise(configs.machine(h.device), inner, h.dtype)
     grid = (triton.cdiv(rows, block_m) * triton.cdiv(inner, block_n),)
     kernel[grid](
         *tensors, rows, inner, *strides, 1 if interleaved else inner, STEP=2 if interleaved else 1, ACT=act,

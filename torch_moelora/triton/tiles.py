@@ -72,6 +72,15 @@ def halves(acc):
 
 
 @triton.jit
+def quarters(acc):
+    """[BM, BN] → four times [BM, BN / 4], from left to right."""
+    left, right = halves(acc)
+    q0, q1 = halves(left)
+    q2, q3 = halves(right)
+    return q0, q1, q2, q3
+
+
+@triton.jit
 def against(acc, start, end, row_at, real, stride):
     """⟨acc, other⟩ [BM] over the columns from `start` on that are before `end`; rows of other at `row_at`."""
     n = start + tl.arange(0, acc.shape[1])
@@ -173,7 +182,7 @@ def grouped_gemm(
                 w_tile = tl.load(w_at)  # [BK, BN]
             else:
                 w_tile = tl.load(w_at, mask=k[:, None] < K - done, other=0.0)  # [BK, BN]
-            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)
             x_at += step * x_k
             if DESCRIPTOR == "":
                 w_at += step * w_k
@@ -184,24 +193,23 @@ def grouped_gemm(
                 xa_at = xa + tl.minimum(position, last - 1)[:, None].to(tl.int64) * R + r[None, :]
                 b_at = b + e_read * b_e + n_read[None, :] * b_n + r[:, None].to(tl.int64) * b_r
                 xa_tile, b_tile = tl.load(xa_at), tl.load(b_at)  # [BM, BR], [BR, BN]
-                acc = tl.dot(xa_tile, b_tile, acc, input_precision=PRECISION)
+                acc = tl.dot(xa_tile, b_tile, acc, input_precision=PRECISION, out_dtype=ACC)
 
-        # Half the columns at a time: what follows needs addresses and operands beside the accumulators.
-        left, right = halves(acc)
+        # A quarter of the columns at a time: addresses and operands need registers, too.
+        q0, q1, q2, q3 = quarters(acc)
         y_row = row_of(position, last, slot, top_k, Y_ROWS)
         o_row = row_of(position, last, slot, top_k, OTHER_ROWS)
         gate = None
         if gates is not None:
             # A sentinel's gate may hold anything; its row is zero.
             gate = tl.load(gates + slot, mask=real & (position < tl.where(expert < 0, 0, last)), other=0.0)
-        product = finish(
-            left, block_n * BLOCK_N, expert, y_row, o_row, real, gate, y, bias, other, scale,
-            N, y_m, bias_e, bias_n, other_m, other_n, SCALED,
-        )  # fmt: skip
-        product += finish(
-            right, block_n * BLOCK_N + BLOCK_N // 2, expert, y_row, o_row, real, gate, y, bias, other, scale,
-            N, y_m, bias_e, bias_n, other_m, other_n, SCALED,
-        )  # fmt: skip
+        product = tl.zeros((BLOCK_M,), dtype=ACC)
+        for part in tl.static_range(4):
+            product += finish(
+                (q0, q1, q2, q3)[part], block_n * BLOCK_N + part * (BLOCK_N // 4), expert,
+                y_row, o_row, real, gate, y, bias, other, scale,
+                N, y_m, bias_e, bias_n, other_m, other_n, SCALED,
+            )  # fmt: skip
         if partial is not None:
             tl.store(partial + block_n.to(tl.int64) * S + slot, product, mask=real)  # int64: blocks·S
 
@@ -292,6 +300,8 @@ def packed(lora: Tensor, dtype: torch.dtype, rank_dim: int) -> Tensor:
     rank = lora.shape[rank_dim]
     if lora.dtype == dtype and 1 in lora.stride()[1:] and rank % RANK_STEP == 0:
         return lora
+    if lora.stride(0) == 0 and lora.shape[0] > 1:  # one adapter for all experts
+        return packed(lora[:1], dtype, rank_dim).expand(lora.shape[0], -1, -1)
     shape = list(lora.shape)
     shape[rank_dim] = triton.cdiv(rank, RANK_STEP) * RANK_STEP
     allocate = torch.empty if shape[rank_dim] == rank else torch.zeros
@@ -320,7 +330,7 @@ def summed(parts: Tensor, rows: int, top_k: int, dtype: torch.dtype) -> Tensor:
     """parts [rows · top_k, N] by slot → [rows, N] in `dtype`."""
     n = parts.shape[1]
     out = torch.empty((rows, n), dtype=dtype, device=parts.device)
-    block_m, block_n = configs.elementwise(configs.machine(parts.device), n)
+    block_m, block_n = configs.elementwise(configs.machine(parts.device), n, parts.dtype)
     grid = (triton.cdiv(rows, block_m) * triton.cdiv(n, block_n),)
     sum_slots[grid](parts, out, rows, top_k, n, BLOCK_M=block_m, BLOCK_N=block_n)
     return out
