@@ -42,7 +42,7 @@ def test_real_size():
 
 @pytest.mark.parametrize("case_layout", LORA_LAYOUTS)
 def test_db_has_the_memory_order_of_pefts_b(case_layout):
-    """Autograd then accumulates it without a transposed copy. For other strides, and always for dA: contiguous."""
+    """Autograd then accumulates it without a transposed copy. All else is contiguous."""
     p = problems.build(Case(dtype=BF16, lora="fp32", lora_layout=case_layout))
     da, db = problems.call("scatter_lora_dab", *p.dab_args())
     assert da.is_contiguous()
