@@ -60,7 +60,7 @@ struct LoraGradient {
   RowsIn dy, x;
   Lora lora;
   const double* gates;
-  void *da, *db;          // [E, R, K]; [E, N, R], or [N, R, E] if db_experts_last; contiguous, storage type of lora
+  void *da, *db;  // [E, R, K]; [E, N, R], or [N, R, E] if db_experts_last; contiguous, storage type of lora
   bool db_experts_last = false;
 };
 void lora_gradient(const KernelChoice& choice, const LoraGradient& op, const Runtime& runtime);

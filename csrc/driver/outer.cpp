@@ -142,8 +142,8 @@ void run_grouped_outer(const KernelChoice& choice, const GroupedOuter& op, const
   for (int64_t e = 0; e < routing.experts; e += e_step)
     for (int64_t i = 0; i < all_i; i += b.outer_rows)
       for (int64_t j = 0; j < all_j; j += j_step)
-        tasks.push_back({e, min64(e + e_step, routing.experts), i, min64(i + b.outer_rows, all_i), j,
-                         min64(j + j_step, all_j)});
+        tasks.push_back(
+            {e, min64(e + e_step, routing.experts), i, min64(i + b.outer_rows, all_i), j, min64(j + j_step, all_j)});
   const auto rows = [&](const OuterRange& r) { return routing.end(r.e1 - 1) - routing.begin(r.e0); };
   std::stable_sort(tasks.begin(), tasks.end(),
                    [&](const OuterRange& a, const OuterRange& c) { return rows(a) > rows(c); });

@@ -48,7 +48,8 @@ void dot_tile(const moelora::DotArgs& args) {
       // All rows side by side: memory delivers that faster than one row after the other.
       if (s == 0)
         for (int64_t i = 0; i < args.ahead.rows; ++i)
-          __builtin_prefetch(static_cast<const char*>(args.ahead.from) + i * args.ahead.stride + p * sizeof(elem), 0, 2);
+          __builtin_prefetch(static_cast<const char*>(args.ahead.from) + i * args.ahead.stride + p * sizeof(elem), 0,
+                             2);
     }
     const int64_t left = segment.depth - p;
     if (left > 0) step(p, [left](const elem* at) { return Op::load_run(at, left); });
