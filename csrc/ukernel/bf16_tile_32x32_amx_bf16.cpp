@@ -310,6 +310,7 @@ const moelora::Kernels& moelora::bf16_kernels_amx_bf16() {
     k.name = "bf16_tile_32x32_amx_bf16";
     k.lanes = kTile;
     k.halves = false;
+    k.weaves = false;
     k.vecs = kMaxTileVecs;
     for (int& rows : k.max_rows) rows = kMaxRows;
     k.tile = tile;
