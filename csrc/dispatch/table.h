@@ -14,7 +14,7 @@ struct Blocking {
   int64_t thin_depth;     // and this deep; two of them fit L2
   int64_t segment;        // weight rows per accumulator block in the row orientation; the block stays in L2
   int64_t depth;          // contraction steps per pass; one packed panel of them fits half of L2
-  int64_t outputs;        // output columns of a task
+  int64_t outputs;        // output columns of a task; a quarter of it where a task holds sums of all tokens
   int64_t combine_bytes;  // rows that are summed per token are kept apart up to so many bytes
   int64_t token_chunk;    // tokens whose sums a task holds in fp32
   int64_t outer_rows;     // rows of a weight-gradient block
