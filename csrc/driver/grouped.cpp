@@ -104,7 +104,7 @@ void run_summed(const KernelChoice& choice, const GroupedLinear& op, const Runti
   const int64_t chunks = routing.stable ? max64(1, ceil_div(tokens, choice.blocking.token_chunk)) : 1;
   const int64_t units = ceil_div(outputs, unit);
   // Twice as many pieces as threads, evenly sized: every thread gets the same work whatever the routing.
-  const int64_t wanted = max64(2 * runtime.threads, ceil_div(outputs, choice.blocking.outputs / 4));
+  const int64_t wanted = max64(2 * runtime.threads, ceil_div(4 * outputs, choice.blocking.outputs));
   const int64_t pieces = max64(1, min64(units, round_up(wanted, runtime.threads)));
   for_each_task(runtime, chunks * pieces, [&](int64_t task, Arena& arena) {
     const int64_t piece = task % pieces, chunk = task / pieces;
