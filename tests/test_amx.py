@@ -32,7 +32,7 @@ def run(*args: str, timeout: int = 120, **environ: str) -> subprocess.CompletedP
 
 @pytest.fixture(scope="module")
 def probe() -> Path:
-    return build.compile_c("probe.c", "probe", "-mamx-tile", "-mamx-bf16")
+    return build.compile_c("probe.c", "probe")
 
 
 @emulated

@@ -7,6 +7,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+// In the file and not on the command line: compiler flags for instruction sets belong to CMakeLists.txt.
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16"))), apply_to = function)
+#else
+#pragma GCC target("amx-tile,amx-bf16")
+#endif
+
 typedef struct {
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];
@@ -135,3 +142,7 @@ int main(int argc, char** argv) {
   wrong(argv[1]);
   return 0;
 }
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
