@@ -76,6 +76,12 @@ inline Activated<A> activate(A g, A alpha) {
 
 constexpr int kGluBlock = 64;
 
+template <class T>
+inline void fetch_ahead(const T* p, int64_t stride) {
+  for (int64_t i = 0; i < kGluBlock; i += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(p + (i + 6 * kGluBlock) * stride);
+}
+
 // g, u: [count] from h: [2 · width]
 template <class V, class T>
 inline void load_gate_up(typename V::acc_t* g, typename V::acc_t* u, const T* h, int64_t stride, int64_t width,
@@ -101,6 +107,16 @@ inline void load_gate_up(typename V::acc_t* g, typename V::acc_t* u, const T* h,
   }
 }
 
+// Loops of their own: in one with the activation, the compiler would evaluate that once for each outcome.
+template <class A>
+inline void clamp(A* g, A* u, A limit) {
+  for (int i = 0; i < kGluBlock; ++i) g[i] = g[i] > limit ? limit : g[i];
+  for (int i = 0; i < kGluBlock; ++i) {
+    const A at_most = u[i] > limit ? limit : u[i];
+    u[i] = at_most < -limit ? -limit : at_most;
+  }
+}
+
 template <class V, class T, moelora::Activation Act>
 void glu_row(void* y, const void* h, int64_t h_stride, int64_t width, const moelora::GluArgs& args) {
   using A = typename V::acc_t;
@@ -109,13 +125,11 @@ void glu_row(void* y, const void* h, int64_t h_stride, int64_t width, const moel
   A g[kGluBlock] = {}, u[kGluBlock] = {}, out[kGluBlock];
   for (int64_t first = 0; first < width; first += kGluBlock) {
     const int64_t count = width - first < kGluBlock ? width - first : kGluBlock;
+    fetch_ahead(static_cast<const T*>(h) + first * h_stride, h_stride);
+    fetch_ahead(static_cast<const T*>(h) + (width + first) * h_stride, h_stride);
     load_gate_up<V, T>(g, u, static_cast<const T*>(h), h_stride, width, first, count, args.interleaved);
-    for (int i = 0; i < kGluBlock; ++i) {
-      const A gate = g[i] > limit ? limit : g[i];
-      A up = u[i] > limit ? limit : u[i];
-      up = up < -limit ? -limit : up;
-      out[i] = activate<Act>(gate, alpha).value * (up + shift);
-    }
+    clamp(g, u, limit);
+    for (int i = 0; i < kGluBlock; ++i) out[i] = activate<Act>(g[i], alpha).value * (u[i] + shift);
     T* dst = static_cast<T*>(y) + first;
     for (int64_t i = 0; i < count; i += V::lanes)
       V::store_n(dst + i, V::load(out + i), count - i < V::lanes ? count - i : V::lanes);
@@ -132,6 +146,8 @@ void glu_backward_row(void* dh, const void* dy, int64_t dy_stride, const void* h
   T raw[V::lanes];
   for (int64_t first = 0; first < width; first += kGluBlock) {
     const int64_t count = width - first < kGluBlock ? width - first : kGluBlock;
+    fetch_ahead(static_cast<const T*>(h) + first * h_stride, h_stride);
+    fetch_ahead(static_cast<const T*>(h) + (width + first) * h_stride, h_stride);
     load_gate_up<V, T>(g, u, static_cast<const T*>(h), h_stride, width, first, count, args.interleaved);
     for (int64_t i = 0; i < count; i += V::lanes) {
       const int64_t n = count - i < V::lanes ? count - i : V::lanes;
