@@ -66,6 +66,16 @@ class _Problem:
         flops = 4 * self.rows * self.layer.case.rank * (n + k)
         return Call("scatter_lora_dab", (dy, x, *self.route), {**lora, **extra}, flops, moved)
 
+    def backward(self, name: str, dy: Tensor, x: Tensor, extra: dict) -> Call:
+        """scatter_lora_dx and scatter_lora_dab in one; flops as for the first."""
+        n, k = self.shape.projections[name]
+        lora = self.lora(name)
+        moved = self.active * n * k * dy.element_size() + nbytes(dy, x, x)
+        moved += 2 * nbytes(lora["lora_a"], lora["lora_b"])
+        args = (dy, x, self.layer.weights[name], *self.route)
+        kwargs = {**lora, "bias": self.layer.biases[name], **extra}
+        return Call("scatter_lora_backward", args, kwargs, 2 * self.rows * n * k, moved)
+
 
 def make_calls(layer: Layer, batch: Batch) -> dict[str, Call]:
     """Part of the table → call."""
@@ -84,9 +94,11 @@ def make_calls(layer: Layer, batch: Batch) -> dict[str, Call]:
         "scatter_lora down": p.product("scatter_lora", "down", p.inner, per_token, to_token),
         "scatter_lora_dx down": p.product("scatter_lora_dx", "down", dy, inner, gates_too),
         "scatter_lora_dab down": p.dab("down", dy, p.inner, to_token),
+        "scatter_lora_backward down": p.backward("down", dy, p.inner, to_token),
         "glu_backward": Call("glu_backward", (p.dinner, p.h), shape.glu, 0, nbytes(p.dinner, p.h, p.dh)),
         "scatter_lora_dx gate_up": p.product("scatter_lora_dx", "gate_up", p.dh, per_token, from_token),
         "scatter_lora_dab gate_up": p.dab("gate_up", p.dh, x, from_token),
+        "scatter_lora_backward gate_up": p.backward("gate_up", p.dh, x, from_token),
     }
 
 

@@ -61,6 +61,12 @@ class Problem:
             *self.orders,
         )  # fmt: skip
 
+    def backward_args(self) -> tuple:
+        return (
+            self.dy, self.x, self.weight, *self.routing, self.lora_a, self.lora_b, self.case.scaling,
+            self.bias, self.gates, *self.orders,
+        )  # fmt: skip
+
     def dw_args(self) -> tuple:
         return self.dy, self.x, *self.routing, self.gates, *self.orders
 

@@ -159,7 +159,8 @@ def test_run_writes_what_it_found(model_directory, tmp_path, capsys):
         assert row["seconds"]["minimum"] <= row["seconds"]["median"] and row["seconds"]["repeats"] == 2
         assert row["floor_seconds"] > 0
     assert {row["part"].split()[0] for row in found["rows"]} - {"layer"} == {
-        "flatten_sort_count", "scatter_lora", "scatter_lora_dx", "scatter_lora_dab", "glu", "glu_backward",
+        "flatten_sort_count", "scatter_lora", "scatter_lora_dx", "scatter_lora_dab",
+        "scatter_lora_backward", "glu", "glu_backward",
     }  # fmt: skip
     assert found["checks"] and all(check["passed"] for check in found["checks"])
 

@@ -45,14 +45,26 @@ def calls(p: problems.Problem) -> dict[str, tuple]:
         "scatter_lora_dw": p.dw_args(),
         "scatter_lora_dbias": p.dbias_args(),
     }
-    return args if p.lora_a is None else args | {"scatter_lora_dab": p.dab_args()}
+    return (
+        args
+        if p.lora_a is None
+        else args
+        | {
+            "scatter_lora_dab": p.dab_args(),
+            "scatter_lora_backward": p.backward_args(),
+        }
+    )
 
 
 def check(case: Case, *names: str) -> None:
     """These operators, or all."""
     p = build(case)
     lora = FP32 if case.lora == "fp32" else case.dtype
-    dtypes = {"scatter_lora_dx": (case.dtype, FP32), "scatter_lora_dab": (lora, lora)}
+    dtypes = {
+        "scatter_lora_dx": (case.dtype, FP32),
+        "scatter_lora_dab": (lora, lora),
+        "scatter_lora_backward": (case.dtype, FP32, lora, lora),
+    }
     for name, args in calls(p).items():
         if not names or name in names:
             depends = case if name not in ("scatter_lora_dw", "scatter_lora_dbias") else case.with_(rank=0)

@@ -59,6 +59,7 @@ def everything(p: problems.Problem) -> list[torch.Tensor]:
         problems.call("scatter_lora", *p.forward_args()),
         *problems.call("scatter_lora_dx", *p.dx_args()),
         *problems.call("scatter_lora_dab", *p.dab_args()),
+        *problems.call("scatter_lora_backward", *p.backward_args()),
         problems.call("scatter_lora_dw", *p.dw_args()),
         problems.call("scatter_lora_dbias", *p.dbias_args()),
         problems.call("glu", h),

@@ -119,8 +119,7 @@ def test_profile(arguments, tmp_path, capsys):
     operators = (
         "flatten_sort_count",
         "scatter_lora",
-        "scatter_lora_dx",
-        "scatter_lora_dab",
+        "scatter_lora_backward",
         "glu",
         "glu_backward",
     )

@@ -131,6 +131,7 @@ def test_what_sentinels_point_at_is_never_read(dtype):
         problems.call("scatter_lora", *p.forward_args()),
         *problems.call("scatter_lora_dx", *p.dx_args()),
         *problems.call("scatter_lora_dab", *p.dab_args()),
+        *problems.call("scatter_lora_backward", *p.backward_args()),
         problems.call("scatter_lora_dw", *p.dw_args()),
         problems.call("scatter_lora_dbias", *p.dbias_args()),
     )
@@ -140,6 +141,7 @@ def test_what_sentinels_point_at_is_never_read(dtype):
         problems.call("scatter_lora", *p.forward_args()),
         *problems.call("scatter_lora_dx", *p.dx_args()),
         *problems.call("scatter_lora_dab", *p.dab_args()),
+        *problems.call("scatter_lora_backward", *p.backward_args()),
         problems.call("scatter_lora_dw", *p.dw_args()),
         problems.call("scatter_lora_dbias", *p.dbias_args()),
     )

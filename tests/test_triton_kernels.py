@@ -71,6 +71,7 @@ def calls(p: problems.Problem) -> dict[str, tuple]:
         "scatter_lora": p.forward_args(),
         "scatter_lora_dx": p.dx_args(),
         "scatter_lora_dab": p.dab_args(),
+        "scatter_lora_backward": p.backward_args(),
         "scatter_lora_dw": p.dw_args(),
         "scatter_lora_dbias": p.dbias_args(),
     }

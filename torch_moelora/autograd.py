@@ -64,10 +64,14 @@ def scatter_lora_gradients(dy: Tensor, call: Call, needs: Needs, bias_dtype: tor
     routing = (call.slots, call.offsets, call.top_k)
     lora = (call.lora_a, call.lora_b, call.scaling)
     orders = (call.x_grouped, call.y_grouped)
-    if needs.dx:
+    if needs.dx and needs.lora:
+        dx, dgates, da, db = ops.scatter_lora_backward(
+            dy, call.x, call.weight, *routing, *lora, call.bias, call.gates, *orders, needs.gates
+        )
+    elif needs.dx:
         x = call.x if needs.gates else None
         dx, dgates = ops.scatter_lora_dx(dy, call.weight, *routing, *lora, call.bias, call.gates, x, *orders)
-    if needs.lora:
+    elif needs.lora:
         da, db = ops.scatter_lora_dab(dy, call.x, *routing, *lora, call.gates, *orders)
     if needs.weight:
         dw = ops.scatter_lora_dw(dy, call.x, *routing, call.gates, *orders)
@@ -143,6 +147,7 @@ def register(lib: torch.library.Library) -> None:
     for name in (
         "scatter_lora_dx",
         "scatter_lora_dab",
+        "scatter_lora_backward",
         "scatter_lora_dw",
         "scatter_lora_dbias",
         "glu_backward",

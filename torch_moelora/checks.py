@@ -276,6 +276,22 @@ def scatter_lora_dab(
     _gates(op, gates, "dy", dy, slots, top_k, y_grouped)
 
 
+def scatter_lora_backward(
+    dy, x, weight, slots, offsets, top_k, lora_a, lora_b, scaling, bias, gates, x_grouped, y_grouped
+) -> None:  # fmt: skip
+    """The arguments of `scatter_lora_backward` that can be wrong, in the order of its schema."""
+    op = "scatter_lora_backward"
+    _dy_and_x(op, dy, x, slots, offsets, top_k, gates, x_grouped)
+    _weight(op, weight, "dy", dy, offsets)
+    e, n, k = weight.shape
+    _columns(op, "dy", dy, "N", n, "weight")
+    _columns(op, "x", x, "K", k, "weight")
+    _lora(op, lora_a, lora_b, "dy", dy, (e, n, k))
+    _finite(op, "scaling", scaling)
+    _bias(op, bias, "dy", dy, e, n)
+    _gates(op, gates, "dy", dy, slots, top_k, y_grouped)
+
+
 def scatter_lora_dw(dy, x, slots, offsets, top_k, gates, x_grouped, y_grouped) -> None:
     """All arguments of `scatter_lora_dw`, in the order of its schema."""
     op = "scatter_lora_dw"

@@ -31,6 +31,15 @@ def scatter_lora(
     return x.new_empty(rows, weight.shape[1])
 
 
+def _input_gradients(dy, weight, slots, top_k, gates, x_grouped, with_dgates) -> tuple[Tensor, Tensor]:
+    rows = slots.shape[0] if x_grouped else slots.shape[0] // top_k
+    dgates = tuple(gates.shape) if with_dgates else (0,)
+    return (
+        dy.new_empty(rows, weight.shape[2]),
+        dy.new_empty(dgates, dtype=gate_gradient_dtype(dy.dtype)),
+    )
+
+
 def scatter_lora_dx(
     dy, weight, slots, offsets, top_k, lora_a=None, lora_b=None, scaling=1.0, bias=None, gates=None, x=None,
     x_grouped=False, y_grouped=False,
@@ -38,12 +47,8 @@ def scatter_lora_dx(
     checks.scatter_lora_dx(
         dy, weight, slots, offsets, top_k, lora_a, lora_b, scaling, bias, gates, x, x_grouped, y_grouped
     )
-    rows = slots.shape[0] if x_grouped else slots.shape[0] // top_k
-    dgates = (0,) if gates is None or x is None else tuple(gates.shape)
-    return (
-        dy.new_empty(rows, weight.shape[2]),
-        dy.new_empty(dgates, dtype=gate_gradient_dtype(dy.dtype)),
-    )
+    with_dgates = gates is not None and x is not None
+    return _input_gradients(dy, weight, slots, top_k, gates, x_grouped, with_dgates)
 
 
 def scatter_lora_dab(
@@ -53,6 +58,21 @@ def scatter_lora_dab(
         dy, x, slots, offsets, top_k, lora_a, lora_b, scaling, gates, x_grouped, y_grouped
     )
     return lora_a.new_empty(lora_a.shape), empty_gradient(lora_b)
+
+
+def scatter_lora_backward(
+    dy, x, weight, slots, offsets, top_k, lora_a, lora_b, scaling=1.0, bias=None, gates=None,
+    x_grouped=False, y_grouped=False, with_dgates=True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    checks.scatter_lora_backward(
+        dy, x, weight, slots, offsets, top_k, lora_a, lora_b, scaling, bias, gates, x_grouped, y_grouped
+    )
+    with_dgates = with_dgates and gates is not None
+    return (
+        *_input_gradients(dy, weight, slots, top_k, gates, x_grouped, with_dgates),
+        lora_a.new_empty(lora_a.shape),
+        empty_gradient(lora_b),
+    )
 
 
 def scatter_lora_dw(dy, x, slots, offsets, top_k, gates=None, x_grouped=False, y_grouped=False) -> Tensor:
@@ -80,6 +100,7 @@ FAKES = {
     "scatter_lora": scatter_lora,
     "scatter_lora_dx": scatter_lora_dx,
     "scatter_lora_dab": scatter_lora_dab,
+    "scatter_lora_backward": scatter_lora_backward,
     "scatter_lora_dw": scatter_lora_dw,
     "scatter_lora_dbias": scatter_lora_dbias,
     "glu": glu,

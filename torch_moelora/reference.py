@@ -117,6 +117,20 @@ def scatter_lora_dab(
     return da, db
 
 
+def scatter_lora_backward(
+    dy, x, weight, sorted_scattered_idxs, expert_offsets, top_k, lora_a, lora_b, scaling=1.0, bias=None,
+    gates=None, x_grouped=False, y_grouped=False, with_dgates=True, *, dtype=torch.float64,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dgates, da, db) as scatter_lora_dx and scatter_lora_dab give them; dgates is empty where not
+    wanted.
+    """
+    routing, lora = (sorted_scattered_idxs, expert_offsets, top_k), (lora_a, lora_b, scaling)
+    orders = (x_grouped, y_grouped)
+    rows = x if with_dgates else None
+    dx = scatter_lora_dx(dy, weight, *routing, *lora, bias, gates, rows, *orders, dtype=dtype)
+    return *dx, *scatter_lora_dab(dy, x, *routing, *lora, gates, *orders, dtype=dtype)
+
+
 def scatter_lora_dw(
     dy, x, sorted_scattered_idxs, expert_offsets, top_k, gates=None, x_grouped=False, y_grouped=False,
     *, dtype=torch.float64,
@@ -192,6 +206,7 @@ REFERENCE = {
     "scatter_lora": scatter_lora,
     "scatter_lora_dx": scatter_lora_dx,
     "scatter_lora_dab": scatter_lora_dab,
+    "scatter_lora_backward": scatter_lora_backward,
     "scatter_lora_dw": scatter_lora_dw,
     "scatter_lora_dbias": scatter_lora_dbias,
     "glu": glu,

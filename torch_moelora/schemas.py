@@ -26,6 +26,12 @@ SCHEMAS: dict[str, str] = {
         "Tensor lora_a, Tensor lora_b, float scaling=1.0, Tensor? gates=None, "
         "bool x_grouped=False, bool y_grouped=False) -> (Tensor da, Tensor db)"
     ),
+    "scatter_lora_backward": (
+        "(Tensor dy, Tensor x, Tensor weight, Tensor sorted_scattered_idxs, Tensor expert_offsets, "
+        "int top_k, Tensor lora_a, Tensor lora_b, float scaling=1.0, Tensor? bias=None, Tensor? gates=None, "
+        "bool x_grouped=False, bool y_grouped=False, bool with_dgates=True) "
+        "-> (Tensor dx, Tensor dgates, Tensor da, Tensor db)"
+    ),
     "scatter_lora_dw": (
         "(Tensor dy, Tensor x, Tensor sorted_scattered_idxs, Tensor expert_offsets, int top_k, "
         "Tensor? gates=None, bool x_grouped=False, bool y_grouped=False) -> Tensor"

@@ -1,47 +1,58 @@
-#include "driver/drivers.h"
-#include "driver/grouped.h"
+#include "driver/gradients.h"
+#include "driver/grouped_block.h"
 #include "driver/lora_pack.h"
 #include "driver/outer.h"
 
 namespace moelora {
-namespace {
 
-// Rank-sized rows as an operand: [S, R] in the compute type, grouped order.
-RowsIn rank_rows(const KernelChoice& choice, const Routing& routing, const void* data, int64_t rank) {
-  return {{data, choice.kernels->compute, routing.slots, rank, rank, 1}, RowOrder::grouped};
+RankFactors rank_factors(const KernelChoice& choice, const Routing& routing, const RowsIn& dy, const Lora& lora,
+                         bool gates_follow, Arena& arena, const Runtime& runtime) {
+  const Kernels& k = *choice.kernels;
+  const Experts a = compact_lora(choice, lora.a, routing, arena, runtime);
+  const Experts b = compact_lora(choice, lora.b, routing, arena, runtime);
+  const Projection project{.routing = &routing,
+                           .x = dy,
+                           .a = b.transposed(),
+                           .scale = lora.scaling,
+                           .u_dtype = gates_follow ? accumulator_type(k) : k.compute};
+  return {a, b, run_projection(choice, project, arena, runtime)};
 }
 
-}  // namespace
-
-// dA = Vᵀ · x, V = scaling · gate · dy · B;   dB = dyᵀ · U, U = scaling · gate · x · Aᵀ
-void lora_gradient(const KernelChoice& choice, const LoraGradient& op, const Runtime& runtime) {
+// dA = Vᵀ · x, V = gate · v;   dB = dyᵀ · U, U = scaling · gate · x · Aᵀ
+void lora_gradient(const KernelChoice& choice, const LoraGradient& op, const RankFactors& factors,
+                   const Runtime& runtime) {
   Arena& arena = runtime.arena();
   Arena::Scope scope(arena);
   const Routing& routing = op.routing;
-  const int64_t rank = op.lora.a.rows;
-  void* rank_space = arena.take(routing.slots * rank * size_of(choice.kernels->compute));
-  const Experts a = compact_lora(choice, op.lora.a, routing, arena, runtime);
-  const Experts b = compact_lora(choice, op.lora.b, routing, arena, runtime);
-  const auto project = [&](const RowsIn& rows, const Experts& to_rank) {
-    run_projection(choice, {.routing = &routing, .x = rows, .a = to_rank, .gates = op.gates, .scale = op.lora.scaling},
-                   rank_space, runtime);
-    return rank_rows(choice, routing, rank_space, rank);
-  };
   run_grouped_outer(choice,
                     {.routing = &routing,
-                     .left = project(op.dy, b.transposed()),
+                     .left = {factors.v, RowOrder::grouped},
                      .right = op.x,
+                     .gates = op.gates,
                      .out = op.da,
                      .out_dtype = op.lora.a.dtype},
                     runtime);
+  const Projection project{.routing = &routing,
+                           .x = op.x,
+                           .a = factors.a,
+                           .gates = op.gates,
+                           .scale = op.lora.scaling,
+                           .u_dtype = choice.kernels->compute};
   run_grouped_outer(choice,
                     {.routing = &routing,
-                     .left = project(op.x, a),
+                     .left = {run_projection(choice, project, arena, runtime), RowOrder::grouped},
                      .right = op.dy,
                      .out = op.db,
                      .out_dtype = op.lora.b.dtype,
                      .layout = op.db_experts_last ? GroupedOuter::Layout::jie : GroupedOuter::Layout::eji},
                     runtime);
+}
+
+void lora_gradient(const KernelChoice& choice, const LoraGradient& op, const Runtime& runtime) {
+  Arena& arena = runtime.arena();
+  Arena::Scope scope(arena);
+  lora_gradient(choice, op, rank_factors(choice, op.routing, op.dy, op.lora, op.gates != nullptr, arena, runtime),
+                runtime);
 }
 
 }  // namespace moelora

@@ -65,6 +65,10 @@ struct LoraGradient {
 };
 void lora_gradient(const KernelChoice& choice, const LoraGradient& op, const Runtime& runtime);
 
+// Both at once, for one routing, dy and LoRA: dy · B is computed once.
+void input_and_lora_gradient(const KernelChoice& choice, const InputGradient& dx, const LoraGradient& dab,
+                             const Runtime& runtime);
+
 struct WeightGradient {
   Routing routing;
   RowsIn dy, x;

@@ -1,9 +1,7 @@
 #include <cstring>
 
-#include "driver/drivers.h"
-#include "driver/grouped.h"
+#include "driver/gradients.h"
 #include "driver/grouped_block.h"
-#include "driver/lora_pack.h"
 
 namespace moelora {
 namespace {
@@ -45,27 +43,20 @@ void sum_gate_gradient(const KernelChoice& choice, const InputGradient& op, cons
 }  // namespace
 
 // dx = dy · W + (scaling · dy · B) · A: the forward contraction with W, A, B transposed and A, B exchanged.
-void input_gradient(const KernelChoice& choice, const InputGradient& op, const Runtime& runtime) {
+void input_gradient(const KernelChoice& choice, const InputGradient& op, const RankFactors& factors,
+                    const Runtime& runtime) {
   Arena& arena = runtime.arena();
   Arena::Scope scope(arena);
   GroupedLinear linear{.routing = &op.routing,
                        .x = op.dy,
                        .w = op.weight.transposed(),
-                       .u = nullptr,
-                       .b = {},
+                       .u = factors.v,
+                       .b = factors.a.transposed(),
                        .bias = {},
                        .gates = op.gates,
                        .out = op.dx,
                        .out_dtype = op.dy.matrix.dtype,
                        .out_order = op.dx_order};
-  if (op.lora.present()) {
-    const Experts b = compact_lora(choice, op.lora.b, op.routing, arena, runtime);
-    void* v = arena.take(op.routing.slots * op.lora.a.rows * size_of(choice.kernels->compute));
-    const Projection project{.routing = &op.routing, .x = op.dy, .a = b.transposed(), .scale = op.lora.scaling};
-    run_projection(choice, project, v, runtime);
-    linear.u = v;
-    linear.b = compact_lora(choice, op.lora.a, op.routing, arena, runtime).transposed();
-  }
   double* parts = nullptr;
   const int64_t part_count = op.dgates ? dot_part_count(choice, linear) : 0;
   if (op.dgates) {
@@ -75,6 +66,14 @@ void input_gradient(const KernelChoice& choice, const InputGradient& op, const R
   }
   run_grouped_linear(choice, linear, runtime);
   if (op.dgates) sum_gate_gradient(choice, op, parts, part_count, runtime);
+}
+
+void input_gradient(const KernelChoice& choice, const InputGradient& op, const Runtime& runtime) {
+  Arena& arena = runtime.arena();
+  Arena::Scope scope(arena);
+  RankFactors factors;
+  if (op.lora.present()) factors = rank_factors(choice, op.routing, op.dy, op.lora, false, arena, runtime);
+  input_gradient(choice, op, factors, runtime);
 }
 
 }  // namespace moelora

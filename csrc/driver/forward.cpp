@@ -11,7 +11,7 @@ void forward(const KernelChoice& choice, const Forward& op, const Runtime& runti
   GroupedLinear linear{.routing = &op.routing,
                        .x = op.x,
                        .w = op.weight,
-                       .u = nullptr,
+                       .u = {},
                        .b = {},
                        .bias = op.bias,
                        .gates = op.gates,
@@ -20,9 +20,9 @@ void forward(const KernelChoice& choice, const Forward& op, const Runtime& runti
                        .out_order = op.y_order};
   if (op.lora.present()) {
     const Experts a = compact_lora(choice, op.lora.a, op.routing, arena, runtime);
-    void* u = arena.take(op.routing.slots * op.lora.a.rows * size_of(choice.kernels->compute));
-    run_projection(choice, {.routing = &op.routing, .x = op.x, .a = a, .scale = op.lora.scaling}, u, runtime);
-    linear.u = u;
+    const Projection project{
+        .routing = &op.routing, .x = op.x, .a = a, .scale = op.lora.scaling, .u_dtype = choice.kernels->compute};
+    linear.u = run_projection(choice, project, arena, runtime);
     linear.b = compact_lora(choice, op.lora.b, op.routing, arena, runtime);
   }
   run_grouped_linear(choice, linear, runtime);

@@ -84,7 +84,7 @@ void run_combined(const KernelChoice& choice, const GroupedLinear& op, const Run
   char* rows = static_cast<char*>(arena.take(op.routing->slots * pitch));
   GroupedLinear apart = op;
   apart.out = rows;
-  apart.out_dtype = accumulator_size(k) == 8 ? DType::f64 : DType::f32;
+  apart.out_dtype = accumulator_type(k);
   apart.out_order = RowOrder::scattered;
   run_apart(choice, apart, runtime);
   for_each_task(runtime, op.routing->tokens(), [&](int64_t token, Arena&) {
@@ -144,19 +144,22 @@ void run_grouped_linear(const KernelChoice& choice, const GroupedLinear& op, con
     run_summed(choice, op, runtime);
 }
 
-void run_projection(const KernelChoice& choice, const Projection& op, void* u, const Runtime& runtime) {
+Matrix run_projection(const KernelChoice& choice, const Projection& op, Arena& arena, const Runtime& runtime) {
+  const int64_t slots = op.routing->slots, rank = op.a.rows;
+  void* u = arena.take(slots * rank * size_of(op.u_dtype));
   GroupedLinear linear{.routing = op.routing,
                        .x = op.x,
                        .w = op.a,
-                       .u = nullptr,
+                       .u = {},
                        .b = {},
                        .bias = {},
                        .gates = op.gates,
                        .scale = op.scale,
                        .out = u,
-                       .out_dtype = choice.kernels->compute,
+                       .out_dtype = op.u_dtype,
                        .out_order = RowOrder::grouped};
   run_grouped_linear(choice, linear, runtime);
+  return {u, op.u_dtype, slots, rank, rank, 1};
 }
 
 }  // namespace moelora

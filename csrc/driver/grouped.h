@@ -17,8 +17,8 @@ struct GroupedLinear {
   RowsIn x;   // [.., depth]
   Experts w;  // [E, outputs, depth]
 
-  const void* u = nullptr;  // [routed, rank] in the kernels' compute type, grouped order
-  Experts b;                // [E, outputs, rank]
+  Matrix u;   // [S, rank], grouped order, or no data
+  Experts b;  // [E, outputs, rank]
 
   Matrix bias;                    // [E, outputs] or no data
   const double* gates = nullptr;  // [S] by slot
@@ -38,14 +38,16 @@ int64_t dot_part_count(const KernelChoice& choice, const GroupedLinear& op);
 
 void run_grouped_linear(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime);
 
-// u[position] = factor · x[position] · A[e]ᵀ in the compute type, A: [E, rank, depth]
+// u[position] = factor · x[position] · A[e]ᵀ, A: [E, rank, depth]
 struct Projection {
   const Routing* routing;
   RowsIn x;
   Experts a;
   const double* gates = nullptr;
   double scale = 1.0;
+  DType u_dtype;  // the compute type, or the accumulators'
 };
-void run_projection(const KernelChoice& choice, const Projection& op, void* u, const Runtime& runtime);
+// u: [S, rank] in grouped order, in `arena`.
+Matrix run_projection(const KernelChoice& choice, const Projection& op, Arena& arena, const Runtime& runtime);
 
 }  // namespace moelora

@@ -60,11 +60,6 @@ const void** row_addresses(const Routing& routing, const RowsIn& in, int64_t row
   return rows;
 }
 
-// u as a matrix: [routed, rank]
-Matrix u_matrix(const Kernels& k, const GroupedLinear& op) {
-  return {op.u, k.compute, op.routing->slots, op.b.cols, op.b.cols, 1};
-}
-
 // Some rows of one expert packed as lanes.
 struct LanePanel {
   int64_t first, rows;  // within the block
@@ -77,7 +72,7 @@ struct LanePanel {
 int64_t panel_count(const Kernels& k, int64_t rows) { return ceil_div(rows, k.lanes * k.vecs); }
 
 LanePanel* pack_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& range, Arena& arena) {
-  const int64_t rows = range.row1 - range.row0, rank = op.u ? op.b.cols : 0;
+  const int64_t rows = range.row1 - range.row0, rank = op.u.data ? op.b.cols : 0;
   const int64_t count = panel_count(k, rows), vectors = ceil_div(rows, k.lanes);
   LanePanel* panels = arena.take_array<LanePanel>(count);
   const void** x = row_addresses(*op.routing, op.x, range.row0, rows, arena);
@@ -91,8 +86,7 @@ LanePanel* pack_rows(const Kernels& k, const GroupedLinear& op, const BlockRange
     panel.u = static_cast<char*>(arena.take(panel_bytes(k, rank, panel.lanes)));
     k.pack_lanes[static_cast<int>(op.x.matrix.dtype)](
         {x + panel.first, panel.rows, 0, op.w.cols, op.x.matrix.col_stride, panel.x, panel.lanes});
-    if (rank)
-      pack_panel(k, u_matrix(k, op), range.row0 + panel.first, panel.rows, 0, rank, panel.u, panel.lanes, arena);
+    if (rank) pack_panel(k, op.u, range.row0 + panel.first, panel.rows, 0, rank, panel.u, panel.lanes, arena);
   }
   return panels;
 }
@@ -148,9 +142,9 @@ class PanelPass {
 
   // For passes of up to `pass` steps.
   PanelPass(const Kernels& k, const GroupedLinear& op, const BlockRange& range, int64_t pass, Arena& arena)
-      : k_(k), w_(op.w[range.expert]), b_(op.u ? op.b[range.expert] : Matrix{}), rows_(range.row1 - range.row0) {
+      : k_(k), w_(op.w[range.expert]), b_(op.u.data ? op.b[range.expert] : Matrix{}), rows_(range.row1 - range.row0) {
     x_ = x_rows(k, op, range, arena);
-    if (b_.data) u_ = left_rows(k, u_matrix(k, op), range.row0, rows_, 0, b_.cols, arena);
+    if (b_.data) u_ = left_rows(k, op.u, range.row0, rows_, 0, b_.cols, arena);
     w_panel_ = static_cast<char*>(arena.take(panel_bytes(k, pass, k.lanes * k.vecs)));
     b_panel_ = static_cast<char*>(arena.take(panel_bytes(k, b_.cols, k.lanes * k.vecs)));
   }
@@ -225,7 +219,7 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
   const LanePanel* panels = pack_rows(k, op, range, arena);
   char* c = static_cast<char*>(arena.take(segment * widest * acc));
   char* by_row = static_cast<char*>(arena.take(segment * widest * acc));
-  const Matrix w = op.w[range.expert], b = op.u ? op.b[range.expert] : Matrix{};
+  const Matrix w = op.w[range.expert], b = op.u.data ? op.b[range.expert] : Matrix{};
 
   for (int64_t out = range.out0; out < range.out1; out += segment) {
     const int64_t width = min64(segment, range.out1 - out);
@@ -246,12 +240,12 @@ void dot_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
   Arena::Scope scope(arena);
   const Kernels& k = *choice.kernels;
   const Epilogue epilogue(choice, op, range, sums, arena);
-  const int64_t rows = range.row1 - range.row0, depth = op.w.cols, rank = op.u ? op.b.cols : 0;
+  const int64_t rows = range.row1 - range.row0, depth = op.w.cols, rank = op.u.data ? op.b.cols : 0;
   const int64_t acc = accumulator_size(k), segment = choice.blocking.segment, size = size_of(k.compute);
   const LeftRows x = x_rows(k, op, range, arena);
-  const LeftRows u = rank ? left_rows(k, u_matrix(k, op), range.row0, rows, 0, rank, arena) : LeftRows{};
+  const LeftRows u = rank ? left_rows(k, op.u, range.row0, rows, 0, rank, arena) : LeftRows{};
   char* c = static_cast<char*>(arena.take(rows * segment * acc));
-  const Matrix w = op.w[range.expert], b = op.u ? op.b[range.expert] : Matrix{};
+  const Matrix w = op.w[range.expert], b = op.u.data ? op.b[range.expert] : Matrix{};
   const int64_t groups = ceil_div(rows, kMaxDotCols), height = k.dot_rows[ceil_div(rows, groups) - 1];
 
   for (int64_t out = range.out0; out < range.out1; out += segment) {

@@ -36,6 +36,7 @@ void thin_orientation_block(const KernelChoice& choice, const GroupedLinear& op,
 int64_t segment_width(const KernelChoice& choice, const GroupedLinear& op);
 bool uses_row_orientation(const GroupedLinear& op);
 
-inline int64_t accumulator_size(const Kernels& k) { return k.compute == DType::f64 ? 8 : 4; }
+inline DType accumulator_type(const Kernels& k) { return k.compute == DType::f64 ? DType::f64 : DType::f32; }
+inline int64_t accumulator_size(const Kernels& k) { return size_of(accumulator_type(k)); }
 
 }  // namespace moelora

@@ -1,17 +1,7 @@
-#include "ops/checks.h"
+#include "ops/gradients.h"
 
 namespace moelora::ops {
 namespace {
-
-RowOrder dy_order(bool gated, bool y_grouped) {
-  return gated ? RowOrder::token : y_grouped ? RowOrder::grouped : RowOrder::scattered;
-}
-
-// PEFT's B: [N, R, E] in memory, seen as [E, N, R].
-bool experts_last(const Tensor& lora_b) {
-  const int64_t experts = lora_b.size(0), rank = lora_b.size(2);
-  return lora_b.stride(0) == 1 && lora_b.stride(2) == experts && lora_b.stride(1) == rank * experts;
-}
 
 std::tuple<Tensor, Tensor> scatter_lora_dab(Tensor dy, Tensor x, Tensor sorted_scattered_idxs, Tensor expert_offsets,
                                             int64_t top_k, Tensor lora_a, Tensor lora_b, double scaling,
@@ -28,23 +18,11 @@ std::tuple<Tensor, Tensor> scatter_lora_dab(Tensor dy, Tensor x, Tensor sorted_s
   check.gates(gates, "dy", dy, r, y_grouped);
   check.contents(r);
 
-  Tensor da = new_tensor(dy, {r.experts, lora_a.size(1), x.size(1)}, lora_a.scalar_type());
-  const bool last = experts_last(lora_b);
-  Tensor db = last ? new_tensor(dy, {dy.size(1), lora_a.size(1), r.experts}, lora_b.scalar_type())
-                   : new_tensor(dy, {r.experts, dy.size(1), lora_a.size(1)}, lora_b.scalar_type());
   std::vector<double> by_slot;
-  lora_gradient(kernels_for(dtype_of(dy)),
-                {.routing = r,
-                 .dy = {matrix_of(dy), dy_order(gates.has_value(), y_grouped)},
-                 .x = {matrix_of(x), x_grouped ? RowOrder::grouped : RowOrder::token},
-                 .lora = lora_of(lora_a, lora_b, scaling),
-                 .gates = gates_of(gates, by_slot),
-                 .da = da.mutable_data_ptr(),
-                 .db = db.mutable_data_ptr(),
-                 .db_experts_last = last},
-                runtime());
-  using torch::stable::transpose;
-  return {da, last ? transpose(transpose(db, 0, 2), 1, 2) : db};
+  const GradientArgs args{r, dy, gates_of(gates, by_slot), x_grouped, y_grouped};
+  const auto result = new_lora_gradient(args, x, lora_a, lora_b, scaling);
+  lora_gradient(kernels_for(dtype_of(dy)), result.op, runtime());
+  return {result.da, result.db};
 }
 
 Tensor scatter_lora_dw(Tensor dy, Tensor x, Tensor sorted_scattered_idxs, Tensor expert_offsets, int64_t top_k,
@@ -63,8 +41,8 @@ Tensor scatter_lora_dw(Tensor dy, Tensor x, Tensor sorted_scattered_idxs, Tensor
   std::vector<double> by_slot;
   weight_gradient(kernels_for(dtype_of(dy)),
                   {.routing = r,
-                   .dy = {matrix_of(dy), dy_order(gates.has_value(), y_grouped)},
-                   .x = {matrix_of(x), x_grouped ? RowOrder::grouped : RowOrder::token},
+                   .dy = {matrix_of(dy), order_of_dy(gates.has_value(), y_grouped)},
+                   .x = {matrix_of(x), order_of_x(x_grouped)},
                    .gates = gates_of(gates, by_slot),
                    .dw = dw.mutable_data_ptr()},
                   runtime());
@@ -85,7 +63,7 @@ Tensor scatter_lora_dbias(Tensor dy, Tensor sorted_scattered_idxs, Tensor expert
   std::vector<double> by_slot;
   bias_gradient(kernels_for(dtype_of(dy)),
                 {.routing = r,
-                 .dy = {matrix_of(dy), dy_order(gates.has_value(), y_grouped)},
+                 .dy = {matrix_of(dy), order_of_dy(gates.has_value(), y_grouped)},
                  .gates = gates_of(gates, by_slot),
                  .dbias = dbias.mutable_data_ptr()},
                 runtime());

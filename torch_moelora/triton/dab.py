@@ -149,29 +149,50 @@ def scatter_lora_dab(
     dy, x, sorted_scattered_idxs, expert_offsets, top_k, lora_a, lora_b, scaling=1.0, gates=None,
     x_grouped=False, y_grouped=False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dA = Σ (scaling·gate·dy·B)ᵀ·x and dB = Σ dyᵀ·(scaling·gate·x·Aᵀ): scaling and gate in the rank-sized
-    factors, before their one rounding.
-    """
+    """dA = Σ (scaling·gate·dy·B)ᵀ·x and dB = Σ dyᵀ·(scaling·gate·x·Aᵀ)."""
     checks.scatter_lora_dab(
         dy, x, sorted_scattered_idxs, expert_offsets, top_k, lora_a, lora_b, scaling, gates, x_grouped,
         y_grouped,
     )  # fmt: skip
     route = routing(sorted_scattered_idxs, expert_offsets, top_k)
+    return lora_gradient(dy, x, route, lora_a, lora_b, scaling, gates, x_grouped, y_grouped)
+
+
+def dy_times_b(dy, route, lora_b, scaling, gates, y_grouped) -> Tensor:
+    """scaling·gate·dy·B in grouped order, rounded once."""
+    rows = tiles.rows_of_dy(dy, gates, y_grouped)
+    tile_list = _rank_tiles(dy, route)
+    b = tiles.packed(lora_b, dy.dtype, 2).transpose(1, 2)
+    gates = None if gates is None else gates.contiguous()
+    return tiles.rank_product(rows, b, lora_b.shape[2], route, tile_list, scaling, gates)
+
+
+def _rank_tiles(rows: Tensor, route: Routing) -> Tiles:
+    per_expert = route.rows // route.experts
+    return route.tiles(configs.rank_rows(configs.machine(rows.device), rows.dtype, per_expert))
+
+
+def lora_gradient(
+    dy, x, route, lora_a, lora_b, scaling, gates, x_grouped, y_grouped, dyb=None
+) -> tuple[Tensor, Tensor]:
+    """(da, db). scaling and gate are in the rank-sized factors, before their one rounding.
+
+    dyb: what `dy_times_b` gives, if it is there.
+    """
+    if dyb is None and route.rows:
+        dyb = dy_times_b(dy, route, lora_b, scaling, gates, y_grouped)
     da = torch.empty(lora_a.shape, dtype=lora_a.dtype, device=lora_a.device)
     db = empty_gradient(lora_b)
     if route.rows == 0:
         return da.zero_(), db.zero_()
     (_, rank, k), n = lora_a.shape, lora_b.shape[1]
-    per_expert = route.rows // route.experts
-    tile_list = route.tiles(configs.rank_rows(configs.machine(x.device), x.dtype, per_expert))
     wide_x, wide_dy = tiles.rows_of_x(x, x_grouped), tiles.rows_of_dy(dy, gates, y_grouped)
     gates = None if gates is None else gates.contiguous()
-    a, b = tiles.packed(lora_a, x.dtype, 1), tiles.packed(lora_b, x.dtype, 2).transpose(1, 2)
-    xa = Rows(tiles.rank_product(wide_x, a, rank, route, tile_list, scaling, gates), "position")
-    dyb = Rows(tiles.rank_product(wide_dy, b, rank, route, tile_list, scaling, gates), "position")
+    a = tiles.packed(lora_a, x.dtype, 1)
+    xa = Rows(tiles.rank_product(wide_x, a, rank, route, _rank_tiles(x, route), scaling, gates), "position")
     chunks = _chunks(route)
     parts = torch.empty((chunks.bound, rank, k), dtype=tiles.accumulator(x.dtype), device=x.device)
-    _products(dyb, wide_x, parts, route, chunks)
+    _products(Rows(dyb, "position"), wide_x, parts, route, chunks)
     _sum_chunks(parts, chunks, da)
     parts = torch.empty((chunks.bound, n, rank), dtype=tiles.accumulator(x.dtype), device=x.device)
     _products(xa, wide_dy, parts.transpose(1, 2), route, chunks)

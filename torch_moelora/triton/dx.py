@@ -72,7 +72,15 @@ def scatter_lora_dx(
         x_grouped, y_grouped,
     )  # fmt: skip
     route = routing(sorted_scattered_idxs, expert_offsets, top_k)
+    return input_gradient(dy, weight, route, lora_a, lora_b, scaling, bias, gates, x, x_grouped, y_grouped)
+
+
+def input_gradient(
+    dy, weight, route, lora_a, lora_b, scaling, bias, gates, x, x_grouped, y_grouped, dyb=None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dx, dgates). dyb: scaling·dy·B in grouped order, as `tiles.rank_product` gives it, if it is there."""
     n, k = weight.shape[1:]
+    top_k, given_dyb = route.top_k, dyb
     accumulators = tiles.accumulator(dy.dtype)
     with_dgates = gates is not None and x is not None
     if route.rows == 0:
@@ -84,10 +92,11 @@ def scatter_lora_dx(
 
     def run(config: configs.Gemm) -> tuple[Tensor, Tensor]:
         tile_list = route.tiles(config.block_m)
-        dyb = a = other = partial = None
+        dyb, a, other, partial = given_dyb, None, None, None
         if lora_a is not None:
-            b = tiles.packed(lora_b, dy.dtype, 2).transpose(1, 2)
-            dyb = tiles.rank_product(rows, b, rank, route, tile_list, scaling)
+            if dyb is None:
+                b = tiles.packed(lora_b, dy.dtype, 2).transpose(1, 2)
+                dyb = tiles.rank_product(rows, b, rank, route, tile_list, scaling)
             a = tiles.packed(lora_a, dy.dtype, 1).transpose(1, 2)
         if with_dgates:
             other = tiles.rows_of_x(x, x_grouped)

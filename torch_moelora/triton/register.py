@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import dab, dx, forward, glu, route
+from . import backward, dab, dx, forward, glu, route
 
 
 def _on_its_device(function: Callable) -> Callable:
@@ -30,6 +30,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
         forward.scatter_lora,
         dx.scatter_lora_dx,
         dab.scatter_lora_dab,
+        backward.scatter_lora_backward,
         dab.scatter_lora_dw,
         dab.scatter_lora_dbias,
         glu.glu,

@@ -1,0 +1,55 @@
+"""scatter_lora_backward: what scatter_lora_dx and scatter_lora_dab give, to the bit."""
+
+import problems
+import pytest
+import torch
+from cases import BF16, FP32, FP64, HALVES, LORA_LAYOUTS, REAL_SIZE, ROWS, WEIGHT_LAYOUTS, Case, cases
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.operators
+
+ops = torch.ops.moelora
+
+
+def check(case: Case, with_dgates: bool = True) -> None:
+    p = problems.build(case)
+    lora = FP32 if case.lora == "fp32" and case.dtype in HALVES else case.dtype
+    dtypes = (case.dtype, FP64 if case.dtype == FP64 else FP32, lora, lora)
+    args = (*p.backward_args(), with_dgates)
+    problems.check("scatter_lora_backward", args, case, dtypes)
+    found = problems.call("scatter_lora_backward", *args)
+    alone = ops.scatter_lora_dx(*p.dx_args(with_dgates)), ops.scatter_lora_dab(*p.dab_args())
+    for name, one, other in zip(("dx", "dgates", "da", "db"), found, (*alone[0], *alone[1]), strict=True):
+        assert torch.equal(one, other), f"{name} is not that of the operator for it alone"
+        assert one.stride() == other.stride(), name
+
+
+@pytest.mark.parametrize("case", [c for c in ROWS if c.rank], ids=lambda case: case.reason)
+def test_rows(case):
+    check(case)
+
+
+@given(cases().filter(lambda case: case.rank), st.booleans())
+def test_matches_reference(case, with_dgates):
+    check(case, with_dgates)
+
+
+@pytest.mark.parametrize("gates", ["none", "fp32"])
+@pytest.mark.parametrize("layout", WEIGHT_LAYOUTS)
+def test_weight_layouts(layout, gates):
+    check(Case(dtype=BF16, weight_layout=layout, tokens=50, k=70, n=52, rank=5, gates=gates))
+
+
+@pytest.mark.parametrize("gates", ["none", "same"])
+@pytest.mark.parametrize("layout", LORA_LAYOUTS)
+def test_lora_layouts(layout, gates):
+    check(Case(dtype=BF16, lora="fp32", lora_layout=layout, tokens=50, k=70, n=52, rank=5, gates=gates))
+
+
+def test_real_size():
+    check(REAL_SIZE.with_(gates="fp32"))
+
+
+def test_real_size_with_grouped_result():
+    check(REAL_SIZE.with_(y_grouped=True))
