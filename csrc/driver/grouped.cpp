@@ -1,7 +1,9 @@
 #include "driver/grouped.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "driver/grouped_block.h"
@@ -28,34 +30,47 @@ int64_t border(int64_t piece, int64_t pieces, int64_t total, int64_t unit) {
   return min64(total, piece * ceil_div(total, unit) / pieces * unit);
 }
 
+constexpr int64_t kTasksPerThread = 8;
+
 // Into how many ranges of outputs an expert's work is cut. Few rows: none, so that weights are read in order, unless
 // there are too few experts for the threads.
 int64_t task_pieces(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime) {
   const Routing& routing = *op.routing;
   int64_t used = 0;
   for (int64_t e = 0; e < routing.experts; ++e) used += routing.begin(e) < routing.end(e);
-  const int64_t balanced = ceil_div(4 * runtime.threads, max64(1, used));
+  const int64_t balanced = ceil_div(kTasksPerThread * runtime.threads, max64(1, used));
   if (routing.routed() <= used * choice.blocking.thin_rows) return balanced;
   return max64(balanced, ceil_div(op.w.rows, choice.blocking.outputs));
 }
 
+// Parts of an expert's rows that fit the caches together.
+void add_row_chunks(const KernelChoice& choice, int64_t e, int64_t begin, int64_t end, std::vector<BlockRange>& chunks) {
+  const int64_t rows = end - begin, count = ceil_div(rows, choice.blocking.row_chunk);
+  for (int64_t i = 0; i < count; ++i) chunks.push_back({e, begin + i * rows / count, begin + (i + 1) * rows / count, 0, 0});
+}
+
+// The last part of the work is cut finer, so that threads end together.
+constexpr int64_t kTailShare = 8, kTailPieces = 4;
+
 // Rows stay apart: a task is a chunk of an expert's rows × a range of outputs, largest first.
 void run_apart(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime) {
   const Routing& routing = *op.routing;
-  const int64_t unit = segment_width(choice, op), outputs = op.w.rows;
-  const int64_t pieces = max64(1, min64(task_pieces(choice, op, runtime), ceil_div(outputs, unit)));
-  std::vector<BlockRange> tasks;
-  for (int64_t e = 0; e < routing.experts; ++e) {
-    const int64_t rows = routing.end(e) - routing.begin(e);
-    const int64_t chunks = ceil_div(rows, choice.blocking.row_chunk);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      for (int64_t piece = 0; piece < pieces; ++piece)
-        tasks.push_back({e, routing.begin(e) + chunk * rows / chunks, routing.begin(e) + (chunk + 1) * rows / chunks,
-                         border(piece, pieces, outputs, unit), border(piece + 1, pieces, outputs, unit)});
+  const int64_t unit = segment_width(choice, op), outputs = op.w.rows, units = ceil_div(outputs, unit);
+  const int64_t wanted = task_pieces(choice, op, runtime);
+  std::vector<BlockRange> chunks, tasks;
+  for (int64_t e = 0; e < routing.experts; ++e) add_row_chunks(choice, e, routing.begin(e), routing.end(e), chunks);
+  const auto rows = [](const BlockRange& r) { return r.row1 - r.row0; };
+  std::stable_sort(chunks.begin(), chunks.end(),
+                   [&](const BlockRange& a, const BlockRange& b) { return rows(a) > rows(b); });
+  int64_t left = routing.routed();
+  for (const BlockRange& chunk : chunks) {
+    left -= rows(chunk);
+    const bool tail = left < routing.routed() / kTailShare && rows(chunk) > choice.blocking.thin_rows;
+    const int64_t pieces = max64(1, min64(tail ? kTailPieces * wanted : wanted, units));
+    for (int64_t piece = 0; piece < pieces; ++piece)
+      tasks.push_back({chunk.expert, chunk.row0, chunk.row1, border(piece, pieces, outputs, unit),
+                       border(piece + 1, pieces, outputs, unit)});
   }
-  const auto cost = [](const BlockRange& r) { return (r.row1 - r.row0 + 8) * (r.out1 - r.out0); };
-  std::stable_sort(tasks.begin(), tasks.end(),
-                   [&](const BlockRange& a, const BlockRange& b) { return cost(a) > cost(b); });
   for_each_task(runtime, static_cast<int64_t>(tasks.size()),
                 [&](int64_t i, Arena& arena) { run_block(choice, op, tasks[static_cast<size_t>(i)], nullptr, arena); });
   for (int64_t position = routing.routed(); position < routing.slots; ++position) {
@@ -95,37 +110,105 @@ void run_combined(const KernelChoice& choice, const GroupedLinear& op, const Run
   });
 }
 
-// Rows of a token are summed: a task owns a range of tokens × a range of outputs and goes through all experts in order.
-void run_summed(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime) {
-  const Routing& routing = *op.routing;
-  const Kernels& k = *choice.kernels;
-  const int64_t unit = segment_width(choice, op), outputs = op.w.rows, tokens = routing.tokens();
-  const int64_t acc = accumulator_size(k);
-  const int64_t chunks = routing.stable ? max64(1, ceil_div(tokens, choice.blocking.token_chunk)) : 1;
-  const int64_t units = ceil_div(outputs, unit);
-  // Twice as many pieces as threads, evenly sized: every thread gets the same work whatever the routing.
-  const int64_t wanted = max64(2 * runtime.threads, ceil_div(4 * outputs, choice.blocking.outputs));
-  const int64_t pieces = max64(1, min64(units, round_up(wanted, runtime.threads)));
-  for_each_task(runtime, chunks * pieces, [&](int64_t task, Arena& arena) {
-    const int64_t piece = task % pieces, chunk = task / pieces;
-    const int64_t token0 = chunk * tokens / chunks, token1 = (chunk + 1) * tokens / chunks;
-    const int64_t out0 = border(piece, pieces, outputs, unit), out1 = border(piece + 1, pieces, outputs, unit);
-    const int64_t width = out1 - out0, bytes = (token1 - token0) * width * acc;
-    const TokenSums sums{static_cast<char*>(arena.take(bytes)), token0, width, out0};
-    std::memset(sums.sums, 0, static_cast<size_t>(bytes));
-    for (int64_t e = 0; e < routing.experts; ++e) {
-      const auto [begin, end] = rows_of_tokens(routing, e, token0, token1);
-      const int64_t cuts = ceil_div(end - begin, choice.blocking.row_chunk);
-      for (int64_t cut = 0; cut < cuts; ++cut)
-        run_block(choice, op,
-                  {e, begin + cut * (end - begin) / cuts, begin + (cut + 1) * (end - begin) / cuts, out0, out1}, &sums,
-                  arena);
+// Rows of a token are summed: all experts' rows for a range of tokens × a range of outputs, in order. Such a job is done
+// in steps, each half as long as the one before. Several jobs are under way, more than there are threads: a free thread
+// takes the next step of the one that is furthest behind, so that they end together however fast each thread is.
+class SummedJobs {
+ public:
+  SummedJobs(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime)
+      : choice_(choice), op_(op), k_(*choice.kernels), unit_(segment_width(choice, op)) {
+    const Routing& routing = *op.routing;
+    const int64_t outputs = op.w.rows, tokens = routing.tokens(), units = ceil_div(outputs, unit_);
+    const int64_t token_chunks = routing.stable ? max64(1, ceil_div(tokens, choice.blocking.token_chunk)) : 1;
+    const int64_t wanted = max64(2 * runtime.threads, ceil_div(4 * outputs, choice.blocking.outputs));
+    pieces_ = max64(1, min64(units, round_up(wanted, runtime.threads)));
+    at_once_ = min64(pieces_, 2 * runtime.threads);
+    steps_ = runtime.threads > 1 ? kSteps : 1;
+    for (int64_t c = 0; c < token_chunks; ++c)
+      chunks_.push_back(token_chunk(c * tokens / token_chunks, (c + 1) * tokens / token_chunks));
+    widest_ = ceil_div(units, pieces_) * unit_;
+    sum_bytes_ = ceil_div(tokens, token_chunks) * widest_ * accumulator_size(k_);
+    sums_ = static_cast<char*>(runtime.arena().take(at_once_ * sum_bytes_));
+    done_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(at_once_));
+  }
+
+  int64_t tasks() const { return rounds() * steps_ * at_once_; }
+
+  // Tasks are taken in order: what this one waits for is already being worked on.
+  void run(int64_t task, Arena& arena) {
+    const int64_t seat = task % at_once_, turn = task / at_once_;
+    std::atomic<int64_t>& done = done_[static_cast<size_t>(seat)];
+    while (done.load(std::memory_order_acquire) < turn) std::this_thread::yield();
+    struct Finish {
+      std::atomic<int64_t>& done;
+      ~Finish() { done.fetch_add(1, std::memory_order_release); }
+    } finish{done};
+    const int64_t round = turn / steps_, per_chunk = ceil_div(pieces_, at_once_);
+    const int64_t piece = round % per_chunk * at_once_ + seat;
+    if (piece < pieces_) run_step(chunks_[static_cast<size_t>(round / per_chunk)], piece, turn % steps_, seat, arena);
+  }
+
+ private:
+  static constexpr int64_t kSteps = 5;
+
+  struct TokenChunk {
+    int64_t token0, token1;
+    std::vector<BlockRange> blocks;     // all outputs
+    std::vector<int64_t> step_borders;  // in `blocks`
+  };
+
+  int64_t rounds() const { return static_cast<int64_t>(chunks_.size()) * ceil_div(pieces_, at_once_); }
+
+  TokenChunk token_chunk(int64_t token0, int64_t token1) const {
+    TokenChunk chunk{token0, token1, {}, {0}};
+    int64_t rows = 0;
+    for (int64_t e = 0; e < op_.routing->experts; ++e) {
+      const auto [begin, end] = rows_of_tokens(*op_.routing, e, token0, token1);
+      add_row_chunks(choice_, e, begin, end, chunk.blocks);
+      rows += end - begin;
     }
-    for (int64_t token = token0; token < token1; ++token)
-      k.store[static_cast<int>(op.out_dtype)](
-          static_cast<char*>(op.out) + (token * outputs + out0) * size_of(op.out_dtype),
-          sums.sums + (token - token0) * width * acc, nullptr, 1.0, width);
-  });
+    int64_t left = rows;
+    for (size_t i = 0; i < chunk.blocks.size(); ++i) {
+      const int64_t step = static_cast<int64_t>(chunk.step_borders.size());
+      if (step < steps_ && left <= rows >> step) chunk.step_borders.push_back(static_cast<int64_t>(i));
+      left -= chunk.blocks[i].row1 - chunk.blocks[i].row0;
+    }
+    chunk.step_borders.resize(static_cast<size_t>(steps_) + 1, static_cast<int64_t>(chunk.blocks.size()));
+    return chunk;
+  }
+
+  void run_step(const TokenChunk& chunk, int64_t piece, int64_t step, int64_t seat, Arena& arena) const {
+    const int64_t outputs = op_.w.rows, acc = accumulator_size(k_);
+    const int64_t out0 = border(piece, pieces_, outputs, unit_), out1 = border(piece + 1, pieces_, outputs, unit_);
+    const int64_t width = out1 - out0;
+    const TokenSums sums{sums_ + seat * sum_bytes_, chunk.token0, width, out0};
+    if (step == 0) std::memset(sums.sums, 0, static_cast<size_t>((chunk.token1 - chunk.token0) * width * acc));
+    for (int64_t i = chunk.step_borders[step]; i < chunk.step_borders[step + 1]; ++i) {
+      const BlockRange& block = chunk.blocks[static_cast<size_t>(i)];
+      Arena::Scope scope(arena);
+      run_block(choice_, op_, {block.expert, block.row0, block.row1, out0, out1}, &sums, arena);
+    }
+    if (step < steps_ - 1) return;
+    for (int64_t token = chunk.token0; token < chunk.token1; ++token)
+      k_.store[static_cast<int>(op_.out_dtype)](
+          static_cast<char*>(op_.out) + (token * outputs + out0) * size_of(op_.out_dtype),
+          sums.sums + (token - chunk.token0) * width * acc, nullptr, 1.0, width);
+  }
+
+  const KernelChoice& choice_;
+  const GroupedLinear& op_;
+  const Kernels& k_;
+  const int64_t unit_;
+  int64_t pieces_, at_once_, steps_, widest_, sum_bytes_;
+  std::vector<TokenChunk> chunks_;
+  char* sums_;
+  std::vector<std::atomic<int64_t>> done_;  // turns, by seat
+};
+
+void run_summed(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime) {
+  Arena::Scope scope(runtime.arena());
+  SummedJobs jobs(choice, op, runtime);
+  for_each_task(runtime, jobs.tasks(), [&](int64_t task, Arena& arena) { jobs.run(task, arena); });
 }
 
 }  // namespace
