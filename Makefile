@@ -65,6 +65,6 @@ $(VENV)/bin/python:
 $(READY): $(SOURCES) $(if $(COMPILED),,FORCE) | $(VENV)/bin/python
 	@echo 'Installing $(TORCH) and what goes with it, compiling the extension: some minutes.'
 	$(BIN)/python -m pip install --quiet '$(TORCH)' $(BUILD_REQUIRES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation '$(TORCH)' -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation '$(TORCH)' -e '.$(if $(EXTRAS),[$(EXTRAS)])'
 	$(BIN)/python -m torch_moelora
 	@touch $@

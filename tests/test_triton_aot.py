@@ -3,6 +3,7 @@ architecture's own matrix instructions, loads that run ahead. Needs no GPU.
 """
 
 import importlib.util
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -24,20 +25,16 @@ MATRIX_INSTRUCTIONS = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 EXPERTS, TOP_K = 16, 8
 
 
-def shared_row(arch: str, kind: str) -> bool:
-    """Whether to compile a row that names no architecture for `arch`: fp64, which is for checking, for one
-    only; and what sm_86 gets is sm_80's code.
+def rows(table: tuple) -> list:
+    """(architecture, row): every row for every architecture that takes it, that is all but those that have
+    rows of their own for its dtype.
     """
-    return arch == "sm_90" if kind == "fp64" else arch != "sm_86"
-
-
-def rows() -> list:
-    """(architecture, row of the table)."""
+    own = {row[:2] for row in table}
     return [
         pytest.param(arch, row, id=f"{arch}: " + " ".join(map(str, row[1:4])) + f" {number}")
         for arch in triton_aot.TARGETS
-        for number, row in enumerate(configs.GEMM)
-        if row[0] == arch or (row[0] is None and shared_row(arch, row[1]))
+        for number, row in enumerate(table)
+        if row[0] == arch or (row[0] is None and (arch, row[1]) not in own)
     ]
 
 
@@ -64,86 +61,94 @@ def launch(
     ops["scatter_lora_dx"](dy, weight, *routing, *lora, bias, gates, x, True, False)
 
 
-def check(arch: str, kernel: triton_aot.Compiled, per_sm: int = 1) -> None:
-    """What holds for every kernel."""
+def launch_sums(
+    k: int, n: int, rank: int, tokens: int, dtype: torch.dtype, *, gated: bool = True, whole: bool = True
+) -> None:
+    """dA and dB; `whole`: dW and dbias, too."""
+    ops, meta = register.IMPLEMENTATIONS, triton_aot.meta
+    slots = tokens * TOP_K
+    routing = meta(slots, dtype=torch.int64), meta(EXPERTS, dtype=torch.int32), TOP_K
+    lora = meta(EXPERTS, rank, k, dtype=dtype), meta(EXPERTS, n, rank, dtype=dtype), 0.5
+    gates = meta(tokens, TOP_K, dtype=dtype) if gated else None
+    x, dy = meta(slots if gated else tokens, k, dtype=dtype), meta(tokens if gated else slots, n, dtype=dtype)
+    ops["scatter_lora_dab"](dy, x, *routing, *lora, gates, gated, not gated)
+    if whole:
+        ops["scatter_lora_dw"](dy, x, *routing, gates, gated, not gated)
+        ops["scatter_lora_dbias"](dy, *routing, gates, not gated)
+
+
+def check(arch: str, kernel: triton_aot.Compiled, kind: str, per_sm: int = 1) -> None:
+    """What holds for every kernel; for products of matrices the architecture's own instructions, and in half
+    precision loads that run ahead. fp32 has no such instructions, and for fp64 any will do.
+    """
     assert kernel.usage["STACK"] == 0 and kernel.usage["LOCAL"] == 0, f"{kernel} spills: {kernel.usage}"
     _, limit = triton_aot.TARGETS[arch]
     threads = per_sm * kernel.warps * 32
     assert threads * kernel.usage["REG"] <= 65536, f"{kernel}: {per_sm} do not fit: {kernel.usage}"
     assert per_sm * kernel.shared <= limit, f"{kernel}: {per_sm} x {kernel.shared} bytes of shared memory"
-
-
-def check_product(arch: str, kernel: triton_aot.Compiled) -> None:
-    """What holds for products of half-precision matrices."""
+    if kernel.name not in ("grouped_gemm", "row_products"):
+        return
     wanted = MATRIX_INSTRUCTIONS.get(arch, "mma.sync")
-    assert wanted in kernel.ptx, f"{kernel} has no {wanted}"
-    assert "cp.async.cg.shared.global" in kernel.ptx, (
+    assert kind in ("fp32", "fp64") or wanted in kernel.ptx, f"{kernel} has no {wanted}"
+    assert kind != "half" or "cp.async.cg.shared.global" in kernel.ptx, (
         f"{kernel} loads nothing ahead, or not 16 bytes at a time"
     )
 
 
-@pytest.mark.parametrize(("arch", "row"), rows())
+def using(config: configs.Gemm | configs.Outer, kernels: dict) -> list[triton_aot.Compiled]:
+    """Those of `kernels` that are compiled with all of `config`."""
+    names = asdict(config)
+    launch_options = {"num_warps": names.pop("warps"), "num_stages": names.pop("stages")}
+    blocks = {k.upper(): v for k, v in names.items() if k.startswith("block_") or k == "group_m"}
+    parts = [f"{k}={v}, " for k, v in {**blocks, **launch_options}.items()]
+    return [kernel for kernel in kernels.values() if all(part in f"{kernel.shape}, " for part in parts)]
+
+
+@pytest.mark.parametrize(("arch", "row"), rows(configs.GEMM))
 def test_grouped_gemm(arch, row, monkeypatch):
+    """Forward and dX. The tests of this file take the ranks between them that lead to every width of the
+    tiles that follow the rank: in half precision 16, 32 and 64, else 16 and 32.
+    """
     _, kind, k, n, _, rows_up_to, config = row
     tokens = min(rows_up_to, 1024) * EXPERTS // TOP_K
     k, n = k or 1024, n or 512
     with triton_aot.tf32(kind == "tf32"), triton_aot.compiling_for(arch, monkeypatch) as kernels:
-        launch(k, n, 16, tokens, DTYPES[kind], bare=kind == "half")
-    mine = [
-        c for c in kernels.values() if c.name == "grouped_gemm" and f"BLOCK_N={config.block_n}," in c.shape
-    ]
+        launch(k, n, 32, tokens, DTYPES[kind], bare=kind == "half")
+    mine = using(config, kernels)
     assert len(mine) >= (4 if kind == "half" else 2), (
         f"the shape does not lead to this row: {[str(c) for c in kernels.values()]}"
     )
     for kernel in kernels.values():
-        check(arch, kernel, config.per_sm if kernel in mine else 1)
-        if kind == "half" and kernel.name == "grouped_gemm":
-            check_product(arch, kernel)
+        check(arch, kernel, kind, config.per_sm if kernel in mine else 1)
     if config.descriptor:
         assert all("cp.async.bulk.tensor" in kernel.ptx for kernel in mine), "weights are not copied by TMA"
 
 
+@pytest.mark.parametrize(("arch", "row"), rows(configs.OUTER))
+def test_sums_over_rows(arch, row, monkeypatch):
+    """dA, dB, dW and dbias, with gates and, for half precision, without."""
+    _, kind, k, n, _, rows_up_to, config = row
+    tokens = min(rows_up_to, 1024) * EXPERTS // TOP_K
+    with triton_aot.tf32(kind == "tf32"), triton_aot.compiling_for(arch, monkeypatch) as kernels:
+        for gated in (True, False) if kind == "half" else (True,):
+            launch_sums(k or 512, n or 768, 32 if kind == "half" else 16, tokens, DTYPES[kind], gated=gated)
+    assert using(config, kernels), f"no dW of this row: {[str(c) for c in kernels.values()]}"
+    for kernel in kernels.values():
+        check(arch, kernel, kind)
+
+
 @pytest.mark.parametrize(
-    ("arch", "rank"), [("sm_80", 8), ("sm_90", 8), ("sm_90", 64), ("sm_90", 200), ("sm_100", 8)]
+    ("arch", "rank"), [*((arch, rank) for arch in triton_aot.TARGETS for rank in (8, 64)), ("sm_90", 200)]
 )
 def test_ranks(arch, rank, monkeypatch):
-    """Ranks beside 16, with weights stored [E, K, N] and a K that is no multiple of the step."""
+    """Ranks beside 32, with weights stored [E, K, N] and, at rank 8, a K that is no multiple of the step."""
     with triton_aot.compiling_for(arch, monkeypatch) as kernels:
-        launch(2880 if rank == 8 else 1024, 512, rank, 2048, FP16, transposed=True, bare=False)
+        for rows_up_to in {row[5] for row in configs.GEMM if row[:3] == (arch, "half", None)}:
+            shape = 2880 if rank == 8 else 1024, 512, rank, min(rows_up_to, 1024) * EXPERTS // TOP_K, FP16
+            launch(*shape, transposed=True, bare=False)
+            launch_sums(*shape, whole=False)
     for kernel in kernels.values():
-        check(arch, kernel)
-        if kernel.name == "grouped_gemm":
-            check_product(arch, kernel)
-
-
-@pytest.mark.parametrize(
-    ("arch", "kind"),
-    [
-        (arch, kind)
-        for arch in triton_aot.TARGETS
-        for kind in DTYPES
-        if kind == "half" or shared_row(arch, kind)
-    ],
-)
-def test_gradients_over_rows(arch, kind, monkeypatch):
-    """dA, dB, dW and dbias, with gates and, for half precision, without."""
-    ops, meta, dtype = register.IMPLEMENTATIONS, triton_aot.meta, DTYPES[kind]
-    tokens, k, n, rank = 2048, 512, 768, 16
-    slots = tokens * TOP_K
-    routing = meta(slots, dtype=torch.int64), meta(EXPERTS, dtype=torch.int32), TOP_K
-    lora = meta(EXPERTS, rank, k, dtype=dtype), meta(EXPERTS, n, rank, dtype=dtype), 0.5
-    with triton_aot.tf32(kind == "tf32"), triton_aot.compiling_for(arch, monkeypatch) as kernels:
-        for gates in (meta(tokens, TOP_K, dtype=dtype), *([None] if kind == "half" else [])):
-            x = meta(tokens if gates is None else slots, k, dtype=dtype)
-            dy = meta(slots if gates is None else tokens, n, dtype=dtype)
-            grouped = gates is not None, gates is None
-            ops["scatter_lora_dab"](dy, x, *routing, *lora, gates, *grouped)
-            ops["scatter_lora_dw"](dy, x, *routing, gates, *grouped)
-            ops["scatter_lora_dbias"](dy, *routing, gates, grouped[1])
-    for kernel in kernels.values():
-        check(arch, kernel)
-        if kind == "half" and kernel.name in ("grouped_gemm", "row_products"):
-            check_product(arch, kernel)
+        check(arch, kernel, "half")
 
 
 @pytest.mark.parametrize("arch", triton_aot.TARGETS)
@@ -152,12 +157,12 @@ def test_the_rest(arch, monkeypatch):
     ops, meta = register.IMPLEMENTATIONS, triton_aot.meta
     with triton_aot.compiling_for(arch, monkeypatch) as kernels:
         ops["flatten_sort_count"](meta(4096, TOP_K, dtype=torch.int64), 128)
-        for dtype in (BF16, FP64) if arch == "sm_90" else (BF16,):
+        for dtype in (BF16, FP64):
             for options in (("silu", 1.702, 7.0, 1.0, True), ("gelu", 1.0, None, 0.0, False), ("gelu_tanh",)):
                 ops["glu"](meta(4096, 1536, dtype=dtype), *options)
                 ops["glu_backward"](meta(4096, 768, dtype=dtype), meta(4096, 1536, dtype=dtype), *options)
     for kernel in kernels.values():
-        check(arch, kernel)
+        check(arch, kernel, "half")
 
 
 def test_sizes_of_a_batch_are_no_constants(monkeypatch):

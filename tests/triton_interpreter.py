@@ -47,6 +47,17 @@ def install_bf16() -> None:
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
+def install_scalars() -> None:
+    """A scalar is an array with one dimension, of which numpy ≥ 2.4 makes no int for Triton 3.6."""
+    plain = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
 class Bounds:
     """The storages of the running kernel's tensors."""
 
@@ -140,5 +151,6 @@ def other_programs(monkeypatch, count: int) -> None:
 def install() -> None:
     """Once per process."""
     install_bf16()
+    install_scalars()
     install_bounds()
     install_speed()
