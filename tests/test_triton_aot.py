@@ -2,6 +2,7 @@
 architecture's own matrix instructions, loads that run ahead. Needs no GPU.
 """
 
+import functools
 import importlib.util
 from dataclasses import asdict
 
@@ -163,6 +164,24 @@ def test_the_rest(arch, monkeypatch):
                 ops["glu_backward"](meta(4096, 768, dtype=dtype), meta(4096, 1536, dtype=dtype), *options)
     for kernel in kernels.values():
         check(arch, kernel, "half")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_joint_backward_has_no_kernels_of_its_own(gated, monkeypatch):
+    """It is made of those of dX and dA/dB, which are compiled row by row."""
+    k, n, rank, tokens = 1024, 512, 16, 2048
+    meta, ops = functools.partial(triton_aot.meta, dtype=BF16), register.IMPLEMENTATIONS
+    rows, per_token = (tokens * TOP_K, tokens) if gated else (tokens, tokens * TOP_K)
+    x, dy, weight = meta(rows, k), meta(per_token, n), meta(EXPERTS, n, k)
+    routing = meta(tokens * TOP_K, dtype=torch.int64), meta(EXPERTS, dtype=torch.int32), TOP_K
+    lora = meta(EXPERTS, rank, k), meta(EXPERTS, n, rank), 0.5
+    gates = meta(tokens, TOP_K) if gated else None
+    with triton_aot.compiling_for("sm_90", monkeypatch) as kernels:
+        ops["scatter_lora_dx"](dy, weight, *routing, *lora, None, gates, x, gated, not gated)
+        ops["scatter_lora_dab"](dy, x, *routing, *lora, gates, gated, not gated)
+        before = len(kernels)
+        ops["scatter_lora_backward"](dy, x, weight, *routing, *lora, None, gates, gated, not gated)
+    assert before > 0 and len(kernels) == before
 
 
 def test_sizes_of_a_batch_are_no_constants(monkeypatch):

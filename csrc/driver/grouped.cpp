@@ -44,9 +44,11 @@ int64_t task_pieces(const KernelChoice& choice, const GroupedLinear& op, const R
 }
 
 // Parts of an expert's rows that fit the caches together.
-void add_row_chunks(const KernelChoice& choice, int64_t e, int64_t begin, int64_t end, std::vector<BlockRange>& chunks) {
+void add_row_chunks(const KernelChoice& choice, int64_t e, int64_t begin, int64_t end,
+                    std::vector<BlockRange>& chunks) {
   const int64_t rows = end - begin, count = ceil_div(rows, choice.blocking.row_chunk);
-  for (int64_t i = 0; i < count; ++i) chunks.push_back({e, begin + i * rows / count, begin + (i + 1) * rows / count, 0, 0});
+  for (int64_t i = 0; i < count; ++i)
+    chunks.push_back({e, begin + i * rows / count, begin + (i + 1) * rows / count, 0, 0});
 }
 
 // The last part of the work is cut finer, so that threads end together.
@@ -110,9 +112,9 @@ void run_combined(const KernelChoice& choice, const GroupedLinear& op, const Run
   });
 }
 
-// Rows of a token are summed: all experts' rows for a range of tokens × a range of outputs, in order. Such a job is done
-// in steps, each half as long as the one before. Several jobs are under way, more than there are threads: a free thread
-// takes the next step of the one that is furthest behind, so that they end together however fast each thread is.
+// Rows of a token are summed: all experts' rows for a range of tokens × a range of outputs, in order. Such a job is
+// done in steps, each half as long as the one before. Several jobs are under way, more than there are threads: a free
+// thread takes the next step of the one that is furthest behind, so that they end together however fast each thread is.
 class SummedJobs {
  public:
   SummedJobs(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime)

@@ -127,7 +127,7 @@ GEMM: tuple[tuple, ...] = (
     ("interpreter", None, None, None, ANY, 15, Gemm(16, 64, 64, 1, 1, group_m=2, descriptor=True)),
     ("interpreter", None, None, None, ANY, 63, Gemm(32, 128, 128, 1, 1, group_m=2, descriptor=True)),
     ("interpreter", None, None, None, ANY, ANY, Gemm(128, 512, 512, 1, 1)),
-    # No matrix instructions: products of registers.
+    # fp32: no matrix instructions, products of registers. fp64: what Triton makes of it.
     (None, "fp32", None, None, ANY, ANY, Gemm(64, 64, 16, warps=4, stages=2, per_sm=2)),
     (None, "fp64", None, None, ANY, ANY, Gemm(32, 32, 16, warps=4, stages=2, per_sm=2)),
 )
