@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from pathlib import Path
 
@@ -9,6 +10,25 @@ import torch
 
 from .layer import Batch, Layer, nbytes
 from .peers.base import Runner
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+
+_keeps_freed = False
+
+
+def keep_freed() -> None:
+    """glibc's malloc: blocks that this process frees stay with it, as they do with the allocators that
+    PyTorch's tuning guide recommends. Pages fresh from the system cost as much as some contestants' work, more
+    the more the others have just given back, and are not what is compared. Elsewhere nothing happens.
+    """
+    global _keeps_freed
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    _keeps_freed = bool(mallopt and mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def keeps_freed() -> bool:
+    """Whether `keep_freed` was called and had effect."""
+    return _keeps_freed
 
 
 def _status(field: str) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from . import memory
 from .ceilings import Ceilings
 from .suite import Outcome
 
@@ -47,6 +48,7 @@ def as_json(outcome: Outcome, options: argparse.Namespace, machine: str, after: 
         "load_average": os.getloadavg(),
         "torch": torch.__version__,
         "versions": outcome.versions,
+        "freed_memory_is_kept": memory.keeps_freed(),
         "options": {name: getattr(options, name) for name in RECORDED},
         "shapes": {shape.name: asdict(shape) for shape in options.shape},
         "ceilings": ceilings.to_json(),

@@ -9,7 +9,7 @@ import sys
 import torch
 from rich.console import Console
 
-from . import ceilings, options, report, results
+from . import ceilings, memory, options, report, results
 from .suite import Suite
 
 WIDTH = 150  # of tables that go to a file
@@ -35,9 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=opts.json)
     if not console.is_terminal:
         console.width = WIDTH
+    if opts.device == "cpu" and not opts.fresh_memory:
+        memory.keep_freed()
     machine = ceilings.machine_name(opts.device)
     limits = _measure(opts)
     report.show_ceilings(console, machine, opts.threads, limits)
+    if memory.keeps_freed():
+        console.print("freed memory stays with the process: --fresh-memory for malloc's default")
     with console.status("") as status:
         outcome = Suite(opts, limits, status.update).run()
     report.show(console, outcome)

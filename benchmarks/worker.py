@@ -31,8 +31,10 @@ class Worker:
         self.runner: Runner | None = None
         self.baseline = 0
 
-    def load(self, contestant: str, case: dict, threads: int) -> dict:
+    def load(self, contestant: str, case: dict, threads: int, keep_freed: bool = False) -> dict:
         """Also takes the baseline of `peak`: before the weights, less what they must take."""
+        if keep_freed:
+            memory.keep_freed()
         torch.set_num_threads(threads)
         self.case = Case.from_json(case)
         found = find_contestant(contestant)

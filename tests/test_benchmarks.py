@@ -1,6 +1,7 @@
 """The benchmark, end to end at sizes where it takes no time; what it measures is not looked at."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks is not installed
 
 
 from benchmarks import correctness, operators, options, remote, run
@@ -54,7 +56,7 @@ def _case(shape: Shape = TINY, dtype: str = "bf16", **fields) -> Case:
 
 def _arguments(directory: Path, output: Path, *more: str) -> list[str]:
     fixed = ["--tokens", "20", "--rank", "8", "--repeats", "2", "--warmups", "1", "--threads", "1"]
-    given = ["--rate", "100", "--bandwidth", "10", "--output", str(output)]
+    given = ["--rate", "100", "--bandwidth", "10", "--output", str(output), "--fresh-memory"]
     return ["--shape", str(directory), *fixed, *given, *more]
 
 
@@ -171,6 +173,26 @@ def test_json_on_stdout_and_memory_from_a_process_of_its_own(model_directory, tm
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert 0 < row["peak_memory_beyond_weights_bytes"] < 1e9
     assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt")
+def test_kept_memory_is_not_faulted_in_again():
+    """In a process of its own: what mallopt is told stays."""
+    code = """if True:
+        import resource, torch
+        from benchmarks import memory
+        faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        memory.keep_freed()
+        assert memory.keeps_freed()
+        def touched():
+            before = faults()
+            torch.zeros(64 << 20, dtype=torch.uint8).fill_(1)
+            return faults() - before
+        print(touched(), touched())
+    """
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    first, second = map(int, out.stdout.split())
+    assert first > 10 * max(second, 1), out.stderr
 
 
 def test_a_wrong_contestant_is_not_timed(model_directory, tmp_path, monkeypatch):

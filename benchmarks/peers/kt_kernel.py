@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..layer import SCALING, Batch, Case, Layer
 from .base import Contestant, Results, Runner
 
@@ -146,7 +147,9 @@ class KtKernel(Contestant):
 
         remote = Remote(self.python, threads)
         try:
-            remote.ask("load", contestant=self.name, case=layer.case.to_json(), threads=threads)
+            case = layer.case.to_json()
+            kept = memory.keeps_freed()
+            remote.ask("load", contestant=self.name, case=case, threads=threads, keep_freed=kept)
         except RuntimeError:
             remote.close()
             raise
