@@ -7,7 +7,12 @@
 namespace moelora {
 namespace {
 
-// What happens to a row of accumulators once the contraction is done.
+void prefetch(const char* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
+  asm volatile("");  // gcc drops calls of functions that only prefetch: they have no effect that it knows of
+}
+
+// What happens to rows of accumulators once the contraction is done.
 class Epilogue {
  public:
   Epilogue(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range, const TokenSums* sums,
@@ -23,21 +28,48 @@ class Epilogue {
     bias_out0_ = range.out0;
   }
 
-  // c: [width] accumulators of the row at `position`, outputs [out0, out0 + width)
-  void operator()(int64_t position, const void* c, int64_t out0, int64_t width) const {
+  // Before the contraction of rows from `position` on, outputs [out0, out0 + width).
+  void expect(int64_t position, int64_t rows, int64_t out0, int64_t width) const {
+    for (int64_t i = 0; i < min64(rows, kRowsAhead); ++i) fetch(position + i, out0, width);
+  }
+
+  // c: [rows] of accumulators, `pitch` bytes apart, of outputs [out0, out0 + width).
+  void operator()(int64_t position, int64_t rows, const char* c, int64_t pitch, int64_t out0, int64_t width) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      if (i + kRowsAhead < rows) fetch(position + i + kRowsAhead, out0, width);
+      finish(position + i, c + i * pitch, out0, width);
+    }
+  }
+
+ private:
+  static constexpr int64_t kRowsAhead = 12;
+
+  char* sum_of(int64_t slot, int64_t out0) const {
+    const int64_t token = slot / op_.routing->top_k - sums_->token0;
+    return sums_->sums + (token * sums_->width + out0 - sums_->out0) * accumulator_size(k_);
+  }
+
+  // Sums and the rows of `dot` lie anywhere, and are too many for L2.
+  void fetch(int64_t position, int64_t out0, int64_t width) const {
+    const Routing& routing = *op_.routing;
+    if (sums_) prefetch(sum_of(routing.sorted_scattered_idxs[position], out0), width * accumulator_size(k_));
+    if (op_.dot == nullptr) return;
+    const Matrix& m = op_.dot->matrix;
+    prefetch(m.at(routing.row(op_.dot->order, position), out0), width * size_of(m.dtype) * max64(m.col_stride, 0));
+  }
+
+  void finish(int64_t position, const char* c, int64_t out0, int64_t width) const {
     const Routing& routing = *op_.routing;
     const int64_t slot = routing.sorted_scattered_idxs[position];
     const double factor = op_.gates ? op_.scale * op_.gates[slot] : op_.scale;
-    const int64_t acc = accumulator_size(k_);
-    const char* bias = bias_ ? bias_ + (out0 - bias_out0_) * acc : nullptr;
+    const char* bias = bias_ ? bias_ + (out0 - bias_out0_) * accumulator_size(k_) : nullptr;
     if (op_.dot) {
       const Matrix& m = op_.dot->matrix;
       op_.dot_parts[out0 / segment_ * routing.slots + slot] =
           k_.dot[static_cast<int>(m.dtype)](c, m.at(routing.row(op_.dot->order, position), out0), m.col_stride, width);
     }
     if (sums_) {
-      const int64_t token = slot / routing.top_k - sums_->token0;
-      k_.add(sums_->sums + (token * sums_->width + out0 - sums_->out0) * acc, c, bias, factor, width);
+      k_.add(sum_of(slot, out0), c, bias, factor, width);
     } else {
       const int64_t row = routing.row(op_.out_order, position);
       char* out = static_cast<char*>(op_.out) + (row * op_.w.rows + out0) * size_of(op_.out_dtype);
@@ -45,7 +77,6 @@ class Epilogue {
     }
   }
 
- private:
   const Kernels& k_;
   const GroupedLinear& op_;
   const TokenSums* sums_;
@@ -224,12 +255,13 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
   for (int64_t out = range.out0; out < range.out1; out += segment) {
     const int64_t width = min64(segment, range.out1 - out);
     for (const LanePanel* panel = panels; panel < panels + count; ++panel) {
+      const int64_t position = range.row0 + panel->first;
+      epilogue.expect(position, panel->rows, out, width);
       for (int64_t p = 0; p < depth; p += choice.blocking.depth)
         multiply_panel(k, w, b, *panel, out, width, p, min64(choice.blocking.depth, depth - p), panel == panels, c,
                        widest, arena);
       k.transpose(by_row, segment, c, widest, width, panel->rows);
-      for (int64_t i = 0; i < panel->rows; ++i)
-        epilogue(range.row0 + panel->first + i, by_row + i * segment * acc, out, width);
+      epilogue(position, panel->rows, by_row, segment * acc, out, width);
     }
   }
 }
@@ -273,7 +305,7 @@ void dot_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
         }
       }
     }
-    for (int64_t i = 0; i < rows; ++i) epilogue(range.row0 + i, c + i * segment * acc, out, width);
+    epilogue(range.row0, rows, c, segment * acc, out, width);
   }
 }
 
@@ -289,9 +321,10 @@ void panel_orientation_block(const KernelChoice& choice, const GroupedLinear& op
   char* c = static_cast<char*>(arena.take(rows * widest * accumulator_size(k)));
   for (int64_t out = range.out0; out < range.out1; out += widest) {
     const int64_t width = min64(widest, range.out1 - out);
+    epilogue.expect(range.row0, rows, out, width);
     for (int64_t p = 0; p < depth; p += pass)
       panel(out, width, p, min64(pass, depth - p), {out + widest, widest, p, p + pass}, c, widest, arena);
-    for (int64_t i = 0; i < rows; ++i) epilogue(range.row0 + i, c + i * widest * accumulator_size(k), out, width);
+    epilogue(range.row0, rows, c, widest * accumulator_size(k), out, width);
   }
 }
 
@@ -312,10 +345,8 @@ void thin_orientation_block(const KernelChoice& choice, const GroupedLinear& op,
       panel(range.out0 + j * widest, min64(widest, all - j * widest), p, min64(pass, depth - p),
             {range.out0, all, p + pass + j * pass / panels, p + pass + (j + 1) * pass / panels}, c + j * widest * acc,
             ldc, arena);
-  for (int64_t j = 0; j < panels; ++j)
-    for (int64_t i = 0; i < rows; ++i)
-      epilogue(range.row0 + i, c + (i * ldc + j * widest) * acc, range.out0 + j * widest,
-               min64(widest, all - j * widest));
+  for (int64_t j = 0; j < all; j += widest)
+    epilogue(range.row0, rows, c + j * acc, ldc * acc, range.out0 + j, min64(widest, all - j));
 }
 
 }  // namespace moelora
