@@ -18,8 +18,8 @@ _keeps_freed = False
 
 def keep_freed() -> None:
     """glibc's malloc: blocks that this process frees stay with it, as they do with the allocators that
-    PyTorch's tuning guide recommends. Pages fresh from the system cost as much as some contestants' work, more
-    the more the others have just given back, and are not what is compared. Elsewhere nothing happens.
+    PyTorch's tuning guide recommends. Pages fresh from the system cost as much as some contestants' work,
+    the more so the more others have just given back, and are not what is compared. Elsewhere nothing happens.
     """
     global _keeps_freed
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

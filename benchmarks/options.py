@@ -98,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     how("--rate", type=_positive, metavar="GF/s", help="use this as the machine's peak, do not measure it")
     how("--bandwidth", type=_positive, metavar="GB/s", help="use this as the machine's bandwidth")
     how("--fresh-memory", action="store_true",
-        help="let malloc give freed memory back to the system, as it does by default, and pay for fresh pages")
+         help="let malloc give freed memory back to the system, as it does by default")  # fmt: skip
     how("--no-memory", action="store_true", help="do not measure peak memory")
     add("--output", type=Path, default=RESULTS, metavar="DIR", help="where JSON and PNG are written")
     add("--no-save", action="store_true", help="write neither")

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # benchmarks is not installed
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
 
 
 from benchmarks import correctness, operators, options, remote, run
@@ -20,6 +19,7 @@ from benchmarks.registry import GPT_OSS_GLU, SHAPES, Shape, shape_from_config
 from benchmarks.routing import ROUTINGS, route
 from benchmarks.timing import interleave
 
+ROOT = Path(__file__).parents[1]
 TINY = Shape("tiny", 6, 64, 32, 2)
 TINY_GPT_OSS = Shape("tiny-gpt-oss", 5, 32, 48, 2, bias=True, transposed=True, glu=GPT_OSS_GLU)
 QWEN3_MOE = {
