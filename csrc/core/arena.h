@@ -9,7 +9,7 @@
 namespace moelora {
 
 // Stack-like scratch of one thread. Memory is kept between calls up to kKeep bytes; workers
-// need a few MB, the calling thread holds what is shaped by rows and rank besides.
+// need a few MB, the calling thread holds what is shaped by rows and rank, and sums per token, besides.
 class Arena {
  public:
   // Uninitialised, 64-byte aligned, valid until the enclosing Scope ends.
@@ -42,7 +42,7 @@ class Arena {
   };
   void release(size_t block, int64_t used);
 
-  static constexpr int64_t kKeep = int64_t{32} << 20;
+  static constexpr int64_t kKeep = int64_t{64} << 20;
   static constexpr int64_t kBlock = int64_t{1} << 20;
   std::vector<Block> blocks_;
   size_t block_ = 0;  // blocks_[block_] is being filled, up to used_

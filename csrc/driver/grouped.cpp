@@ -113,8 +113,8 @@ void run_combined(const KernelChoice& choice, const GroupedLinear& op, const Run
 }
 
 // Rows of a token are summed: all experts' rows for a range of tokens × a range of outputs, in order. Such a job is
-// done in steps, each half as long as the one before. Several jobs are under way, more than there are threads: a free
-// thread takes the next step of the one that is furthest behind, so that they end together however fast each thread is.
+// done in steps, each about half as long as the one before. Up to twice as many jobs as threads are under way, and free
+// threads take their next steps in turn: they end together even where one thread is slower.
 class SummedJobs {
  public:
   SummedJobs(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime)
@@ -124,7 +124,7 @@ class SummedJobs {
     const int64_t token_chunks = routing.stable ? max64(1, ceil_div(tokens, choice.blocking.token_chunk)) : 1;
     const int64_t wanted = max64(2 * runtime.threads, ceil_div(4 * outputs, choice.blocking.outputs));
     pieces_ = max64(1, min64(units, round_up(wanted, runtime.threads)));
-    at_once_ = min64(pieces_, 2 * runtime.threads);
+    at_once_ = min64(token_chunks * pieces_, 2 * runtime.threads);
     steps_ = runtime.threads > 1 ? kSteps : 1;
     for (int64_t c = 0; c < token_chunks; ++c)
       chunks_.push_back(token_chunk(c * tokens / token_chunks, (c + 1) * tokens / token_chunks));
@@ -134,7 +134,7 @@ class SummedJobs {
     done_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(at_once_));
   }
 
-  int64_t tasks() const { return rounds() * steps_ * at_once_; }
+  int64_t tasks() const { return ceil_div(jobs(), at_once_) * steps_ * at_once_; }
 
   // Tasks are taken in order: what this one waits for is already being worked on.
   void run(int64_t task, Arena& arena) {
@@ -145,9 +145,8 @@ class SummedJobs {
       std::atomic<int64_t>& done;
       ~Finish() { done.fetch_add(1, std::memory_order_release); }
     } finish{done};
-    const int64_t round = turn / steps_, per_chunk = ceil_div(pieces_, at_once_);
-    const int64_t piece = round % per_chunk * at_once_ + seat;
-    if (piece < pieces_) run_step(chunks_[static_cast<size_t>(round / per_chunk)], piece, turn % steps_, seat, arena);
+    const int64_t job = turn / steps_ * at_once_ + seat;
+    if (job < jobs()) run_step(chunks_[static_cast<size_t>(job / pieces_)], job % pieces_, turn % steps_, seat, arena);
   }
 
  private:
@@ -159,7 +158,7 @@ class SummedJobs {
     std::vector<int64_t> step_borders;  // in `blocks`
   };
 
-  int64_t rounds() const { return static_cast<int64_t>(chunks_.size()) * ceil_div(pieces_, at_once_); }
+  int64_t jobs() const { return static_cast<int64_t>(chunks_.size()) * pieces_; }
 
   TokenChunk token_chunk(int64_t token0, int64_t token1) const {
     TokenChunk chunk{token0, token1, {}, {0}};

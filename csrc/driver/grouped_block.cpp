@@ -53,9 +53,9 @@ class Epilogue {
   void fetch(int64_t position, int64_t out0, int64_t width) const {
     const Routing& routing = *op_.routing;
     if (sums_) prefetch(sum_of(routing.sorted_scattered_idxs[position], out0), width * accumulator_size(k_));
-    if (op_.dot == nullptr) return;
+    if (op_.dot == nullptr || op_.dot->matrix.col_stride != 1) return;
     const Matrix& m = op_.dot->matrix;
-    prefetch(m.at(routing.row(op_.dot->order, position), out0), width * size_of(m.dtype) * max64(m.col_stride, 0));
+    prefetch(m.at(routing.row(op_.dot->order, position), out0), width * size_of(m.dtype));
   }
 
   void finish(int64_t position, const char* c, int64_t out0, int64_t width) const {

@@ -76,10 +76,12 @@ inline Activated<A> activate(A g, A alpha) {
 
 constexpr int kGluBlock = 64;
 
+// A block behind `p` will be read soon. Past a row's end is the next row.
+constexpr int64_t kGluAhead = 6 * kGluBlock;
 template <class T>
 inline void fetch_ahead(const T* p, int64_t stride) {
   for (int64_t i = 0; i < kGluBlock; i += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(p + (i + 6 * kGluBlock) * stride);
+    __builtin_prefetch(p + (kGluAhead + i) * stride);
 }
 
 // g, u: [count] from h: [2 · width]
@@ -88,6 +90,9 @@ inline void load_gate_up(typename V::acc_t* g, typename V::acc_t* u, const T* h,
                          int64_t first, int64_t count, bool interleaved) {
   using acc_t = typename V::acc_t;
   T raw[V::lanes];
+  const int64_t gate_at = interleaved ? 2 * first : first, up_at = interleaved ? gate_at + kGluBlock : width + first;
+  fetch_ahead(h + gate_at * stride, stride);
+  fetch_ahead(h + up_at * stride, stride);
   if (!interleaved) {
     for (int64_t i = 0; i < count; i += V::lanes) {
       const int64_t n = count - i < V::lanes ? count - i : V::lanes;
@@ -125,8 +130,6 @@ void glu_row(void* y, const void* h, int64_t h_stride, int64_t width, const moel
   A g[kGluBlock] = {}, u[kGluBlock] = {}, out[kGluBlock];
   for (int64_t first = 0; first < width; first += kGluBlock) {
     const int64_t count = width - first < kGluBlock ? width - first : kGluBlock;
-    fetch_ahead(static_cast<const T*>(h) + first * h_stride, h_stride);
-    fetch_ahead(static_cast<const T*>(h) + (width + first) * h_stride, h_stride);
     load_gate_up<V, T>(g, u, static_cast<const T*>(h), h_stride, width, first, count, args.interleaved);
     clamp(g, u, limit);
     for (int i = 0; i < kGluBlock; ++i) out[i] = activate<Act>(g[i], alpha).value * (u[i] + shift);
@@ -142,12 +145,10 @@ void glu_backward_row(void* dh, const void* dy, int64_t dy_stride, const void* h
   using A = typename V::acc_t;
   const A alpha = static_cast<A>(args.alpha), limit = static_cast<A>(args.limit);
   const A shift = static_cast<A>(args.up_shift);
-  A g[kGluBlock] = {}, u[kGluBlock] = {}, d[kGluBlock] = {}, both[2 * kGluBlock];
+  A g[kGluBlock] = {}, u[kGluBlock] = {}, d[kGluBlock] = {}, gate[kGluBlock], up[kGluBlock], both[2 * kGluBlock];
   T raw[V::lanes];
   for (int64_t first = 0; first < width; first += kGluBlock) {
     const int64_t count = width - first < kGluBlock ? width - first : kGluBlock;
-    fetch_ahead(static_cast<const T*>(h) + first * h_stride, h_stride);
-    fetch_ahead(static_cast<const T*>(h) + (width + first) * h_stride, h_stride);
     load_gate_up<V, T>(g, u, static_cast<const T*>(h), h_stride, width, first, count, args.interleaved);
     for (int64_t i = 0; i < count; i += V::lanes) {
       const int64_t n = count - i < V::lanes ? count - i : V::lanes;
@@ -155,19 +156,16 @@ void glu_backward_row(void* dh, const void* dy, int64_t dy_stride, const void* h
       V::store(d + i, V::load_n(gathered(raw, src, dy_stride, n), n));
     }
     const int64_t gate_step = args.interleaved ? 2 : 1, up_at = args.interleaved ? 1 : kGluBlock;
+    for (int i = 0; i < kGluBlock; ++i) gate[i] = g[i], up[i] = u[i];
+    clamp(gate, up, limit);
     for (int i = 0; i < kGluBlock; ++i) {
-      const A gate = g[i] > limit ? limit : g[i];
-      A up = u[i] > limit ? limit : u[i];
-      up = up < -limit ? -limit : up;
-      const Activated<A> f = activate<Act>(gate, alpha);
-      const A dg = d[i] * (up + shift) * f.slope;
-      const A du = d[i] * f.value;
-      g[i] = g[i] > limit ? A(0) : dg;
-      u[i] = u[i] > limit || u[i] < -limit ? A(0) : du;
+      const Activated<A> f = activate<Act>(gate[i], alpha);
+      gate[i] = d[i] * (up[i] + shift) * f.slope;
+      up[i] = d[i] * f.value;
     }
     for (int i = 0; i < kGluBlock; ++i) {
-      both[i * gate_step] = g[i];
-      both[i * gate_step + up_at] = u[i];
+      both[i * gate_step] = g[i] > limit ? A(0) : gate[i];
+      both[i * gate_step + up_at] = u[i] > limit || u[i] < -limit ? A(0) : up[i];
     }
     T* dst = static_cast<T*>(dh);
     for (int64_t i = 0; i < (args.interleaved ? 2 * count : count); i += V::lanes) {

@@ -177,7 +177,7 @@ def lora_gradient(
 ) -> tuple[Tensor, Tensor]:
     """(da, db). scaling and gate are in the rank-sized factors, before their one rounding.
 
-    dyb: what `dy_times_b` gives, if it is there.
+    dyb: what `dy_times_b` gives with the same gates, if it is there.
     """
     if dyb is None and route.rows:
         dyb = dy_times_b(dy, route, lora_b, scaling, gates, y_grouped)
