@@ -1,4 +1,4 @@
-"""scatter_lora_backward: what scatter_lora_dx and scatter_lora_dab give, to the bit."""
+"""scatter_lora_backward against the reference, and beside the operators that compute its parts."""
 
 import problems
 import pytest
@@ -13,16 +13,10 @@ ops = torch.ops.moelora
 
 
 def check(case: Case, with_dgates: bool = True) -> None:
-    p = problems.build(case)
     lora = FP32 if case.lora == "fp32" and case.dtype in HALVES else case.dtype
     dtypes = (case.dtype, FP64 if case.dtype == FP64 else FP32, lora, lora)
-    args = (*p.backward_args(), with_dgates)
+    args = (*problems.build(case).backward_args(), with_dgates)
     problems.check("scatter_lora_backward", args, case, dtypes)
-    found = problems.call("scatter_lora_backward", *args)
-    alone = ops.scatter_lora_dx(*p.dx_args(with_dgates)), ops.scatter_lora_dab(*p.dab_args())
-    for name, one, other in zip(("dx", "dgates", "da", "db"), found, (*alone[0], *alone[1]), strict=True):
-        assert torch.equal(one, other), f"{name} is not that of the operator for it alone"
-        assert one.stride() == other.stride(), name
 
 
 @pytest.mark.parametrize("case", [c for c in ROWS if c.rank], ids=lambda case: case.reason)
@@ -51,5 +45,20 @@ def test_real_size():
     check(REAL_SIZE.with_(gates="fp32"))
 
 
-def test_real_size_with_grouped_result():
-    check(REAL_SIZE.with_(y_grouped=True))
+ALONE = {
+    "gates": Case(dtype=BF16, gates="same", bias="same", routing="sentinels", tokens=31, k=64, n=96, rank=8),
+    "PEFT's B": Case(dtype=BF16, gates="fp32", lora="fp32", lora_layout="peft", x_grouped=True, tokens=40),
+    "no gates": Case(dtype=BF16, y_grouped=True, tokens=40, k=70, n=52, rank=5),
+    "fp32": Case(gates="same", tokens=40),
+}
+
+
+@pytest.mark.parametrize("with_dgates", [True, False])
+@pytest.mark.parametrize("case", ALONE.values(), ids=ALONE)
+def test_same_bits_as_the_operators_for_one_alone(case, with_dgates):
+    p = problems.build(case)
+    found = problems.call("scatter_lora_backward", *p.backward_args(), with_dgates)
+    alone = *ops.scatter_lora_dx(*p.dx_args(with_dgates)), *ops.scatter_lora_dab(*p.dab_args())
+    for name, one, other in zip(("dx", "dgates", "da", "db"), found, alone, strict=True):
+        assert torch.equal(one, other), name
+        assert one.stride() == other.stride(), name
