@@ -128,8 +128,8 @@ class SummedJobs {
     steps_ = runtime.threads > 1 ? kSteps : 1;
     for (int64_t c = 0; c < token_chunks; ++c)
       chunks_.push_back(token_chunk(c * tokens / token_chunks, (c + 1) * tokens / token_chunks));
-    widest_ = ceil_div(units, pieces_) * unit_;
-    sum_bytes_ = ceil_div(tokens, token_chunks) * widest_ * accumulator_size(k_);
+    const int64_t widest = ceil_div(units, pieces_) * unit_;
+    sum_bytes_ = ceil_div(tokens, token_chunks) * widest * accumulator_size(k_);
     sums_ = static_cast<char*>(runtime.arena().take(at_once_ * sum_bytes_));
     done_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(at_once_));
   }
@@ -200,7 +200,7 @@ class SummedJobs {
   const GroupedLinear& op_;
   const Kernels& k_;
   const int64_t unit_;
-  int64_t pieces_, at_once_, steps_, widest_, sum_bytes_;
+  int64_t pieces_, at_once_, steps_, sum_bytes_;
   std::vector<TokenChunk> chunks_;
   char* sums_;
   std::vector<std::atomic<int64_t>> done_;  // turns, by seat
