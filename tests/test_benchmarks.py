@@ -1,6 +1,7 @@
 """The benchmark, end to end at sizes where it takes no time; what it measures is not looked at."""
 
 import json
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -177,7 +178,8 @@ def test_json_on_stdout_and_memory_from_a_process_of_its_own(model_directory, tm
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt")
 def test_kept_memory_is_not_faulted_in_again():
-    """In a process of its own: what mallopt is told stays."""
+    """In a process of its own: what mallopt is told stays. Not from the second block on: an aligned block
+    needs a few bytes more than itself, so malloc may lay out several before freed ones suffice."""
     code = """if True:
         import resource, torch
         from benchmarks import memory
@@ -188,11 +190,11 @@ def test_kept_memory_is_not_faulted_in_again():
             before = faults()
             torch.zeros(64 << 20, dtype=torch.uint8).fill_(1)
             return faults() - before
-        print(touched(), touched())
+        print(*(touched() for _ in range(30)))
     """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    first, second = map(int, out.stdout.split())
-    assert first > 10 * max(second, 1), out.stderr
+    first, *later = map(int, out.stdout.split())
+    assert first > 10 * max(statistics.median(later), 1), out.stderr
 
 
 def test_a_wrong_contestant_is_not_timed(model_directory, tmp_path, monkeypatch):
