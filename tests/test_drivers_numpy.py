@@ -136,6 +136,31 @@ def test_small_blocks(k, case, blocking, threads):
 
 
 @every_set
+@given(
+    tokens=st.integers(33, 200),
+    experts=st.sampled_from((2, 8)),
+    width=st.sampled_from((127, 128, 200, 256, 330, 512)),
+    depth=st.sampled_from((2, 63, 64, 70, 98)),
+    blocks=st.fixed_dictionaries(
+        {
+            "row_chunk": st.sampled_from((5, 40, 192)),
+            "thin_rows": st.sampled_from((0, 32)),
+            "depth": st.sampled_from((2, 34, 512)),
+            "outputs": st.sampled_from((64, 512)),
+            "combine_bytes": st.sampled_from((0, 1 << 24)),
+        }
+    ),
+    threads=st.sampled_from((1, 3)),
+    seed=st.integers(0, 99),
+)
+def test_panels_one_after_the_other(k, tokens, experts, width, depth, blocks, threads, seed):
+    """Rows enough for several tiles, wide results: weights are packed while others are multiplied."""
+    dtype = {"bf16": BF16, "fp64": FP64}.get(k.compute, FP32)
+    case = Case(tokens, 1, experts, k=width, n=depth, rank=3, dtype=dtype, seed=seed)
+    check(k.with_blocking(**blocks), case, threads)
+
+
+@every_set
 def test_threads_change_no_bit(k):
     case = Case(
         tokens=61, top_k=3, experts=7, k=70, n=90, rank=5, gates="same", bias="same", routing="sentinels"

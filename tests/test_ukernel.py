@@ -144,6 +144,39 @@ def test_two_segments_are_one_longer_one(k, drawn):
     assert same_bits(tile.run(False), whole)
 
 
+weaving_sets = pytest.mark.parametrize("k", [k for k in KERNEL_SETS if k.weaves], ids=lambda k: k.name)
+
+
+@weaving_sets
+@given(drawn=tiles(), packs=st.integers(1, 130), own=st.booleans(), accumulate=st.booleans())
+def test_a_panel_is_woven_on_the_way(k, drawn, packs, own, accumulate):
+    """The tile's own panel, or one for later tiles; the product is the same."""
+    tile = Tile(k, (1.0, *drawn[1:3], 0, *drawn[4:]))
+    if own:
+        left, right = tile.values[0]
+        even = max(k.pack, left.shape[1] // k.pack * k.pack)
+        tile.values[0] = (np.resize(left, (tile.rows, even)), np.resize(right, (even, tile.lanes)))
+    expected = tile.run(accumulate)
+    packs = min(packs, tile.values[0][0].shape[1] // k.pack)
+    later = random(np.random.default_rng(drawn[-1]), (packs * k.pack, tile.lanes), k.compute)
+    panel = Output((packs, tile.lanes, k.pack), k.compute)
+    segments, out = tile.segments(), Output((tile.rows, tile.width), tile.acc, tile.gap)
+    if accumulate:
+        out.fill(tile.start)
+    own_panel = Output(segments[0][1].shape, k.compute)
+    rows = None
+    if own:
+        segments[0] = (segments[0][0], own_panel.array)
+        rows = placed(tile.values[0][1], tile.gap)
+    weave = (placed(later, tile.gap, offset=1), panel.array) if packs and not own else None
+    k.tile(segments, out.array, accumulate, weave, rows)
+    assert same_bits(out.check(), expected)
+    if weave:
+        assert (panel.check() == tile.panel(later)).all()
+    if own:
+        assert (own_panel.check() == tile.panel(tile.values[0][1])).all()
+
+
 @every_set
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @given(drawn=tiles())

@@ -74,9 +74,27 @@ Array check_panel(const Kernels& k, const py::array& panel, int64_t depth) {
   return a;
 }
 
-// segments: (l [rows, depth], panel) once or twice;  c: [rows, lanes]
-void tile(const KernelChoice& choice, const std::vector<std::pair<py::array, py::array>>& segments, const py::array& c,
-          bool accumulate) {
+// What a tile packs on the way: rows [depth, widest], the panel that they become.
+struct Woven {
+  const Array rows, panel;
+
+  Woven(const Kernels& k, const std::pair<py::array, py::array>& arrays, int64_t most_depth)
+      : rows("rows", arrays.first), panel(check_panel(k, arrays.second, rows.size(0))) {
+    rows.dtype(k.compute).shape({-1, k.lanes * k.vecs}).unit_columns();
+    require(k.weaves, std::string(k.name) + " does not weave");
+    require(rows.size(0) % k.pack == 0 && rows.size(0) <= most_depth,
+            "rows must be a multiple of " + std::to_string(k.pack) + ", at most " + std::to_string(most_depth) +
+                ", got " + std::to_string(rows.size(0)));
+    require(panel.size(1) == k.lanes * k.vecs, "panel must be as wide as rows");
+  }
+};
+
+using ArrayPair = std::pair<py::array, py::array>;
+
+// segments: (l [rows, depth], panel) once or twice;  c: [rows, lanes];  weave: (rows, panel), for other tiles;
+// rows [depth, widest]: the first segment's panel is written from them
+void tile(const KernelChoice& choice, const std::vector<ArrayPair>& segments, const py::array& c, bool accumulate,
+          const std::optional<ArrayPair>& weave, const std::optional<py::array>& rows_of_first) {
   const Kernels& k = *choice.kernels;
   require(segments.size() == 1 || segments.size() == 2, "segments must be one or two pairs (l, panel)");
   const Array to("c", c);
@@ -105,6 +123,20 @@ void tile(const KernelChoice& choice, const std::vector<std::pair<py::array, py:
   args.c = to.mutable_data();
   args.ldc = to.stride(0);
   args.accumulate = accumulate;
+  require(!(weave || rows_of_first) || (lanes == k.vecs * k.lanes && args.panel_lanes == lanes),
+          "only the widest tiles weave");
+  if (weave) {
+    const Woven woven(k, *weave, args.segments[0].depth / k.pack * k.pack);
+    args.weave = {woven.rows.data(), woven.rows.stride(0) * size_of(k.compute), woven.panel.mutable_data(),
+                  woven.rows.size(0)};
+  }
+  if (rows_of_first) {
+    const Woven woven(k, {*rows_of_first, segments[0].second}, args.segments[0].depth);
+    require(woven.rows.size(0) == args.segments[0].depth, "rows must be as many as l has columns");
+    args.segments[0].rows = woven.rows.data();
+    args.segments[0].rows_stride = woven.rows.stride(0) * size_of(k.compute);
+    args.segments[0].panel = woven.panel.mutable_data();
+  }
   k.tile(args);
   if (k.release) k.release();
 }
@@ -285,13 +317,14 @@ void bind_kernels(py::module_& m) {
       .def_property_readonly("pack", [](const KernelChoice& c) { return c.kernels->pack; })
       .def_property_readonly("lanes", [](const KernelChoice& c) { return c.kernels->lanes; })
       .def_property_readonly("lane_step", [](const KernelChoice& c) { return c.kernels->lane_step(); })
+      .def_property_readonly("weaves", [](const KernelChoice& c) { return c.kernels->weaves; })
       .def_property_readonly("vecs", [](const KernelChoice& c) { return c.kernels->vecs; })
       .def_property_readonly("max_rows", max_rows_of)
       .def_property_readonly("dot_rows", dot_rows_of)
       .def_property_readonly("storage", storage_of)
       .def_property_readonly("blocking", blocking_of)
       .def("with_blocking", with_blocking)
-      .def("tile", tile, "segments"_a, "c"_a, "accumulate"_a = false)
+      .def("tile", tile, "segments"_a, "c"_a, "accumulate"_a = false, "weave"_a = py::none(), "rows"_a = py::none())
       .def("dot_tile", dot_tile, "segments"_a, "c"_a, "accumulate"_a = false)
       .def("pack_lanes", pack_lanes, "panel"_a, "source"_a, "first"_a = 0, "n"_a = py::none())
       .def("pack_depth", pack_depth, "panel"_a, "source"_a, "first"_a = 0, "n"_a = py::none())

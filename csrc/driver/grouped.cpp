@@ -73,8 +73,12 @@ void run_apart(const KernelChoice& choice, const GroupedLinear& op, const Runtim
       tasks.push_back({chunk.expert, chunk.row0, chunk.row1, border(piece, pieces, outputs, unit),
                        border(piece + 1, pieces, outputs, unit)});
   }
-  for_each_task(runtime, static_cast<int64_t>(tasks.size()),
-                [&](int64_t i, Arena& arena) { run_block(choice, op, tasks[static_cast<size_t>(i)], nullptr, arena); });
+  for_each_task(runtime, static_cast<int64_t>(tasks.size()), [&](int64_t i, Arena& arena) {
+    BlockRange& task = tasks[static_cast<size_t>(i)];
+    const size_t after = static_cast<size_t>(i + runtime.threads);
+    if (after < tasks.size()) task.next = &tasks[after];
+    run_block(choice, op, task, nullptr, arena);
+  });
   for (int64_t position = routing.routed(); position < routing.slots; ++position) {
     const int64_t bytes = outputs * size_of(op.out_dtype);
     std::memset(static_cast<char*>(op.out) + routing.row(op.out_order, position) * bytes, 0,
@@ -184,10 +188,17 @@ class SummedJobs {
     const int64_t width = out1 - out0;
     const TokenSums sums{sums_ + seat * sum_bytes_, chunk.token0, width, out0};
     if (step == 0) std::memset(sums.sums, 0, static_cast<size_t>((chunk.token1 - chunk.token0) * width * acc));
+    const auto block = [&](int64_t i) {
+      const BlockRange& all = chunk.blocks[static_cast<size_t>(i)];
+      return BlockRange{all.expert, all.row0, all.row1, out0, out1};
+    };
+    const int64_t blocks = static_cast<int64_t>(chunk.blocks.size());
     for (int64_t i = chunk.step_borders[step]; i < chunk.step_borders[step + 1]; ++i) {
-      const BlockRange& block = chunk.blocks[static_cast<size_t>(i)];
+      const BlockRange next = block(min64(i + 1, blocks - 1));
+      BlockRange now = block(i);
+      if (i + 1 < blocks) now.next = &next;
       Arena::Scope scope(arena);
-      run_block(choice_, op_, {block.expert, block.row0, block.row1, out0, out1}, &sums, arena);
+      run_block(choice_, op_, now, &sums, arena);
     }
     if (step < steps_ - 1) return;
     for (int64_t token = chunk.token0; token < chunk.token1; ++token)

@@ -163,72 +163,116 @@ LeftRows x_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& ran
   return copied_rows(k, op.x.matrix, row_addresses(*op.routing, op.x, range.row0, rows, arena), rows, 0, depth, arena);
 }
 
-// All rows of the block times panels of weights: each is packed once, by its first tile where the kernels weave.
+// All rows of the block times panels of weights, each packed once. Where the kernels weave, by tiles on the way: those
+// of the panel before, or the panel's own first one.
 class PanelPass {
  public:
-  // Weights that will be packed soon: outputs [out, out + width), steps [p0, p1). May reach beyond the end.
-  struct Next {
-    int64_t out, width, p0, p1;
+  // Outputs [out, out + width), steps [p0, p1) of the expert's weights. May reach beyond the end.
+  struct Part {
+    int64_t expert = 0, out = 0, width = 0, p0 = 0, p1 = 0;
   };
+
+  // What a block begins with.
+  static Part first_part(const KernelChoice& choice, const GroupedLinear& op, const BlockRange* block) {
+    if (block == nullptr) return {};
+    const int64_t widest = choice.kernels->lanes * choice.kernels->vecs, outputs = block->out1 - block->out0;
+    if (block->row1 - block->row0 <= choice.blocking.thin_rows)
+      return {block->expert, block->out0, outputs, 0, choice.blocking.thin_depth};
+    return {block->expert, block->out0, min64(widest, outputs), 0, min64(choice.blocking.depth, op.w.cols)};
+  }
 
   // For passes of up to `pass` steps.
   PanelPass(const Kernels& k, const GroupedLinear& op, const BlockRange& range, int64_t pass, Arena& arena)
-      : k_(k), w_(op.w[range.expert]), b_(op.u.data ? op.b[range.expert] : Matrix{}), rows_(range.row1 - range.row0) {
+      : k_(k),
+        weights_(op.w),
+        w_(op.w[range.expert]),
+        b_(op.u.data ? op.b[range.expert] : Matrix{}),
+        rows_(range.row1 - range.row0) {
     x_ = x_rows(k, op, range, arena);
     if (b_.data) u_ = left_rows(k, op.u, range.row0, rows_, 0, b_.cols, arena);
-    w_panel_ = static_cast<char*>(arena.take(panel_bytes(k, pass, k.lanes * k.vecs)));
+    for (char*& panel : w_panels_) panel = static_cast<char*>(arena.take(panel_bytes(k, pass, k.lanes * k.vecs)));
     b_panel_ = static_cast<char*>(arena.take(panel_bytes(k, b_.cols, k.lanes * k.vecs)));
   }
 
-  // c: [rows][ldc] (+)= rows times outputs [out, out + width), a panel, steps [p, p + steps); LoRA joins the last pass.
-  void operator()(int64_t out, int64_t width, int64_t p, int64_t steps, Next next, char* c, int64_t ldc,
-                  Arena& arena) const {
-    const int64_t lanes = round_up(width, k_.lane_step());
-    const bool with_lora = b_.data && p + steps == w_.cols, weave = weaves(width, steps);
-    if (!weave) pack_panel(k_, w_, out, width, p, steps, w_panel_, lanes, arena);
-    if (with_lora) pack_panel(k_, b_, out, width, 0, b_.cols, b_panel_, lanes, arena);
+  // The i-th of `count` shares of the part's steps.
+  Part share(Part part, int64_t i, int64_t count) const {
+    const int64_t p1 = min64(part.p1, w_.cols), packs = max64(0, p1 - part.p0) / k_.pack;
+    const int64_t first = part.p0 + i * packs / count * k_.pack;
+    return {part.expert, part.out, part.width, first, i + 1 < count ? part.p0 + (i + 1) * packs / count * k_.pack : p1};
+  }
+
+  // c: [rows][ldc] (+)= rows times the panel `now`; LoRA joins the last pass. `next`, if any, is what the next call is
+  // about: it is woven meanwhile, or fetched where that cannot be. After it, or if there is none, `later` is fetched.
+  void operator()(Part now, Part next, Part later, char* c, int64_t ldc, Arena& arena) {
+    const int64_t lanes = round_up(now.width, k_.lane_step()), steps = now.p1 - now.p0;
     const int64_t tiles = ceil_div(rows_, k_.max_rows[k_.vectors(lanes) - 1]);
+    const bool with_lora = b_.data && now.p1 == w_.cols;
+    char* panel = w_panels_[current_];
+    const bool weave_now = !woven_ && weaves(now);
+    if (!woven_ && !weave_now) pack_panel(k_, w_, now.out, now.width, now.p0, steps, panel, lanes, arena);
+    if (with_lora) pack_panel(k_, b_, now.out, now.width, 0, b_.cols, b_panel_, lanes, arena);
+    const int64_t busy = weave_now, weavers = tiles - busy;
+    const bool weave_next =
+        lanes == k_.lanes * k_.vecs && weaves(next) && (next.p1 - next.p0) / k_.pack <= weavers * (steps / k_.pack);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = t * rows_ / tiles, tile_rows = (t + 1) * rows_ / tiles - row;
-      Segment base{x_.at(row, p * size_of(k_.compute)), x_.stride, w_panel_, steps};
-      if (weave && t == 0) {
-        base.rows = w_.at(out, p);
+      Segment base{x_.at(row, now.p0 * size_of(k_.compute)), x_.stride, panel, steps};
+      if (weave_now && t == 0) {
+        base.rows = w_.at(now.out, now.p0);
         base.rows_stride = w_.col_stride * size_of(w_.dtype);
-        base.panel = tiles > 1 ? w_panel_ : nullptr;
+        base.panel = tiles > 1 ? panel : nullptr;
       }
-      k_.tile({{base, {u_.at(row, 0), u_.stride, b_panel_, b_.cols}},
-               with_lora ? 2 : 1,
-               static_cast<int>(tile_rows),
-               k_.vectors(lanes),
-               k_.ends_in_half(lanes),
-               lanes,
-               c + row * ldc * accumulator_size(k_),
-               ldc,
-               p > 0,
-               share(next, t, tiles)});
+      TileArgs tile{{base, {u_.at(row, 0), u_.stride, b_panel_, b_.cols}},
+                    with_lora ? 2 : 1,
+                    static_cast<int>(tile_rows),
+                    k_.vectors(lanes),
+                    k_.ends_in_half(lanes),
+                    lanes,
+                    c + row * ldc * accumulator_size(k_),
+                    ldc,
+                    now.p0 > 0,
+                    {}};
+      if (weave_next) {
+        const int64_t i = t - busy;
+        if (i >= 0) tile.weave = weave(share(next, i, weavers), next.p0, w_panels_[1 - current_]);
+        tile.ahead = fetch(i + 1 < weavers ? share(next, i + 1, weavers) : share(later, 0, weavers));
+      } else {
+        tile.ahead = fetch(share(next.width ? next : later, t, tiles));
+      }
+      k_.tile(tile);
     }
+    woven_ = weave_next;
+    if (woven_) current_ = 1 - current_;
   }
 
  private:
-  bool weaves(int64_t width, int64_t steps) const {
-    return k_.weaves && w_.dtype == k_.compute && w_.row_stride == 1 && width == k_.lanes * k_.vecs &&
-           steps % k_.pack == 0;
+  bool weaves(Part part) const {
+    return k_.weaves && w_.dtype == k_.compute && w_.row_stride == 1 && part.width == k_.lanes * k_.vecs &&
+           (part.p1 - part.p0) % k_.pack == 0;
   }
 
-  // Tile t of `tiles` fetches its share of the next weights.
-  Ahead share(Next next, int64_t t, int64_t tiles) const {
-    const int64_t p_end = min64(next.p1, w_.cols), count = p_end - next.p0;
-    if (next.out >= w_.rows || count <= 0 || w_.row_stride != 1) return {};
-    const int64_t first = next.p0 + t * count / tiles, last = next.p0 + (t + 1) * count / tiles;
+  Ahead fetch(Part part) const {
+    if (part.out >= w_.rows || part.p0 >= part.p1 || w_.row_stride != 1) return {};
     const int64_t size = size_of(w_.dtype);
-    return {w_.at(next.out, first), w_.col_stride * size, last - first, min64(next.width, w_.rows - next.out) * size};
+    return {weights_[part.expert].at(part.out, part.p0), w_.col_stride * size, part.p1 - part.p0,
+            min64(part.width, w_.rows - part.out) * size};
+  }
+
+  // p0: where the panel begins
+  Weave weave(Part part, int64_t p0, char* panel) const {
+    const int64_t size = size_of(w_.dtype);
+    return {w_.at(part.out, part.p0), w_.col_stride * size, panel + (part.p0 - p0) * part.width * size,
+            part.p1 - part.p0};
   }
 
   const Kernels& k_;
+  const Experts& weights_;
   const Matrix w_, b_;
   const int64_t rows_;
   LeftRows x_{}, u_{};
-  char *w_panel_, *b_panel_;
+  char *w_panels_[2], *b_panel_;
+  int current_ = 0;
+  bool woven_ = false;  // by the tiles of the call before
 };
 
 }  // namespace
@@ -316,15 +360,21 @@ void panel_orientation_block(const KernelChoice& choice, const GroupedLinear& op
   const Kernels& k = *choice.kernels;
   const Epilogue epilogue(choice, op, range, sums, arena);
   const int64_t rows = range.row1 - range.row0, depth = op.w.cols, widest = k.lanes * k.vecs;
-  const int64_t pass = min64(choice.blocking.depth, depth);
-  const PanelPass panel(k, op, range, pass, arena);
+  const int64_t pass = max64(1, min64(choice.blocking.depth, depth));
+  PanelPass panel(k, op, range, pass, arena);
   char* c = static_cast<char*>(arena.take(rows * widest * accumulator_size(k)));
-  for (int64_t out = range.out0; out < range.out1; out += widest) {
-    const int64_t width = min64(widest, range.out1 - out);
-    epilogue.expect(range.row0, rows, out, width);
-    for (int64_t p = 0; p < depth; p += pass)
-      panel(out, width, p, min64(pass, depth - p), {out + widest, widest, p, p + pass}, c, widest, arena);
-    epilogue(range.row0, rows, c, widest * accumulator_size(k), out, width);
+  const int64_t passes = max64(1, ceil_div(depth, pass)), parts = ceil_div(range.out1 - range.out0, widest) * passes;
+  const auto part = [&](int64_t i) -> PanelPass::Part {
+    if (i >= parts) return i == parts ? PanelPass::first_part(choice, op, range.next) : PanelPass::Part{};
+    const int64_t out = range.out0 + i / passes * widest, p = i % passes * pass;
+    return {range.expert, out, min64(widest, range.out1 - out), p, min64(depth, p + pass)};
+  };
+  for (int64_t i = 0; i < parts; ++i) {
+    const PanelPass::Part now = part(i);
+    if (now.p0 == 0) epilogue.expect(range.row0, rows, now.out, now.width);
+    const bool last = i + 1 == parts;
+    panel(now, last ? PanelPass::Part{} : part(i + 1), part(last ? i + 1 : i + 2), c, widest, arena);
+    if (now.p1 == depth) epilogue(range.row0, rows, c, widest * accumulator_size(k), now.out, now.width);
   }
 }
 
@@ -338,13 +388,16 @@ void thin_orientation_block(const KernelChoice& choice, const GroupedLinear& op,
   const int64_t rows = range.row1 - range.row0, depth = op.w.cols, widest = k.lanes * k.vecs;
   const int64_t all = range.out1 - range.out0, panels = ceil_div(all, widest), ldc = round_up(all, widest);
   const int64_t pass = min64(choice.blocking.thin_depth, depth), acc = accumulator_size(k);
-  const PanelPass panel(k, op, range, pass, arena);
+  PanelPass panel(k, op, range, pass, arena);
   char* c = static_cast<char*>(arena.take(rows * ldc * acc));
-  for (int64_t p = 0; p < depth; p += pass)
+  for (int64_t p = 0; p < depth; p += pass) {
+    const PanelPass::Part next = p + pass < depth
+                                     ? PanelPass::Part{range.expert, range.out0, all, p + pass, p + 2 * pass}
+                                     : PanelPass::first_part(choice, op, range.next);
     for (int64_t j = 0; j < panels; ++j)
-      panel(range.out0 + j * widest, min64(widest, all - j * widest), p, min64(pass, depth - p),
-            {range.out0, all, p + pass + j * pass / panels, p + pass + (j + 1) * pass / panels}, c + j * widest * acc,
-            ldc, arena);
+      panel({range.expert, range.out0 + j * widest, min64(widest, all - j * widest), p, min64(p + pass, depth)}, {},
+            panel.share(next, j, panels), c + j * widest * acc, ldc, arena);
+  }
   for (int64_t j = 0; j < all; j += widest)
     epilogue(range.row0, rows, c + j * acc, ldc * acc, range.out0 + j, min64(widest, all - j));
 }

@@ -8,6 +8,7 @@ namespace moelora {
 // Rows [row0, row1) in grouped order, outputs [out0, out1), all of one expert.
 struct BlockRange {
   int64_t expert, row0, row1, out0, out1;
+  const BlockRange* next = nullptr;  // what is probably worked on afterwards; its first weights are fetched
 };
 
 // fp32 sums of a token range × output range, for out_order token.

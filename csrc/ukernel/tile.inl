@@ -74,25 +74,43 @@ struct Accumulators {
   }
 };
 
-// Walks the lines of an Ahead, a few a step.
+// What a tile does beside its products: `turns` times, evenly over its steps.
+struct Turns {
+  int64_t every, wait;
+
+  Turns(int64_t steps, int64_t turns) : every(turns > 0 ? steps / turns : steps), wait(every) {}
+
+  [[gnu::always_inline]] bool next() {
+    if (--wait > 0) return false;
+    wait = every;
+    return true;
+  }
+};
+
+// Fetches the lines of an Ahead. Evenly: rows may lie in as many pages, whose addresses take time to look up.
 struct Fetcher {
+  Turns turns;
   const char* at;
   const char* row_end;
-  int64_t left, skip, stride;
-  int per_step;
+  int64_t left, skip, stride, per_turn;
 
-  Fetcher(const moelora::Ahead& ahead, int64_t steps) {
-    const int64_t lines = (ahead.bytes + 63) / 64;
+  Fetcher(const moelora::Ahead& ahead, int64_t steps) : Fetcher(ahead, steps, ceil_lines(ahead) * ahead.rows) {}
+
+  Fetcher(const moelora::Ahead& ahead, int64_t steps, int64_t most_turns)
+      : turns(steps, most_turns < steps ? most_turns : steps) {
+    const int64_t lines = ceil_lines(ahead);
     at = static_cast<const char*>(ahead.from);
     row_end = at + lines * 64;
     left = lines * ahead.rows;
     stride = ahead.stride;
     skip = stride - lines * 64;
-    per_step = steps > 0 ? static_cast<int>((left + steps - 1) / steps) : 0;
+    per_turn = turns.every > 0 ? (left * turns.every + steps - 1) / steps : 0;
   }
 
-  [[gnu::always_inline]] void step() {
-    for (int i = 0; i < per_step; ++i) {
+  static int64_t ceil_lines(const moelora::Ahead& ahead) { return (ahead.bytes + 63) / 64; }
+
+  [[gnu::always_inline]] void fetch() {
+    for (int64_t i = 0; i < per_turn; ++i) {
       if (left == 0) return;
       __builtin_prefetch(at, 0, 2);
       at += 64;
@@ -102,6 +120,42 @@ struct Fetcher {
         row_end += stride;
       }
     }
+  }
+
+  [[gnu::always_inline]] void step() {
+    if (turns.next()) fetch();
+  }
+};
+
+// Writes the lines of a Weave, and fetches an Ahead by the way.
+template <class Op>
+struct Weaver {
+  using elem = typename Op::elem;
+  int64_t left;
+  Fetcher ahead;
+  const char* rows;
+  elem* panel;
+  int64_t stride, line;
+
+  Weaver(const moelora::TileArgs& args, int64_t steps)
+      : left(args.weave.depth / Op::pack),
+        ahead(args.ahead, steps, left),
+        rows(static_cast<const char*>(args.weave.rows)),
+        panel(static_cast<elem*>(args.weave.panel)),
+        stride(args.weave.rows_stride),
+        line(args.panel_lanes * Op::pack) {}
+
+  [[gnu::always_inline]] void step() {
+    if (!ahead.turns.next()) return;
+    ahead.fetch();
+    if (left == 0) return;
+    --left;
+    typename Op::opvec woven[4];
+    Op::weave(reinterpret_cast<const elem*>(rows), reinterpret_cast<const elem*>(rows + stride), woven);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) Op::store_operand(panel + v * Op::lanes * Op::pack, woven[v]);
+    rows += 2 * stride;
+    panel += line;
   }
 };
 
@@ -121,16 +175,17 @@ struct LeftPointers {
   }
 };
 
-template <class Op, int MR, int NV, bool HasHalf>
+// beside.step() is called once a step.
+template <class Op, int MR, int NV, bool HasHalf, class Beside>
 [[gnu::always_inline]] inline void multiply_packed(Accumulators<Op, MR, NV, HasHalf>& acc,
                                                    const moelora::Segment& segment, int64_t panel_lanes,
-                                                   Fetcher& ahead) {
+                                                   Beside& beside) {
   const LeftPointers<Op, MR> l(segment);
   const auto* r = static_cast<const typename Op::elem*>(segment.r);
   const int64_t line = panel_lanes * Op::pack, steps = segment.depth / Op::pack;
   for (int64_t p = 0; p < steps; ++p, r += line) {
     acc.template step<false>(l.at(p), acc.load(r));
-    ahead.step();
+    beside.step();
   }
   if (segment.depth % Op::pack != 0) acc.template step<true>(l.at(steps), acc.load(r));
 }
@@ -141,6 +196,16 @@ void tile_in_place(const moelora::TileArgs& args) {
   Accumulators<Op, MR, NV, HasHalf> acc;
   Fetcher ahead(args.ahead, args.segments[0].depth / Op::pack);
   for (int s = 0; s < args.n_segments; ++s) multiply_packed(acc, args.segments[s], args.panel_lanes, ahead);
+  acc.store(args);
+}
+
+// The same for a tile that weaves for others.
+template <class Op, int MR>
+void tile_beside_weaving(const moelora::TileArgs& args) {
+  Accumulators<Op, MR, 4, false> acc;
+  Weaver<Op> weaver(args, args.segments[0].depth / Op::pack);
+  multiply_packed(acc, args.segments[0], args.panel_lanes, weaver);
+  if (args.n_segments == 2) multiply_packed(acc, args.segments[1], args.panel_lanes, weaver.ahead);
   acc.store(args);
 }
 
@@ -242,14 +307,14 @@ template <class Op, int MR>
 void weaving_rows(const moelora::TileArgs& args) {
   if constexpr (MR > 1)
     if (MR - 1 >= args.rows) return weaving_rows<Op, MR - 1>(args);
-  tile_weaving<Op, MR>(args);
+  args.segments[0].rows ? tile_weaving<Op, MR>(args) : tile_beside_weaving<Op, MR>(args);
 }
 
 // R1, R2, …: the tallest tile of 1, 2, … vectors; 0 where tiles are narrower.
 template <class Op, int R1, int R2, int R3 = 0, int R4 = 0>
 void tile_any(const moelora::TileArgs& args) {
   if constexpr (Op::weaves)
-    if (args.segments[0].rows) return weaving_rows<Op, R4>(args);
+    if (args.segments[0].rows || args.weave.depth) return weaving_rows<Op, R4>(args);
   if (args.vecs == 1) return tile_width<Op, R1, 1>(args);
   if (R3 == 0 || args.vecs == 2) return tile_width<Op, R2, 2>(args);
   if constexpr (R3 > 0) {

@@ -55,6 +55,16 @@ struct Ahead {
   int64_t stride = 0, rows = 0, bytes = 0;
 };
 
+// Rows of a panel that later tiles will read, to be packed on the way: `depth` rows of the widest tile's lanes, in the
+// compute type. A multiple of `pack`, and at most the first segment's depth. Only where a kernel set weaves, by tiles
+// as wide as they get, without a half vector.
+struct Weave {
+  const void* rows = nullptr;
+  int64_t rows_stride = 0;  // bytes
+  void* panel = nullptr;
+  int64_t depth = 0;
+};
+
 struct TileArgs {
   Segment segments[2];
   int n_segments;
@@ -65,6 +75,7 @@ struct TileArgs {
   int64_t ldc;
   bool accumulate;
   Ahead ahead;
+  Weave weave = {};
 };
 
 constexpr int kMaxDotCols = 6;
