@@ -18,12 +18,19 @@ struct BlockingValue {
 
 // The counts of rows switch an orientation off at 0.
 constexpr BlockingValue kBlocking[] = {
-    {"row_chunk", &Blocking::row_chunk, 1},     {"dot_rows", &Blocking::dot_rows, 0},
-    {"thin_rows", &Blocking::thin_rows, 0},     {"thin_depth", &Blocking::thin_depth, 1},
-    {"segment", &Blocking::segment, 1},         {"depth", &Blocking::depth, 1},
-    {"outputs", &Blocking::outputs, 1},         {"combine_bytes", &Blocking::combine_bytes, 0},
-    {"token_chunk", &Blocking::token_chunk, 1}, {"outer_rows", &Blocking::outer_rows, 1},
-    {"outer_cols", &Blocking::outer_cols, 1},   {"outer_depth", &Blocking::outer_depth, 1},
+    {"row_chunk", &Blocking::row_chunk, 1},
+    {"dot_rows", &Blocking::dot_rows, 0},
+    {"odd_rows", &Blocking::odd_rows, 0},
+    {"thin_rows", &Blocking::thin_rows, 0},
+    {"thin_depth", &Blocking::thin_depth, 1},
+    {"segment", &Blocking::segment, 1},
+    {"depth", &Blocking::depth, 1},
+    {"outputs", &Blocking::outputs, 1},
+    {"combine_bytes", &Blocking::combine_bytes, 0},
+    {"token_chunk", &Blocking::token_chunk, 1},
+    {"outer_rows", &Blocking::outer_rows, 1},
+    {"outer_cols", &Blocking::outer_cols, 1},
+    {"outer_depth", &Blocking::outer_depth, 1},
 };
 
 py::dict blocking_of(const KernelChoice& choice) {

@@ -10,10 +10,11 @@ namespace moelora {
 struct Blocking {
   int64_t row_chunk;      // rows of one expert in a task; their packed panels share L2
   int64_t dot_rows;       // up to so many rows the dot orientation is faster
+  int64_t odd_rows;       // up to so many rows beyond a multiple of the lanes become dot products
   int64_t thin_rows;      // up to so many rows, packed panels are as wide as the outputs
   int64_t thin_depth;     // and this deep; two of them fit L2
   int64_t segment;        // weight rows per accumulator block in the row orientation; the block stays in L2
-  int64_t depth;          // contraction steps per pass; one packed panel of them fits half of L2
+  int64_t depth;          // contraction steps per pass; two packed panels of them fit half of L2
   int64_t outputs;        // output columns of a task; a quarter of it where a task holds sums of all tokens
   int64_t combine_bytes;  // rows that are summed per token are kept apart up to so many bytes
   int64_t token_chunk;    // tokens whose sums a task holds in fp32

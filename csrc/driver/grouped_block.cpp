@@ -283,15 +283,80 @@ int64_t segment_width(const KernelChoice& choice, const GroupedLinear& op) {
   return uses_row_orientation(op) ? choice.blocking.segment : choice.kernels->lanes * choice.kernels->vecs;
 }
 
+// Rows and weight rows both as they are. For few rows.
+class DotRows {
+ public:
+  DotRows(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range, Arena& arena)
+      : choice_(choice),
+        w_(op.w[range.expert]),
+        b_(op.u.data ? op.b[range.expert] : Matrix{}),
+        rows_(range.row1 - range.row0),
+        groups_(ceil_div(rows_, kMaxDotCols)) {
+    const Kernels& k = *choice.kernels;
+    x_ = x_rows(k, op, range, arena);
+    if (b_.data) u_ = left_rows(k, op.u, range.row0, rows_, 0, b_.cols, arena);
+    if (rows_) height_ = k.dot_rows[ceil_div(rows_, groups_) - 1];
+  }
+
+  // c: [rows][ldc] = outputs [out, out + width).  fetch: these weight rows are new to the caches.
+  void operator()(int64_t out, int64_t width, bool fetch, char* c, int64_t ldc, Arena& arena) const {
+    for (int64_t p = 0; p < w_.cols; p += choice_.blocking.depth)
+      for (int64_t i = 0; i < width; i += height_)
+        tile_row(out + i, min64(height_, width - i), p, fetch, c + i * accumulator_size(*choice_.kernels), ldc, arena);
+  }
+
+ private:
+  // Weight rows [out, out + height), one pass.
+  void tile_row(int64_t out, int64_t height, int64_t p, bool fetch, char* c, int64_t ldc, Arena& arena) const {
+    Arena::Scope scope(arena);
+    const Kernels& k = *choice_.kernels;
+    const int64_t steps = min64(choice_.blocking.depth, w_.cols - p), acc = accumulator_size(k);
+    const bool with_lora = b_.data && p + steps == w_.cols;
+    const LeftRows w_rows = left_rows(k, w_, out, height, p, steps, arena);
+    const LeftRows b_rows = with_lora ? left_rows(k, b_, out, height, 0, b_.cols, arena) : LeftRows{};
+    for (int64_t g = 0; g < groups_; ++g) {
+      const int64_t first = g * rows_ / groups_, cols = (g + 1) * rows_ / groups_ - first;
+      const DotSegment base{w_rows.data, w_rows.stride, x_.at(first, p * size_of(k.compute)), x_.stride, steps};
+      const DotSegment lora{b_rows.data, b_rows.stride, u_.at(first, 0), u_.stride, b_.cols};
+      k.dot_tile({{base, lora},
+                  with_lora ? 2 : 1,
+                  static_cast<int>(height),
+                  static_cast<int>(cols),
+                  c + first * ldc * acc,
+                  ldc,
+                  p > 0,
+                  fetch && g == 0 ? next_rows(w_, out, height, p, steps) : Ahead{}});
+    }
+  }
+
+  const KernelChoice& choice_;
+  const Matrix w_, b_;
+  const int64_t rows_, groups_;
+  int64_t height_ = 1;
+  LeftRows x_{}, u_{};
+};
+
+// Rows at the end of a block that would be lanes of a vector mostly empty.
+int64_t odd_rows(const KernelChoice& choice, int64_t rows) {
+  const Kernels& k = *choice.kernels;
+  const int64_t odd = rows % k.lane_step();
+  return k.dot_tile && odd <= choice.blocking.odd_rows ? odd : 0;
+}
+
 // W[e]: [outputs, depth] rows in place.  x packed: [depth/pack][lanes][pack].  C: [segment][lanes], then transposed.
+// Some of the last rows are not packed.
 void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
                            const TokenSums* sums, Arena& arena) {
   Arena::Scope scope(arena);
   const Kernels& k = *choice.kernels;
   const Epilogue epilogue(choice, op, range, sums, arena);
   const int64_t depth = op.w.cols, acc = accumulator_size(k), segment = choice.blocking.segment;
-  const int64_t widest = k.lanes * k.vecs, count = panel_count(k, range.row1 - range.row0);
-  const LanePanel* panels = pack_rows(k, op, range, arena);
+  const int64_t widest = k.lanes * k.vecs, odd = odd_rows(choice, range.row1 - range.row0);
+  BlockRange even = range, rest = range;
+  even.row1 = rest.row0 = range.row1 - odd;
+  const int64_t count = panel_count(k, even.row1 - even.row0);
+  const LanePanel* panels = pack_rows(k, op, even, arena);
+  const DotRows dots(choice, op, rest, arena);
   char* c = static_cast<char*>(arena.take(segment * widest * acc));
   char* by_row = static_cast<char*>(arena.take(segment * widest * acc));
   const Matrix w = op.w[range.expert], b = op.u.data ? op.b[range.expert] : Matrix{};
@@ -307,6 +372,10 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
       k.transpose(by_row, segment, c, widest, width, panel->rows);
       epilogue(position, panel->rows, by_row, segment * acc, out, width);
     }
+    if (odd == 0) continue;
+    epilogue.expect(rest.row0, odd, out, width);
+    dots(out, width, count == 0, by_row, segment, arena);
+    epilogue(rest.row0, odd, by_row, segment * acc, out, width);
   }
 }
 
@@ -314,41 +383,14 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
 void dot_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
                            const TokenSums* sums, Arena& arena) {
   Arena::Scope scope(arena);
-  const Kernels& k = *choice.kernels;
   const Epilogue epilogue(choice, op, range, sums, arena);
-  const int64_t rows = range.row1 - range.row0, depth = op.w.cols, rank = op.u.data ? op.b.cols : 0;
-  const int64_t acc = accumulator_size(k), segment = choice.blocking.segment, size = size_of(k.compute);
-  const LeftRows x = x_rows(k, op, range, arena);
-  const LeftRows u = rank ? left_rows(k, op.u, range.row0, rows, 0, rank, arena) : LeftRows{};
+  const int64_t rows = range.row1 - range.row0, segment = choice.blocking.segment;
+  const int64_t acc = accumulator_size(*choice.kernels);
+  const DotRows dots(choice, op, range, arena);
   char* c = static_cast<char*>(arena.take(rows * segment * acc));
-  const Matrix w = op.w[range.expert], b = op.u.data ? op.b[range.expert] : Matrix{};
-  const int64_t groups = ceil_div(rows, kMaxDotCols), height = k.dot_rows[ceil_div(rows, groups) - 1];
-
   for (int64_t out = range.out0; out < range.out1; out += segment) {
     const int64_t width = min64(segment, range.out1 - out);
-    for (int64_t p = 0; p < depth; p += choice.blocking.depth) {
-      const int64_t steps = min64(choice.blocking.depth, depth - p);
-      const bool with_lora = rank && p + steps == depth;
-      for (int64_t i = 0; i < width; i += height) {
-        Arena::Scope tile_scope(arena);
-        const int64_t tile_rows = min64(height, width - i);
-        const LeftRows w_rows = left_rows(k, w, out + i, tile_rows, p, steps, arena);
-        const LeftRows b_rows = with_lora ? left_rows(k, b, out + i, tile_rows, 0, rank, arena) : LeftRows{};
-        for (int64_t g = 0; g < groups; ++g) {
-          const int64_t first = g * rows / groups, cols = (g + 1) * rows / groups - first;
-          const DotSegment base{w_rows.data, w_rows.stride, x.at(first, p * size), x.stride, steps};
-          const DotSegment lora{b_rows.data, b_rows.stride, u.at(first, 0), u.stride, rank};
-          k.dot_tile({{base, lora},
-                      with_lora ? 2 : 1,
-                      static_cast<int>(tile_rows),
-                      static_cast<int>(cols),
-                      c + (first * segment + i) * acc,
-                      segment,
-                      p > 0,
-                      g == 0 ? next_rows(w, out + i, tile_rows, p, steps) : Ahead{}});
-        }
-      }
-    }
+    dots(out, width, true, c, segment, arena);
     epilogue(range.row0, rows, c, segment * acc, out, width);
   }
 }
