@@ -76,52 +76,95 @@ void store_experts(const Kernels& k, const GroupedOuter& op, const OuterRange& r
   }
 }
 
+// Columns [first, first + columns) of some rows of `right`, which a panel is soon packed of.
+struct PanelSource {
+  const void** rows;  // addresses of their column 0
+  int64_t count, first, columns;
+};
+
+PanelSource panel_source(const GroupedOuter& op, int64_t row0, int64_t count, int64_t first, int64_t columns,
+                         Arena& arena) {
+  const void** rows = arena.take_array<const void*>(count);
+  for (int64_t r = 0; r < count; ++r) rows[r] = op.right.matrix.at(op.routing->row(op.right.order, row0 + r), 0);
+  return {rows, count, first, columns};
+}
+
+// The part of it that the i-th of `tiles` fetches.
+Ahead fetch_share(const GroupedOuter& op, const PanelSource& source, int64_t i, int64_t tiles) {
+  const int64_t size = size_of(op.right.matrix.dtype), r0 = i * source.count / tiles;
+  if (op.right.matrix.col_stride != 1) return {};
+  return {
+      nullptr, 0, (i + 1) * source.count / tiles - r0, source.columns * size, source.rows + r0, source.first * size};
+}
+
 // left packed: [i][rows].  right packed: [rows/pack][lanes][pack], lanes are j.  c: [i][pitch].
+// next: what the thread probably works on afterwards.
 void sum_outer_products(const KernelChoice& choice, const GroupedOuter& op, const OuterRange& range, int64_t expert,
-                        char* c, int64_t pitch, Arena& arena) {
+                        PanelSource next, char* c, int64_t pitch, Arena& arena) {
   Arena::Scope scope(arena);
   const Kernels& k = *choice.kernels;
-  const Routing& routing = *op.routing;
-  const int64_t acc = accumulator_size(k), widest = k.lanes * k.vecs, height = range.height(), width = range.width();
-  const int64_t begin = routing.begin(expert), end = routing.end(expert);
+  const int64_t acc = accumulator_size(k), widest = k.lanes * k.vecs, height = range.height();
+  const int64_t begin = op.routing->begin(expert), end = op.routing->end(expert);
   const int64_t pass = min64(choice.blocking.outer_depth, max64(1, end - begin));
   std::fill_n(c, begin == end ? height * pitch * acc : 0, char{0});
   char* left = static_cast<char*>(arena.take(height * pass * size_of(k.compute)));
   char* panel = static_cast<char*>(arena.take(panel_bytes(k, pass, widest)));
-  const void** from = arena.take_array<const void*>(pass);
   const Matrix& m = op.right.matrix;
+  const auto source = [&](int64_t row0, int64_t j) {
+    return panel_source(op, row0, min64(pass, end - row0), j, min64(widest, range.j1 - j), arena);
+  };
 
   for (int64_t row0 = begin; row0 < end; row0 += pass) {
-    const int64_t rows = min64(pass, end - row0);
-    pack_left(k, op, range, row0, rows, left, rows, arena);
-    for (int64_t r = 0; r < rows; ++r) from[r] = m.at(routing.row(op.right.order, row0 + r), 0);
-    for (int64_t j = 0; j < width; j += widest) {
-      const int64_t here = min64(widest, width - j), lanes = round_up(here, k.lane_step());
-      k.pack_depth[static_cast<int>(m.dtype)]({from, rows, range.j0 + j, here, m.col_stride, panel, lanes});
-      const int64_t tallest = k.max_rows[k.vectors(lanes) - 1], l_stride = rows * size_of(k.compute);
-      for (int64_t i = 0; i < height; i += tallest) {
-        const Segment segment{left + i * l_stride, l_stride, panel, rows};
+    Arena::Scope pass_scope(arena);
+    PanelSource now = source(row0, range.j0);
+    pack_left(k, op, range, row0, now.count, left, now.count, arena);
+    for (int64_t j = range.j0; j < range.j1; j += widest) {
+      const int64_t after = j + widest, lanes = round_up(now.columns, k.lane_step());
+      k.pack_depth[static_cast<int>(m.dtype)](
+          {now.rows, now.count, now.first, now.columns, m.col_stride, panel, lanes});
+      PanelSource then = next;
+      if (after < range.j1)
+        then = {now.rows, now.count, after, min64(widest, range.j1 - after)};
+      else if (row0 + pass < end)
+        then = source(row0 + pass, range.j0);
+      const int64_t tallest = k.max_rows[k.vectors(lanes) - 1], tiles = ceil_div(height, tallest);
+      const int64_t l_stride = now.count * size_of(k.compute);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t i = t * tallest;
+        const Segment segment{left + i * l_stride, l_stride, panel, now.count};
         k.tile({{segment, {}},
                 1,
                 static_cast<int>(min64(tallest, height - i)),
                 k.vectors(lanes),
                 k.ends_in_half(lanes),
                 lanes,
-                c + (i * pitch + j) * acc,
+                c + (i * pitch + j - range.j0) * acc,
                 pitch,
                 row0 > begin,
-                {}});
+                fetch_share(op, then, t, tiles)});
       }
+      now = then;
     }
   }
 }
 
-void outer_block(const KernelChoice& choice, const GroupedOuter& op, const OuterRange& range, Arena& arena) {
+// next: as above, may be null.
+void outer_block(const KernelChoice& choice, const GroupedOuter& op, const OuterRange& range, const OuterRange* next,
+                 Arena& arena) {
   const Kernels& k = *choice.kernels;
   const int64_t pitch = round_up(range.width(), k.lanes * k.vecs), block = range.height() * pitch * accumulator_size(k);
   char* c = static_cast<char*>(arena.take((range.e1 - range.e0) * block));
-  for (int64_t e = range.e0; e < range.e1; ++e)
-    sum_outer_products(choice, op, range, e, c + (e - range.e0) * block, pitch, arena);
+  for (int64_t e = range.e0; e < range.e1; ++e) {
+    Arena::Scope scope(arena);
+    const OuterRange* after = e + 1 < range.e1 ? &range : next;
+    PanelSource first{};
+    if (after) {
+      const int64_t expert = e + 1 < range.e1 ? e + 1 : after->e0, row0 = op.routing->begin(expert);
+      first = panel_source(op, row0, min64(choice.blocking.outer_depth, op.routing->end(expert) - row0), after->j0,
+                           min64(k.lanes * k.vecs, after->width()), arena);
+    }
+    sum_outer_products(choice, op, range, e, first, c + (e - range.e0) * block, pitch, arena);
+  }
   if (op.layout == Layout::jie)
     store_experts(k, op, range, c, pitch, arena);
   else
@@ -147,8 +190,10 @@ void run_grouped_outer(const KernelChoice& choice, const GroupedOuter& op, const
   const auto rows = [&](const OuterRange& r) { return routing.end(r.e1 - 1) - routing.begin(r.e0); };
   std::stable_sort(tasks.begin(), tasks.end(),
                    [&](const OuterRange& a, const OuterRange& c) { return rows(a) > rows(c); });
-  for_each_task(runtime, static_cast<int64_t>(tasks.size()),
-                [&](int64_t i, Arena& arena) { outer_block(choice, op, tasks[static_cast<size_t>(i)], arena); });
+  for_each_task(runtime, static_cast<int64_t>(tasks.size()), [&](int64_t i, Arena& arena) {
+    const size_t task = static_cast<size_t>(i), after = static_cast<size_t>(i + runtime.threads);
+    outer_block(choice, op, tasks[task], after < tasks.size() ? &tasks[after] : nullptr, arena);
+  });
 }
 
 }  // namespace moelora

@@ -89,36 +89,35 @@ struct Turns {
 
 // Fetches the lines of an Ahead. Evenly: rows may lie in as many pages, whose addresses take time to look up.
 struct Fetcher {
+  moelora::Ahead ahead;
+  int64_t lines, left, per_turn;
   Turns turns;
-  const char* at;
-  const char* row_end;
-  int64_t left, skip, stride, per_turn;
+  const char* at = nullptr;
+  const char* run_end = nullptr;
 
-  Fetcher(const moelora::Ahead& ahead, int64_t steps) : Fetcher(ahead, steps, ceil_lines(ahead) * ahead.rows) {}
+  Fetcher(const moelora::Ahead& args, int64_t steps)
+      : Fetcher(args, steps, lines_of(args) < steps ? lines_of(args) : steps) {}
 
-  Fetcher(const moelora::Ahead& ahead, int64_t steps, int64_t most_turns)
-      : turns(steps, most_turns < steps ? most_turns : steps) {
-    const int64_t lines = ceil_lines(ahead);
-    at = static_cast<const char*>(ahead.from);
-    row_end = at + lines * 64;
-    left = lines * ahead.rows;
-    stride = ahead.stride;
-    skip = stride - lines * 64;
-    per_turn = turns.every > 0 ? (left * turns.every + steps - 1) / steps : 0;
+  Fetcher(const moelora::Ahead& args, int64_t steps, int64_t n_turns)
+      : ahead(args), lines((args.bytes + 63) / 64), left(lines_of(args)), turns(steps, n_turns) {
+    per_turn = steps > 0 ? (left * turns.every + steps - 1) / steps : 0;
+    if (left > 0) start_run();
   }
 
-  static int64_t ceil_lines(const moelora::Ahead& ahead) { return (ahead.bytes + 63) / 64; }
+  static int64_t lines_of(const moelora::Ahead& ahead) { return (ahead.bytes + 63) / 64 * ahead.rows; }
+
+  void start_run() {
+    at = ahead.runs ? static_cast<const char*>(*ahead.runs++) + ahead.offset : static_cast<const char*>(ahead.from);
+    ahead.from = at + ahead.stride;
+    run_end = at + lines * 64;
+  }
 
   [[gnu::always_inline]] void fetch() {
     for (int64_t i = 0; i < per_turn; ++i) {
       if (left == 0) return;
       __builtin_prefetch(at, 0, 2);
       at += 64;
-      --left;
-      if (at == row_end) {
-        at += skip;
-        row_end += stride;
-      }
+      if (--left > 0 && at == run_end) start_run();
     }
   }
 

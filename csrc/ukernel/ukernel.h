@@ -49,10 +49,13 @@ struct Segment {
   void* panel = nullptr;       // where they go, if anywhere
 };
 
-// Memory that will be wanted soon: `rows` runs of `bytes`, `stride` bytes apart. A kernel may fetch it along the way.
+// Memory that will be wanted soon: `rows` runs of `bytes`, `stride` bytes apart, or each `offset` bytes behind its
+// entry of `runs`. A kernel may fetch it along the way.
 struct Ahead {
   const void* from = nullptr;
   int64_t stride = 0, rows = 0, bytes = 0;
+  const void* const* runs = nullptr;
+  int64_t offset = 0;
 };
 
 // Rows of a panel that later tiles will read, to be packed on the way: `depth` rows of the widest tile's lanes, in the
