@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from .layer import Batch, Layer, nbytes
 from .peers.base import Runner
+from .registry import Shape
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 _keeps_freed = False
 
 
-def keep_freed() -> None:
+def keep_freed(spare: int = 0) -> None:
     """glibc's malloc: blocks that this process frees stay with it, as they do with the allocators that
-    PyTorch's tuning guide recommends. Pages fresh from the system cost as much as some contestants' work,
-    the more so the more others have just given back, and are not what is compared. Elsewhere nothing happens.
+    PyTorch's tuning guide recommends, and so do `spare` bytes from the start (at most a third of the free
+    memory). Pages fresh from the system cost as much as some contestants' work, the more so the more others
+    have just given back, and are not what is compared. Elsewhere nothing happens.
+
+    Without the spare bytes a block may be fresh long after its like was freed: glibc before 2.38 asks for a
+    little more than the size of an aligned block, so that the hole which one leaves does not fit the next.
     """
     global _keeps_freed
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     _keeps_freed = bool(mallopt and mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+    if _keeps_freed and spare:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        torch.ones(min(spare, free // 3), dtype=torch.uint8)
+
+
+def spare_for(shapes: Iterable[Shape], dtype: torch.dtype) -> int:
+    """Weights, and three times as much again: some contestants' intermediate results are as large."""
+    return 4 * max(shape.experts * shape.weights_per_expert * dtype.itemsize for shape in shapes)
 
 
 def keeps_freed() -> bool:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from . import ceilings, memory, options, report, results
+from .layer import DTYPES
 from .suite import Suite
 
 WIDTH = 150  # of tables that go to a file
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     if not console.is_terminal:
         console.width = WIDTH
     if opts.device == "cpu" and not opts.fresh_memory:
-        memory.keep_freed()
+        memory.keep_freed(memory.spare_for(opts.shape, DTYPES[opts.dtype]))
     machine = ceilings.machine_name(opts.device)
     limits = _measure(opts)
     report.show_ceilings(console, machine, opts.threads, limits)

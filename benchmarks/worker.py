@@ -17,7 +17,7 @@ import traceback
 import torch
 
 from . import memory
-from .layer import Batch, Case, make_batch, make_layer
+from .layer import DTYPES, Batch, Case, make_batch, make_layer
 from .peers import find_contestant
 from .peers.base import Runner
 
@@ -33,10 +33,10 @@ class Worker:
 
     def load(self, contestant: str, case: dict, threads: int, keep_freed: bool = False) -> dict:
         """Also takes the baseline of `peak`: before the weights, less what they must take."""
-        if keep_freed:
-            memory.keep_freed()
-        torch.set_num_threads(threads)
         self.case = Case.from_json(case)
+        if keep_freed:
+            memory.keep_freed(memory.spare_for([self.case.shape], DTYPES[self.case.dtype]))
+        torch.set_num_threads(threads)
         found = find_contestant(contestant)
         reason = found.missing_here(self.case)
         if reason:
