@@ -208,7 +208,7 @@ void tile_beside_weaving(const moelora::TileArgs& args) {
   acc.store(args);
 }
 
-constexpr int64_t kWeaveAhead = 16;  // rows
+constexpr int64_t kWeaveAhead = 32;  // rows
 
 // C: [MR, 4 · lanes], L in place, the first segment's panel written on the way.
 template <class Op, int MR>
@@ -225,7 +225,7 @@ void tile_weaving(const moelora::TileArgs& args) {
     if (p + kWeaveAhead < segment.depth)
       for (int64_t q = 0; q < 2; ++q)
         for (int64_t line = 0; line < 4 * Op::lanes * static_cast<int64_t>(sizeof(elem)); line += 64)
-          __builtin_prefetch(a + (kWeaveAhead + q) * segment.rows_stride + line);
+          __builtin_prefetch(a + (kWeaveAhead + q) * segment.rows_stride + line, 0, 2);
     typename Accumulators<Op, MR, 4, false>::Line line;
     Op::weave(reinterpret_cast<const elem*>(a), reinterpret_cast<const elem*>(a + segment.rows_stride), line.full);
     if (r) {
