@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from .registry import Shape
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 _keeps_freed = False
+_spare = 0
 
 
 def keep_freed(spare: int = 0) -> None:
@@ -28,12 +28,12 @@ def keep_freed(spare: int = 0) -> None:
     Without the spare bytes a block may be fresh long after its like was freed: glibc before 2.38 asks for a
     little more than the size of an aligned block, so that the hole which one leaves does not fit the next.
     """
-    global _keeps_freed
+    global _keeps_freed, _spare
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     _keeps_freed = bool(mallopt and mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
     if _keeps_freed and spare:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        torch.ones(min(spare, free // 3), dtype=torch.uint8)
+        _spare = min(spare, _available() // 3)
+        torch.ones(_spare, dtype=torch.uint8)
 
 
 def spare_for(shapes: Iterable[Shape], dtype: torch.dtype) -> int:
@@ -46,9 +46,28 @@ def keeps_freed() -> bool:
     return _keeps_freed
 
 
-def _status(field: str) -> int:
-    text = Path("/proc/self/status").read_text()
+def spare() -> int:
+    """Bytes that `keep_freed` took at the start."""
+    return _spare
+
+
+def _field(path: str, field: str) -> int:
+    text = Path(path).read_text()
     return int(re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE).group(1)) * 1024
+
+
+def _status(field: str) -> int:
+    return _field("/proc/self/status", field)
+
+
+def _available() -> int:
+    """Bytes that can be had without swapping, of the machine or of this control group (version 2)."""
+    machine = _field("/proc/meminfo", "MemAvailable")
+    try:
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return machine
+    return min(machine, max(0, limit - used))
 
 
 def resident() -> int:

@@ -49,6 +49,7 @@ def as_json(outcome: Outcome, options: argparse.Namespace, machine: str, after: 
         "torch": torch.__version__,
         "versions": outcome.versions,
         "freed_memory_is_kept": memory.keeps_freed(),
+        "spare_memory_bytes": memory.spare(),
         "options": {name: getattr(options, name) for name in RECORDED},
         "shapes": {shape.name: asdict(shape) for shape in options.shape},
         "ceilings": ceilings.to_json(),

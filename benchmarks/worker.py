@@ -34,13 +34,13 @@ class Worker:
     def load(self, contestant: str, case: dict, threads: int, keep_freed: bool = False) -> dict:
         """Also takes the baseline of `peak`: before the weights, less what they must take."""
         self.case = Case.from_json(case)
-        if keep_freed:
-            memory.keep_freed(memory.spare_for([self.case.shape], DTYPES[self.case.dtype]))
         torch.set_num_threads(threads)
         found = find_contestant(contestant)
         reason = found.missing_here(self.case)
         if reason:
             raise RuntimeError(reason)
+        if keep_freed:
+            memory.keep_freed(memory.spare_for([self.case.shape], DTYPES[self.case.dtype]))
         gc.collect()
         before = memory.resident()
         layer = make_layer(self.case)

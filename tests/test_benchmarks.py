@@ -182,10 +182,10 @@ def test_kept_memory_is_not_faulted_in_again():
         import resource, sys, torch
         from benchmarks import memory
         if sys.argv[1] == "keep":
-            memory.keep_freed(256 << 20)
+            memory.keep_freed(512 << 20)
             assert memory.keeps_freed()
         faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        fill = lambda: torch.zeros(8 << 20, dtype=torch.uint8).fill_(1)
+        fill = lambda: torch.zeros(40 << 20, dtype=torch.uint8).fill_(1)
         fill()
         before = faults()
         for _ in range(10):

@@ -132,6 +132,7 @@ void tile(const KernelChoice& choice, const std::vector<ArrayPair>& segments, co
   args.accumulate = accumulate;
   require(!(weave || rows_of_first) || (lanes == k.vecs * k.lanes && args.panel_lanes == lanes),
           "only the widest tiles weave");
+  require(!(weave && rows_of_first), "weave and rows exclude each other");
   if (weave) {
     const Woven woven(k, *weave, args.segments[0].depth / k.pack * k.pack);
     args.weave = {woven.rows.data(), woven.rows.stride(0) * size_of(k.compute), woven.panel.mutable_data(),

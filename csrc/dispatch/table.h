@@ -6,11 +6,11 @@
 
 namespace moelora {
 
-// How drivers cut their loops. Values never change results, only where data waits.
+// How drivers cut their loops and where data waits. Results differ by rounding at most, never with the threads.
 struct Blocking {
   int64_t row_chunk;      // rows of one expert in a task; their packed panels share L2
   int64_t dot_rows;       // up to so many rows the dot orientation is faster
-  int64_t odd_rows;       // up to so many rows beyond a multiple of the lanes become dot products
+  int64_t odd_rows;       // up to so many rows beyond a multiple of half a vector become dot products
   int64_t thin_rows;      // up to so many rows, packed panels are as wide as the outputs
   int64_t thin_depth;     // and this deep; two of them fit L2
   int64_t segment;        // weight rows per accumulator block in the row orientation; the block stays in L2

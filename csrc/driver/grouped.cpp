@@ -15,7 +15,7 @@ void run_block(const KernelChoice& choice, const GroupedLinear& op, const BlockR
                Arena& arena) {
   if (range.row0 == range.row1 || range.out0 == range.out1) return;
   const int64_t rows = range.row1 - range.row0;
-  if (!uses_row_orientation(op) && rows <= choice.blocking.thin_rows)
+  if (!uses_row_orientation(op) && in_thin_passes(choice, range))
     thin_orientation_block(choice, op, range, sums, arena);
   else if (!uses_row_orientation(op))
     panel_orientation_block(choice, op, range, sums, arena);
@@ -73,12 +73,11 @@ void run_apart(const KernelChoice& choice, const GroupedLinear& op, const Runtim
       tasks.push_back({chunk.expert, chunk.row0, chunk.row1, border(piece, pieces, outputs, unit),
                        border(piece + 1, pieces, outputs, unit)});
   }
-  for_each_task(runtime, static_cast<int64_t>(tasks.size()), [&](int64_t i, Arena& arena) {
-    BlockRange& task = tasks[static_cast<size_t>(i)];
-    const size_t after = static_cast<size_t>(i + runtime.threads);
-    if (after < tasks.size()) task.next = &tasks[after];
-    run_block(choice, op, task, nullptr, arena);
-  });
+  // Threads take tasks in turn.
+  for (size_t i = 0, after = static_cast<size_t>(runtime.threads); after < tasks.size(); ++i, ++after)
+    tasks[i].next = &tasks[after];
+  for_each_task(runtime, static_cast<int64_t>(tasks.size()),
+                [&](int64_t i, Arena& arena) { run_block(choice, op, tasks[static_cast<size_t>(i)], nullptr, arena); });
   for (int64_t position = routing.routed(); position < routing.slots; ++position) {
     const int64_t bytes = outputs * size_of(op.out_dtype);
     std::memset(static_cast<char*>(op.out) + routing.row(op.out_order, position) * bytes, 0,

@@ -85,12 +85,6 @@ class Epilogue {
   int64_t bias_out0_ = 0;
 };
 
-const void** row_addresses(const Routing& routing, const RowsIn& in, int64_t row0, int64_t count, Arena& arena) {
-  const void** rows = arena.take_array<const void*>(count);
-  for (int64_t i = 0; i < count; ++i) rows[i] = in.matrix.at(routing.row(in.order, row0 + i), 0);
-  return rows;
-}
-
 // Some rows of one expert packed as lanes.
 struct LanePanel {
   int64_t first, rows;  // within the block
@@ -163,6 +157,66 @@ LeftRows x_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& ran
   return copied_rows(k, op.x.matrix, row_addresses(*op.routing, op.x, range.row0, rows, arena), rows, 0, depth, arena);
 }
 
+// Rows and weight rows both as they are. For few rows.
+class DotRows {
+ public:
+  DotRows(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range, Arena& arena)
+      : choice_(choice),
+        w_(op.w[range.expert]),
+        b_(op.u.data ? op.b[range.expert] : Matrix{}),
+        rows_(range.row1 - range.row0),
+        groups_(ceil_div(rows_, kMaxDotCols)) {
+    const Kernels& k = *choice.kernels;
+    x_ = x_rows(k, op, range, arena);
+    if (b_.data) u_ = left_rows(k, op.u, range.row0, rows_, 0, b_.cols, arena);
+    if (rows_) height_ = k.dot_rows[ceil_div(rows_, groups_) - 1];
+  }
+
+  // c: [rows][ldc] = outputs [out, out + width).  fetch: these weight rows are new to the caches.
+  void operator()(int64_t out, int64_t width, bool fetch, char* c, int64_t ldc, Arena& arena) const {
+    for (int64_t p = 0; p < w_.cols; p += choice_.blocking.depth)
+      for (int64_t i = 0; i < width; i += height_)
+        tile_row(out + i, min64(height_, width - i), p, fetch, c + i * accumulator_size(*choice_.kernels), ldc, arena);
+  }
+
+ private:
+  // Weight rows [out, out + height), one pass.
+  void tile_row(int64_t out, int64_t height, int64_t p, bool fetch, char* c, int64_t ldc, Arena& arena) const {
+    Arena::Scope scope(arena);
+    const Kernels& k = *choice_.kernels;
+    const int64_t steps = min64(choice_.blocking.depth, w_.cols - p), acc = accumulator_size(k);
+    const bool with_lora = b_.data && p + steps == w_.cols;
+    const LeftRows w_rows = left_rows(k, w_, out, height, p, steps, arena);
+    const LeftRows b_rows = with_lora ? left_rows(k, b_, out, height, 0, b_.cols, arena) : LeftRows{};
+    for (int64_t g = 0; g < groups_; ++g) {
+      const int64_t first = g * rows_ / groups_, cols = (g + 1) * rows_ / groups_ - first;
+      const DotSegment base{w_rows.data, w_rows.stride, x_.at(first, p * size_of(k.compute)), x_.stride, steps};
+      const DotSegment lora{b_rows.data, b_rows.stride, u_.at(first, 0), u_.stride, b_.cols};
+      k.dot_tile({{base, lora},
+                  with_lora ? 2 : 1,
+                  static_cast<int>(height),
+                  static_cast<int>(cols),
+                  c + first * ldc * acc,
+                  ldc,
+                  p > 0,
+                  fetch && g == 0 ? next_rows(w_, out, height, p, steps) : Ahead{}});
+    }
+  }
+
+  const KernelChoice& choice_;
+  const Matrix w_, b_;
+  const int64_t rows_, groups_;
+  int64_t height_ = 1;
+  LeftRows x_{}, u_{};
+};
+
+// Rows at the end of a block that would be lanes of a vector mostly empty.
+int64_t odd_rows(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range) {
+  const Kernels& k = *choice.kernels;
+  const int64_t odd = (range.row1 - range.row0) % k.lane_step();
+  return k.dot_tile && rows_in_place(k, op.w[range.expert]) && odd <= choice.blocking.odd_rows ? odd : 0;
+}
+
 // All rows of the block times panels of weights, each packed once. Where the kernels weave, by tiles on the way: those
 // of the panel before, or the panel's own first one.
 class PanelPass {
@@ -176,8 +230,7 @@ class PanelPass {
   static Part first_part(const KernelChoice& choice, const GroupedLinear& op, const BlockRange* block) {
     if (block == nullptr) return {};
     const int64_t widest = choice.kernels->lanes * choice.kernels->vecs, outputs = block->out1 - block->out0;
-    if (block->row1 - block->row0 <= choice.blocking.thin_rows)
-      return {block->expert, block->out0, outputs, 0, choice.blocking.thin_depth};
+    if (in_thin_passes(choice, *block)) return {block->expert, block->out0, outputs, 0, choice.blocking.thin_depth};
     return {block->expert, block->out0, min64(widest, outputs), 0, min64(choice.blocking.depth, op.w.cols)};
   }
 
@@ -277,70 +330,20 @@ class PanelPass {
 
 }  // namespace
 
+const void** row_addresses(const Routing& routing, const RowsIn& in, int64_t row0, int64_t count, Arena& arena) {
+  const void** rows = arena.take_array<const void*>(count);
+  for (int64_t i = 0; i < count; ++i) rows[i] = in.matrix.at(routing.row(in.order, row0 + i), 0);
+  return rows;
+}
+
+bool in_thin_passes(const KernelChoice& choice, const BlockRange& block) {
+  return block.row1 - block.row0 <= choice.blocking.thin_rows;
+}
+
 bool uses_row_orientation(const GroupedLinear& op) { return op.w.col_stride == 1 || op.w.cols == 1; }
 
 int64_t segment_width(const KernelChoice& choice, const GroupedLinear& op) {
   return uses_row_orientation(op) ? choice.blocking.segment : choice.kernels->lanes * choice.kernels->vecs;
-}
-
-// Rows and weight rows both as they are. For few rows.
-class DotRows {
- public:
-  DotRows(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range, Arena& arena)
-      : choice_(choice),
-        w_(op.w[range.expert]),
-        b_(op.u.data ? op.b[range.expert] : Matrix{}),
-        rows_(range.row1 - range.row0),
-        groups_(ceil_div(rows_, kMaxDotCols)) {
-    const Kernels& k = *choice.kernels;
-    x_ = x_rows(k, op, range, arena);
-    if (b_.data) u_ = left_rows(k, op.u, range.row0, rows_, 0, b_.cols, arena);
-    if (rows_) height_ = k.dot_rows[ceil_div(rows_, groups_) - 1];
-  }
-
-  // c: [rows][ldc] = outputs [out, out + width).  fetch: these weight rows are new to the caches.
-  void operator()(int64_t out, int64_t width, bool fetch, char* c, int64_t ldc, Arena& arena) const {
-    for (int64_t p = 0; p < w_.cols; p += choice_.blocking.depth)
-      for (int64_t i = 0; i < width; i += height_)
-        tile_row(out + i, min64(height_, width - i), p, fetch, c + i * accumulator_size(*choice_.kernels), ldc, arena);
-  }
-
- private:
-  // Weight rows [out, out + height), one pass.
-  void tile_row(int64_t out, int64_t height, int64_t p, bool fetch, char* c, int64_t ldc, Arena& arena) const {
-    Arena::Scope scope(arena);
-    const Kernels& k = *choice_.kernels;
-    const int64_t steps = min64(choice_.blocking.depth, w_.cols - p), acc = accumulator_size(k);
-    const bool with_lora = b_.data && p + steps == w_.cols;
-    const LeftRows w_rows = left_rows(k, w_, out, height, p, steps, arena);
-    const LeftRows b_rows = with_lora ? left_rows(k, b_, out, height, 0, b_.cols, arena) : LeftRows{};
-    for (int64_t g = 0; g < groups_; ++g) {
-      const int64_t first = g * rows_ / groups_, cols = (g + 1) * rows_ / groups_ - first;
-      const DotSegment base{w_rows.data, w_rows.stride, x_.at(first, p * size_of(k.compute)), x_.stride, steps};
-      const DotSegment lora{b_rows.data, b_rows.stride, u_.at(first, 0), u_.stride, b_.cols};
-      k.dot_tile({{base, lora},
-                  with_lora ? 2 : 1,
-                  static_cast<int>(height),
-                  static_cast<int>(cols),
-                  c + first * ldc * acc,
-                  ldc,
-                  p > 0,
-                  fetch && g == 0 ? next_rows(w_, out, height, p, steps) : Ahead{}});
-    }
-  }
-
-  const KernelChoice& choice_;
-  const Matrix w_, b_;
-  const int64_t rows_, groups_;
-  int64_t height_ = 1;
-  LeftRows x_{}, u_{};
-};
-
-// Rows at the end of a block that would be lanes of a vector mostly empty.
-int64_t odd_rows(const KernelChoice& choice, int64_t rows) {
-  const Kernels& k = *choice.kernels;
-  const int64_t odd = rows % k.lane_step();
-  return k.dot_tile && odd <= choice.blocking.odd_rows ? odd : 0;
 }
 
 // W[e]: [outputs, depth] rows in place.  x packed: [depth/pack][lanes][pack].  C: [segment][lanes], then transposed.
@@ -351,7 +354,7 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
   const Kernels& k = *choice.kernels;
   const Epilogue epilogue(choice, op, range, sums, arena);
   const int64_t depth = op.w.cols, acc = accumulator_size(k), segment = choice.blocking.segment;
-  const int64_t widest = k.lanes * k.vecs, odd = odd_rows(choice, range.row1 - range.row0);
+  const int64_t widest = k.lanes * k.vecs, odd = odd_rows(choice, op, range);
   BlockRange even = range, rest = range;
   even.row1 = rest.row0 = range.row1 - odd;
   const int64_t count = panel_count(k, even.row1 - even.row0);

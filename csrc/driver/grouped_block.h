@@ -36,6 +36,11 @@ void thin_orientation_block(const KernelChoice& choice, const GroupedLinear& op,
 // Outputs per accumulator block; also the width of one part of ⟨row, dot⟩.
 int64_t segment_width(const KernelChoice& choice, const GroupedLinear& op);
 bool uses_row_orientation(const GroupedLinear& op);
+// Of the blocks in the panel orientation.
+bool in_thin_passes(const KernelChoice& choice, const BlockRange& block);
+
+// Addresses of column 0 of rows [row0, row0 + count) in grouped order.
+const void** row_addresses(const Routing& routing, const RowsIn& in, int64_t row0, int64_t count, Arena& arena);
 
 inline DType accumulator_type(const Kernels& k) { return k.compute == DType::f64 ? DType::f64 : DType::f32; }
 inline int64_t accumulator_size(const Kernels& k) { return size_of(accumulator_type(k)); }

@@ -25,11 +25,9 @@ void pack_left(const Kernels& k, const GroupedOuter& op, const OuterRange& range
   Arena::Scope scope(arena);
   const Routing& routing = *op.routing;
   const Matrix& m = op.left.matrix;
-  const void** from = arena.take_array<const void*>(rows);
+  const void** from = row_addresses(routing, op.left, row0, rows, arena);
   char* factors = op.gates ? static_cast<char*>(arena.take(rows * accumulator_size(k))) : nullptr;
-  for (int64_t r = 0; r < rows; ++r) {
-    from[r] = m.at(routing.row(op.left.order, row0 + r), 0);
-    if (factors == nullptr) continue;
+  for (int64_t r = 0; factors && r < rows; ++r) {
     const double gate = op.gates[routing.sorted_scattered_idxs[row0 + r]];
     if (k.compute == DType::f64)
       reinterpret_cast<double*>(factors)[r] = gate;
@@ -84,9 +82,7 @@ struct PanelSource {
 
 PanelSource panel_source(const GroupedOuter& op, int64_t row0, int64_t count, int64_t first, int64_t columns,
                          Arena& arena) {
-  const void** rows = arena.take_array<const void*>(count);
-  for (int64_t r = 0; r < count; ++r) rows[r] = op.right.matrix.at(op.routing->row(op.right.order, row0 + r), 0);
-  return {rows, count, first, columns};
+  return {row_addresses(*op.routing, op.right, row0, count, arena), count, first, columns};
 }
 
 // The part of it that the i-th of `tiles` fetches.

@@ -100,7 +100,8 @@ struct Fetcher {
 
   Fetcher(const moelora::Ahead& args, int64_t steps, int64_t n_turns)
       : ahead(args), lines((args.bytes + 63) / 64), left(lines_of(args)), turns(steps, n_turns) {
-    per_turn = steps > 0 ? (left * turns.every + steps - 1) / steps : 0;
+    const int64_t n = turns.every > 0 ? steps / turns.every : 0;
+    per_turn = n > 0 ? (left + n - 1) / n : 0;
     if (left > 0) start_run();
   }
 

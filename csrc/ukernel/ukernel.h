@@ -60,7 +60,7 @@ struct Ahead {
 
 // Rows of a panel that later tiles will read, to be packed on the way: `depth` rows of the widest tile's lanes, in the
 // compute type. A multiple of `pack`, and at most the first segment's depth. Only where a kernel set weaves, by tiles
-// as wide as they get, without a half vector.
+// as wide as they get, without a half vector, whose own panel is there.
 struct Weave {
   const void* rows = nullptr;
   int64_t rows_stride = 0;  // bytes
