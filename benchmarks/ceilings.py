@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,14 @@ class Ceilings:
 
     def to_json(self) -> dict:
         return asdict(self)
+
+    @classmethod
+    def median(cls, found: list[Ceilings]) -> Ceilings:
+        return replace(
+            found[0],
+            rate=statistics.median(c.rate for c in found),
+            bandwidth=statistics.median(c.bandwidth for c in found),
+        )
 
 
 def machine_name(device: str) -> str:

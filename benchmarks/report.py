@@ -65,10 +65,10 @@ def _times(row: Row) -> list[str]:
     return [_ms(t.median), f"{_ms(t.minimum)} | {_ms(t.first_quartile)}–{_ms(t.third_quartile)}"]
 
 
-def _limits(row: Row, ceilings: Ceilings) -> list[str]:
-    scale, _ = _rate_unit(ceilings)
+def _limits(row: Row) -> list[str]:
+    scale, _ = _rate_unit(row.ceilings)
     rate = f"{row.flops / row.timing.median / scale:.3g}" if row.flops else ""
-    return [_ms(row.floor), rate, _share(row.of_peak(ceilings)), _share(row.of_bandwidth(ceilings))]
+    return [_ms(row.floor), rate, _share(row.of_peak), _share(row.of_bandwidth)]
 
 
 def _against_balanced(rows: list[Row]) -> dict[int, float]:
@@ -92,7 +92,7 @@ def show_layer(console: Console, rows: list[Row], ceilings: Ceilings) -> None:
         for row in group:
             forward, backward = row.timing.phases
             cells = [str(row.case.tokens), str(row.case.rank), row.case.routing, row.contestant, *_times(row)]
-            cells += [f"{_ms(forward)} + {_ms(backward)}", *_limits(row, ceilings)]
+            cells += [f"{_ms(forward)} + {_ms(backward)}", *_limits(row)]
             cells.append("" if row.memory is None else f"{row.memory / 1e9:.2f}")
             table.add_row(*cells, *([f"{ratios[id(row)]:.2f}"] if id(row) in ratios else []))
         table.add_section()
@@ -109,7 +109,7 @@ def show_operators(console: Console, rows: list[Row], ceilings: Ceilings) -> Non
         for row in group:
             case = row.case
             cells = [str(case.tokens), str(case.rank), case.routing, row.part, row.contestant]
-            table.add_row(*cells, *_times(row), *_limits(row, ceilings))
+            table.add_row(*cells, *_times(row), *_limits(row))
         table.add_section()
     console.print(table)
 

@@ -54,7 +54,7 @@ def as_json(outcome: Outcome, options: argparse.Namespace, machine: str, after: 
         "shapes": {shape.name: asdict(shape) for shape in options.shape},
         "ceilings": ceilings.to_json(),
         "ceilings_at_the_end": after.to_json(),
-        "rows": [row.to_json(ceilings) for row in outcome.rows],
+        "rows": [row.to_json() for row in outcome.rows],
         "checks": checks,
         "left_out": [dict(zip(named, note, strict=True)) for note in outcome.left_out],
         "broken": [dict(zip(named, map(_first_line, note), strict=True)) for note in outcome.broken],

@@ -22,17 +22,24 @@ class Row:
     timing: Timing
     flops: int  # of the base products; of the operator itself where it has none
     moved: int  # bytes that must be read or written at least
-    floor: float  # seconds: the larger of flops / rate and moved / bandwidth
+    ceilings: Ceilings  # measured in turn with the contestants
     active_experts: int | None = None
     memory: int | None = None  # peak bytes beyond the weights
 
-    def of_peak(self, ceilings: Ceilings) -> float:
-        return self.flops / self.timing.median / ceilings.rate
+    @property
+    def floor(self) -> float:
+        """Seconds."""
+        return max(self.flops / self.ceilings.rate, self.moved / self.ceilings.bandwidth)
 
-    def of_bandwidth(self, ceilings: Ceilings) -> float:
-        return self.moved / self.timing.median / ceilings.bandwidth
+    @property
+    def of_peak(self) -> float:
+        return self.flops / self.timing.median / self.ceilings.rate
 
-    def to_json(self, ceilings: Ceilings) -> dict:
+    @property
+    def of_bandwidth(self) -> float:
+        return self.moved / self.timing.median / self.ceilings.bandwidth
+
+    def to_json(self) -> dict:
         case = self.case.to_json()
         shape = case.pop("shape")
         del case["check_rows"], case["seed"], case["device"]
@@ -45,16 +52,14 @@ class Row:
             "flops": self.flops,
             "bytes": self.moved,
             "active_experts": self.active_experts,
+            "ceiling_flops_per_second": self.ceilings.rate,
+            "ceiling_bytes_per_second": self.ceilings.bandwidth,
             "floor_seconds": self.floor,
             "flops_per_second": self.flops / self.timing.median,
-            "share_of_peak": self.of_peak(ceilings),
-            "share_of_bandwidth": self.of_bandwidth(ceilings),
+            "share_of_peak": self.of_peak,
+            "share_of_bandwidth": self.of_bandwidth,
             "peak_memory_beyond_weights_bytes": self.memory,
         }
-
-
-def floor_seconds(flops: int, moved: int, ceilings: Ceilings) -> float:
-    return max(flops / ceilings.rate, moved / ceilings.bandwidth)
 
 
 def count_active(expert_idxs: Tensor) -> int:
@@ -67,12 +72,10 @@ def layer_row(
     """Forward and backward of the whole layer: each active expert's weights are read once in each."""
     flops = case.shape.base_flops(case.tokens)
     moved = 2 * active * case.shape.weights_per_expert * DTYPES[case.dtype].itemsize
-    floor = floor_seconds(flops, moved, ceilings)
-    return Row("layer", case, contestant, timing, flops, moved, floor, active, memory)
+    return Row("layer", case, contestant, timing, flops, moved, ceilings, active, memory)
 
 
 def operator_row(
     part: str, case: Case, contestant: str, timing: Timing, call: Call, ceilings: Ceilings
 ) -> Row:
-    floor = floor_seconds(call.flops, call.moved, ceilings)
-    return Row(part, case, contestant, timing, call.flops, call.moved, floor)
+    return Row(part, case, contestant, timing, call.flops, call.moved, ceilings)

@@ -14,12 +14,13 @@ from .layer import DTYPES
 from .suite import Suite
 
 WIDTH = 150  # of tables that go to a file
+TURN_SECONDS = 0.1  # for each ceiling, between the contestants' turns
 DRIFT = 0.07  # a larger change of the ceilings is reported
 
 
-def _measure(opts: argparse.Namespace) -> ceilings.Ceilings:
+def _measure(opts: argparse.Namespace, seconds: float = 1.0) -> ceilings.Ceilings:
     given = (value and value * 1e9 for value in (opts.rate, opts.bandwidth))
-    return ceilings.measure(opts.dtype, opts.device, opts.threads, *given)
+    return ceilings.measure(opts.dtype, opts.device, opts.threads, *given, seconds)
 
 
 def _show_drift(console: Console, first: ceilings.Ceilings, after: ceilings.Ceilings) -> None:
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if memory.keeps_freed():
         console.print("freed memory stays with the process: --fresh-memory for malloc's default")
     with console.status("") as status:
-        outcome = Suite(opts, limits, status.update).run()
+        outcome = Suite(opts, limits, lambda: _measure(opts, TURN_SECONDS), status.update).run()
     report.show(console, outcome)
     after = _measure(opts)
     _show_drift(console, limits, after)

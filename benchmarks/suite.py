@@ -68,8 +68,15 @@ class Entrant:
 class Suite:
     """Runs what the options ask for. `say` is told what is going on."""
 
-    def __init__(self, options: argparse.Namespace, ceilings: Ceilings, say: Callable[[str], None]) -> None:
-        self.options, self.say = options, say
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        ceilings: Ceilings,
+        measure: Callable[[], Ceilings],
+        say: Callable[[str], None],
+    ) -> None:
+        """measure: the ceilings once more, in a short time."""
+        self.options, self.measure, self.say = options, measure, say
         self.outcome = Outcome(ceilings)
 
     def run(self) -> Outcome:
@@ -171,17 +178,24 @@ class Suite:
         names = [entrant.name for entrant in able]
         entries = {key: run for key, run in steps.items() if key[0] in names}
         self.say(f"{_label(case)}: timing {', '.join(names)}")
-        times = timing.interleave(entries, o.repeats, o.warmups)
+        times, ceilings = self._interleave(entries)
         rows = []
         for routing, batch in batches.items():
             active = count_active(batch.expert_idxs)
             for entrant in able:
                 taken = times[entrant.name, routing]
-                row = layer_row(batch.case, entrant.name, taken, active, self.outcome.ceilings)
+                row = layer_row(batch.case, entrant.name, taken, active, ceilings)
                 if case.device == "cuda":
                     row.memory = memory.cuda_peak(layer, batch, entrant.runner, entrant.held)
                 rows.append(row)
         return rows
+
+    def _interleave(self, entries: dict) -> tuple[dict, Ceilings]:
+        """Times of everyone, and the ceilings as they were meanwhile."""
+        found: list[Ceilings] = []
+        o = self.options
+        times = timing.interleave(entries, o.repeats, o.warmups, lambda: found.append(self.measure()))
+        return times, Ceilings.median(found)
 
     def _peak_memory(self, row: Row) -> int | None:
         case, name = row.case, row.contestant
@@ -215,9 +229,9 @@ class Suite:
             got = self._attempt(case, name, lambda run=implementation: operators.outputs(checked, run))
             if got is not None and self._judge(case.for_check(), part, name, correctness.errors(got, want)):
                 entries[name] = _operator_step(timed, implementation, layer.weights["down"].device)
-        times = timing.interleave(entries, self.options.repeats, self.options.warmups)
+        times, ceilings = self._interleave(entries)
         for name, taken in times.items():
-            self.outcome.rows.append(operator_row(part, case, name, taken, timed, self.outcome.ceilings))
+            self.outcome.rows.append(operator_row(part, case, name, taken, timed, ceilings))
 
 
 def _label(case: Case) -> str:

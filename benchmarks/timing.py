@@ -34,9 +34,12 @@ def interleave(
     entries: dict[Hashable, Callable[[], Sample]],
     repeats: int,
     warmups: int,
-    progress: Callable[[], None] = lambda: None,
+    after_turn: Callable[[], None] = lambda: None,
 ) -> dict[Hashable, Timing]:
-    """Times every entry `repeats` times in turn, after `warmups` turns that do not count."""
+    """Times every entry `repeats` times in turn, after `warmups` turns that do not count.
+
+    after_turn is called after every turn that counts.
+    """
     samples: dict[Hashable, list[Sample]] = {key: [] for key in entries}
     gc.collect()
     gc.disable()  # a collection would land on whoever happens to be running
@@ -46,7 +49,8 @@ def interleave(
                 sample = step()
                 if turn >= warmups:
                     samples[key].append(sample)
-                progress()
+            if turn >= warmups:
+                after_turn()
     finally:
         gc.enable()
     return {key: Timing.of(taken) for key, taken in samples.items()}
