@@ -195,7 +195,7 @@ class Suite:
         found: list[Ceilings] = []
         o = self.options
         times = timing.interleave(entries, o.repeats, o.warmups, lambda: found.append(self.measure()))
-        return times, Ceilings.median(found)
+        return times, Ceilings.meanwhile(found)
 
     def _peak_memory(self, row: Row) -> int | None:
         case, name = row.case, row.contestant
