@@ -265,8 +265,8 @@ class PanelPass {
     if (!woven_ && !weave_now) pack_panel(k_, w_, now.out, now.width, now.p0, steps, panel, lanes, arena);
     if (with_lora) pack_panel(k_, b_, now.out, now.width, 0, b_.cols, b_panel_, lanes, arena);
     const int64_t busy = weave_now, weavers = tiles - busy;
-    const bool weave_next =
-        lanes == k_.lanes * k_.vecs && weaves(next) && (next.p1 - next.p0) / k_.pack <= weavers * (steps / k_.pack);
+    const bool weave_next = weavers > 0 && lanes == k_.lanes * k_.vecs && weaves(next) &&
+                            (next.p1 - next.p0) / k_.pack <= weavers * (steps / k_.pack);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = t * rows_ / tiles, tile_rows = (t + 1) * rows_ / tiles - row;
       Segment base{x_.at(row, now.p0 * size_of(k_.compute)), x_.stride, panel, steps};

@@ -187,6 +187,7 @@ void run_grouped_outer(const KernelChoice& choice, const GroupedOuter& op, const
   std::stable_sort(tasks.begin(), tasks.end(),
                    [&](const OuterRange& a, const OuterRange& c) { return rows(a) > rows(c); });
   for_each_task(runtime, static_cast<int64_t>(tasks.size()), [&](int64_t i, Arena& arena) {
+    // Threads take tasks in turn.
     const size_t task = static_cast<size_t>(i), after = static_cast<size_t>(i + runtime.threads);
     outer_block(choice, op, tasks[task], after < tasks.size() ? &tasks[after] : nullptr, arena);
   });
