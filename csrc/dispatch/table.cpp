@@ -19,41 +19,141 @@ constexpr int64_t kCombine = int64_t{24} << 20;
 // Best first for every dtype.
 // fp32 sums are cut every 512 steps to keep rounding at the level of short sums; bf16 needs no such cut.
 const Row kRows[] = {
-// row_chunk dot_rows odd_rows thin_rows thin_depth segment depth outputs combine_bytes token_chunk
-// outer_rows outer_cols outer_depth, as in table.h
 #ifdef MOELORA_BUILT_amx_bf16
     // Depths are multiples of 32, a tile's. Caches: 2 MB of L2.
-    {Isa::amx_bf16,
-     bf16_kernels_amx_bf16,
-     {true, false, false, false},
-     {256, 0, 0, 0, 128, 64, 4096, 2048, kCombine, 4096, 256, 256, 512}},
+    {
+        .isa = Isa::amx_bf16,
+        .kernels = bf16_kernels_amx_bf16,
+        .takes = {true, false, false, false},
+        .blocking =
+            {
+                .row_chunk = 256,
+                .dot_rows = 0,
+                .odd_rows = 0,
+                .thin_rows = 0,
+                .thin_depth = 128,
+                .segment = 64,
+                .depth = 4096,
+                .outputs = 2048,
+                .combine_bytes = kCombine,
+                .token_chunk = 4096,
+                .outer_rows = 256,
+                .outer_cols = 256,
+                .outer_depth = 512,
+            },
+    },
 #endif
 #ifdef MOELORA_BUILT_avx512_bf16
-    {Isa::avx512_bf16,
-     bf16_kernels_avx512_bf16,
-     {true, false, false, false},
-     {192, 8, 4, 32, 64, 48, 2048, 2048, kCombine, 4096, 192, 256, 512}},
+    {
+        .isa = Isa::avx512_bf16,
+        .kernels = bf16_kernels_avx512_bf16,
+        .takes = {true, false, false, false},
+        .blocking =
+            {
+                .row_chunk = 192,
+                .dot_rows = 8,
+                .odd_rows = 4,
+                .thin_rows = 32,
+                .thin_depth = 64,
+                .segment = 48,
+                .depth = 2048,
+                .outputs = 2048,
+                .combine_bytes = kCombine,
+                .token_chunk = 4096,
+                .outer_rows = 192,
+                .outer_cols = 256,
+                .outer_depth = 512,
+            },
+    },
 #endif
 #ifdef MOELORA_BUILT_avx512
-    {Isa::avx512,
-     f32_kernels_avx512,
-     {true, true, true, false},
-     {128, 8, 4, 32, 64, 48, 512, 2048, kCombine, 4096, 96, 256, 512}},
+    {
+        .isa = Isa::avx512,
+        .kernels = f32_kernels_avx512,
+        .takes = {true, true, true, false},
+        .blocking =
+            {
+                .row_chunk = 128,
+                .dot_rows = 8,
+                .odd_rows = 4,
+                .thin_rows = 32,
+                .thin_depth = 64,
+                .segment = 48,
+                .depth = 512,
+                .outputs = 2048,
+                .combine_bytes = kCombine,
+                .token_chunk = 4096,
+                .outer_rows = 96,
+                .outer_cols = 256,
+                .outer_depth = 512,
+            },
+    },
 #endif
 #ifdef MOELORA_BUILT_avx2
-    {Isa::avx2,
-     f32_kernels_avx2,
-     {true, true, true, false},
-     {96, 0, 0, 32, 64, 48, 512, 2048, kCombine, 4096, 96, 256, 512}},
+    {
+        .isa = Isa::avx2,
+        .kernels = f32_kernels_avx2,
+        .takes = {true, true, true, false},
+        .blocking =
+            {
+                .row_chunk = 96,
+                .dot_rows = 0,
+                .odd_rows = 0,
+                .thin_rows = 32,
+                .thin_depth = 64,
+                .segment = 48,
+                .depth = 512,
+                .outputs = 2048,
+                .combine_bytes = kCombine,
+                .token_chunk = 4096,
+                .outer_rows = 96,
+                .outer_cols = 256,
+                .outer_depth = 512,
+            },
+    },
 #endif
-    {Isa::portable,
-     f32_kernels_portable,
-     {true, true, true, false},
-     {64, 0, 0, 32, 64, 48, 512, 2048, kCombine, 4096, 96, 128, 512}},
-    {Isa::portable,
-     f64_kernels_portable,
-     {false, false, false, true},
-     {64, 0, 0, 32, 64, 48, 512, 2048, kCombine, 4096, 96, 128, 512}},
+    {
+        .isa = Isa::portable,
+        .kernels = f32_kernels_portable,
+        .takes = {true, true, true, false},
+        .blocking =
+            {
+                .row_chunk = 64,
+                .dot_rows = 0,
+                .odd_rows = 0,
+                .thin_rows = 32,
+                .thin_depth = 64,
+                .segment = 48,
+                .depth = 512,
+                .outputs = 2048,
+                .combine_bytes = kCombine,
+                .token_chunk = 4096,
+                .outer_rows = 96,
+                .outer_cols = 128,
+                .outer_depth = 512,
+            },
+    },
+    {
+        .isa = Isa::portable,
+        .kernels = f64_kernels_portable,
+        .takes = {false, false, false, true},
+        .blocking =
+            {
+                .row_chunk = 64,
+                .dot_rows = 0,
+                .odd_rows = 0,
+                .thin_rows = 32,
+                .thin_depth = 64,
+                .segment = 48,
+                .depth = 512,
+                .outputs = 2048,
+                .combine_bytes = kCombine,
+                .token_chunk = 4096,
+                .outer_rows = 96,
+                .outer_cols = 128,
+                .outer_depth = 512,
+            },
+    },
 };
 
 bool usable(Isa isa) {

@@ -1,5 +1,5 @@
+#include "driver/block.h"
 #include "driver/gradients.h"
-#include "driver/grouped_block.h"
 #include "driver/lora_pack.h"
 #include "driver/outer.h"
 

@@ -1,7 +1,7 @@
 // The operators over plain memory: what ops/ and the tests call. Shapes and meanings as in the operator schemas.
 #pragma once
 
-#include "core/views.h"
+#include "core/weights.h"
 #include "dispatch/table.h"
 #include "driver/runtime.h"
 
@@ -32,7 +32,7 @@ struct Lora {
 struct Forward {
   Routing routing;
   RowsIn x;  // grouped or token
-  Experts weight;
+  Weights weight;
   Lora lora;
   Matrix bias;          // [E, N] or no data
   const double* gates;  // [S] by slot, or null
@@ -44,7 +44,7 @@ void forward(const KernelChoice& choice, const Forward& op, const Runtime& runti
 struct InputGradient {
   Routing routing;
   RowsIn dy;  // grouped, scattered, or token where gates are given
-  Experts weight;
+  Weights weight;
   Lora lora;
   Matrix bias;
   const double* gates;

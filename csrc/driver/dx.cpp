@@ -1,7 +1,7 @@
 #include <cstring>
 
+#include "driver/block.h"
 #include "driver/gradients.h"
-#include "driver/grouped_block.h"
 
 namespace moelora {
 namespace {

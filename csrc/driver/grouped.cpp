@@ -6,7 +6,8 @@
 #include <thread>
 #include <vector>
 
-#include "driver/grouped_block.h"
+#include "driver/block.h"
+#include "driver/weight_tiles.h"
 
 namespace moelora {
 namespace {
@@ -40,7 +41,7 @@ int64_t task_pieces(const KernelChoice& choice, const GroupedLinear& op, const R
   for (int64_t e = 0; e < routing.experts; ++e) used += routing.begin(e) < routing.end(e);
   const int64_t balanced = ceil_div(kTasksPerThread * runtime.threads, max64(1, used));
   if (routing.routed() <= used * choice.blocking.thin_rows) return balanced;
-  return max64(balanced, ceil_div(op.w.rows, choice.blocking.outputs));
+  return max64(balanced, ceil_div(op.w.rows(), choice.blocking.outputs));
 }
 
 // Parts of an expert's rows that fit the caches together.
@@ -57,7 +58,7 @@ constexpr int64_t kTailShare = 8, kTailPieces = 4;
 // Rows stay apart: a task is a chunk of an expert's rows × a range of outputs, largest first.
 void run_apart(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime) {
   const Routing& routing = *op.routing;
-  const int64_t unit = segment_width(choice, op), outputs = op.w.rows, units = ceil_div(outputs, unit);
+  const int64_t unit = segment_width(choice, op), outputs = op.w.rows(), units = ceil_div(outputs, unit);
   const int64_t wanted = task_pieces(choice, op, runtime);
   std::vector<BlockRange> chunks, tasks;
   for (int64_t e = 0; e < routing.experts; ++e) add_row_chunks(choice, e, routing.begin(e), routing.end(e), chunks);
@@ -98,7 +99,7 @@ std::pair<int64_t, int64_t> rows_of_tokens(const Routing& routing, int64_t e, in
 // Few rows in all: every row by itself first, in slot order, then each token's rows are added in that order.
 void run_combined(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime) {
   const Kernels& k = *choice.kernels;
-  const int64_t outputs = op.w.rows, top_k = op.routing->top_k, pitch = outputs * accumulator_size(k);
+  const int64_t outputs = op.w.rows(), top_k = op.routing->top_k, pitch = outputs * accumulator_size(k);
   Arena& arena = runtime.arena();
   Arena::Scope scope(arena);
   char* rows = static_cast<char*>(arena.take(op.routing->slots * pitch));
@@ -123,7 +124,7 @@ class SummedJobs {
   SummedJobs(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime)
       : choice_(choice), op_(op), k_(*choice.kernels), unit_(segment_width(choice, op)) {
     const Routing& routing = *op.routing;
-    const int64_t outputs = op.w.rows, tokens = routing.tokens(), units = ceil_div(outputs, unit_);
+    const int64_t outputs = op.w.rows(), tokens = routing.tokens(), units = ceil_div(outputs, unit_);
     const int64_t token_chunks = routing.stable ? max64(1, ceil_div(tokens, choice.blocking.token_chunk)) : 1;
     const int64_t wanted = max64(2 * runtime.threads, ceil_div(4 * outputs, choice.blocking.outputs));
     pieces_ = max64(1, min64(units, round_up(wanted, runtime.threads)));
@@ -182,7 +183,7 @@ class SummedJobs {
   }
 
   void run_step(const TokenChunk& chunk, int64_t piece, int64_t step, int64_t seat, Arena& arena) const {
-    const int64_t outputs = op_.w.rows, acc = accumulator_size(k_);
+    const int64_t outputs = op_.w.rows(), acc = accumulator_size(k_);
     const int64_t out0 = border(piece, pieces_, outputs, unit_), out1 = border(piece + 1, pieces_, outputs, unit_);
     const int64_t width = out1 - out0;
     const TokenSums sums{sums_ + seat * sum_bytes_, chunk.token0, width, out0};
@@ -224,15 +225,25 @@ void run_summed(const KernelChoice& choice, const GroupedLinear& op, const Runti
 
 }  // namespace
 
+bool in_thin_passes(const KernelChoice& choice, const BlockRange& block) {
+  return block.row1 - block.row0 <= choice.blocking.thin_rows;
+}
+
+bool uses_row_orientation(const GroupedLinear& op) { return rows_are_contiguous(op.w); }
+
+int64_t segment_width(const KernelChoice& choice, const GroupedLinear& op) {
+  return uses_row_orientation(op) ? choice.blocking.segment : choice.kernels->lanes * choice.kernels->vecs;
+}
+
 int64_t dot_part_count(const KernelChoice& choice, const GroupedLinear& op) {
-  return ceil_div(op.w.rows, segment_width(choice, op));
+  return ceil_div(op.w.rows(), segment_width(choice, op));
 }
 
 void run_grouped_linear(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime) {
-  if (op.routing->slots == 0 || op.w.rows == 0) return;
+  if (op.routing->slots == 0 || op.w.rows() == 0) return;
   if (op.out_order != RowOrder::token)
     run_apart(choice, op, runtime);
-  else if (op.routing->slots * op.w.rows * accumulator_size(*choice.kernels) <= choice.blocking.combine_bytes)
+  else if (op.routing->slots * op.w.rows() * accumulator_size(*choice.kernels) <= choice.blocking.combine_bytes)
     run_combined(choice, op, runtime);
   else
     run_summed(choice, op, runtime);
@@ -243,7 +254,7 @@ Matrix run_projection(const KernelChoice& choice, const Projection& op, Arena& a
   void* u = arena.take(slots * rank * size_of(op.u_dtype));
   GroupedLinear linear{.routing = op.routing,
                        .x = op.x,
-                       .w = op.a,
+                       .w = {op.a},
                        .u = {},
                        .b = {},
                        .bias = {},

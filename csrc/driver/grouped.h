@@ -1,7 +1,7 @@
 // The contraction behind forward, dX and the rank-sized products: every expert's rows times that expert's matrix.
 #pragma once
 
-#include "core/views.h"
+#include "core/weights.h"
 #include "dispatch/table.h"
 #include "driver/runtime.h"
 
@@ -15,7 +15,7 @@ namespace moelora {
 struct GroupedLinear {
   const Routing* routing;
   RowsIn x;   // [.., depth]
-  Experts w;  // [E, outputs, depth]
+  Weights w;  // [E, outputs, depth]
 
   Matrix u;   // [S, rank], grouped order, or no data
   Experts b;  // [E, outputs, rank]

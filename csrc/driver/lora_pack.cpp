@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "formats/dense.h"
+#include "driver/strided.h"
 
 namespace moelora {
 namespace {

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "driver/grouped_block.h"
-#include "formats/dense.h"
+#include "driver/block.h"
+#include "driver/strided.h"
 
 namespace moelora {
 namespace {

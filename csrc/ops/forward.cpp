@@ -25,7 +25,7 @@ Tensor scatter_lora(Tensor x, Tensor weight, Tensor sorted_scattered_idxs, Tenso
   forward(kernels_for(dtype_of(x)),
           {.routing = r,
            .x = {matrix_of(x), x_grouped ? RowOrder::grouped : RowOrder::token},
-           .weight = experts_of(weight),
+           .weight = {experts_of(weight)},
            .lora = lora_of(lora_a, lora_b, scaling),
            .bias = matrix_of(bias),
            .gates = gates_of(gates, by_slot),

@@ -21,7 +21,7 @@ InputGradientResult new_input_gradient(const GradientArgs& args, const Tensor& w
   const RowOrder x_order = order_of_x(args.x_grouped);
   const InputGradient op{.routing = r,
                          .dy = args.dy_rows(),
-                         .weight = experts_of(weight),
+                         .weight = {experts_of(weight)},
                          .lora = lora,
                          .bias = matrix_of(bias),
                          .gates = args.gates,

@@ -1,4 +1,4 @@
-// Plain strided weights in the storage types: rows serve in place where they can, else a tile is unpacked.
+// Strided matrices as operands of the micro-kernels: in place where they can be, else copied, converted or packed.
 #pragma once
 
 #include <cstring>

@@ -1,0 +1,65 @@
+#include "driver/dot_rows.h"
+#include "driver/epilogue.h"
+#include "driver/rows.h"
+
+namespace moelora {
+
+DotRows::DotRows(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range, Arena& arena)
+    : choice_(choice),
+      w_(*choice.kernels, op.w, range.expert),
+      b_(*choice.kernels, op.b, range.expert),
+      rank_(op.u.data ? op.b.cols : 0),
+      rows_(range.row1 - range.row0),
+      groups_(ceil_div(rows_, kMaxDotCols)) {
+  const Kernels& k = *choice.kernels;
+  x_ = x_rows(k, op, range, arena);
+  if (rank_) u_ = left_rows(k, op.u, range.row0, rows_, 0, rank_, arena);
+  if (rows_) height_ = k.dot_rows[ceil_div(rows_, groups_) - 1];
+}
+
+void DotRows::operator()(int64_t out, int64_t width, bool fetch, char* c, int64_t ldc, Arena& arena) const {
+  for (int64_t p = 0; p < w_.depth(); p += choice_.blocking.depth)
+    for (int64_t i = 0; i < width; i += height_)
+      tile_row(out + i, min64(height_, width - i), p, fetch, c + i * accumulator_size(*choice_.kernels), ldc, arena);
+}
+
+// Weight rows [out, out + height), one pass.
+void DotRows::tile_row(int64_t out, int64_t height, int64_t p, bool fetch, char* c, int64_t ldc, Arena& arena) const {
+  Arena::Scope scope(arena);
+  const Kernels& k = *choice_.kernels;
+  const int64_t steps = min64(choice_.blocking.depth, w_.depth() - p), acc = accumulator_size(k);
+  const bool with_lora = rank_ && p + steps == w_.depth();
+  const LeftRows w_rows = w_.rows(out, height, p, steps, arena);
+  const LeftRows b_rows = with_lora ? b_.rows(out, height, 0, rank_, arena) : LeftRows{};
+  for (int64_t g = 0; g < groups_; ++g) {
+    const int64_t first = g * rows_ / groups_, cols = (g + 1) * rows_ / groups_ - first;
+    const DotSegment base{w_rows.data, w_rows.stride, x_.at(first, p * size_of(k.compute)), x_.stride, steps};
+    const DotSegment lora{b_rows.data, b_rows.stride, u_.at(first, 0), u_.stride, rank_};
+    k.dot_tile({{base, lora},
+                with_lora ? 2 : 1,
+                static_cast<int>(height),
+                static_cast<int>(cols),
+                c + first * ldc * acc,
+                ldc,
+                p > 0,
+                fetch && g == 0 ? w_.rows_ahead(out + height, height, p, steps) : Ahead{}});
+  }
+}
+
+// W[e]: [outputs, depth] and x: [rows, depth], rows in place.  C: [rows][segment].
+void dot_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
+                           const TokenSums* sums, Arena& arena) {
+  Arena::Scope scope(arena);
+  const Epilogue epilogue(choice, op, range, sums, arena);
+  const int64_t rows = range.row1 - range.row0, segment = choice.blocking.segment;
+  const int64_t acc = accumulator_size(*choice.kernels);
+  const DotRows dots(choice, op, range, arena);
+  char* c = static_cast<char*>(arena.take(rows * segment * acc));
+  for (int64_t out = range.out0; out < range.out1; out += segment) {
+    const int64_t width = min64(segment, range.out1 - out);
+    dots(out, width, true, c, segment, arena);
+    epilogue(range.row0, rows, c, segment * acc, out, width);
+  }
+}
+
+}  // namespace moelora

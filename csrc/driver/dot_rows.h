@@ -1,0 +1,26 @@
+// Dot products of rows and weight rows, both as they are. For few rows.
+#pragma once
+
+#include "driver/block.h"
+#include "driver/weight_tiles.h"
+
+namespace moelora {
+
+class DotRows {
+ public:
+  DotRows(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range, Arena& arena);
+
+  // c: [rows][ldc] = outputs [out, out + width).  fetch: these weight rows are new to the caches.
+  void operator()(int64_t out, int64_t width, bool fetch, char* c, int64_t ldc, Arena& arena) const;
+
+ private:
+  void tile_row(int64_t out, int64_t height, int64_t p, bool fetch, char* c, int64_t ldc, Arena& arena) const;
+
+  const KernelChoice& choice_;
+  const WeightTiles w_, b_;
+  const int64_t rank_, rows_, groups_;
+  int64_t height_ = 1;
+  LeftRows x_{}, u_{};
+};
+
+}  // namespace moelora

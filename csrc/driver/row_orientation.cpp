@@ -1,0 +1,90 @@
+#include "driver/dot_rows.h"
+#include "driver/epilogue.h"
+#include "driver/rows.h"
+#include "driver/weight_tiles.h"
+
+namespace moelora {
+namespace {
+
+// Weight rows of one segment, of one pass; LoRA's where it joins that pass.
+struct PassRows {
+  LeftRows w, b;
+  int64_t out, width, p, steps, rank;
+};
+
+// c: [width][ldc] (+)= the rows times the panel.  fetch: they are new to the caches, and so are those behind them.
+void multiply_panel(const Kernels& k, const WeightTiles& weights, const PassRows& rows, const LanePanel& panel,
+                    bool fetch, char* c, int64_t ldc) {
+  const int vecs = k.vectors(panel.lanes), tallest = k.max_rows[vecs - 1];
+  for (int64_t i = 0; i < rows.width; i += tallest) {
+    const int64_t height = min64(tallest, rows.width - i);
+    const Segment base{rows.w.at(i, 0), rows.w.stride, panel.x + rows.p * panel.lanes * size_of(k.compute), rows.steps};
+    const Segment lora{rows.b.at(i, 0), rows.b.stride, panel.u, rows.rank};
+    k.tile({{base, lora},
+            rows.rank ? 2 : 1,
+            static_cast<int>(height),
+            vecs,
+            k.ends_in_half(panel.lanes),
+            panel.lanes,
+            c + i * ldc * accumulator_size(k),
+            ldc,
+            rows.p > 0,
+            fetch ? weights.rows_ahead(rows.out + i + height, height, rows.p, rows.steps) : Ahead{}});
+  }
+}
+
+// Rows at the end of a block that would be lanes of a vector mostly empty.
+int64_t odd_rows(const KernelChoice& choice, const WeightTiles& weights, const BlockRange& range) {
+  const Kernels& k = *choice.kernels;
+  const int64_t odd = (range.row1 - range.row0) % k.lane_step();
+  return k.dot_tile && weights.in_place() && odd <= choice.blocking.odd_rows ? odd : 0;
+}
+
+}  // namespace
+
+// W[e]: [outputs, depth] rows, of each pass once for all panels.  x packed: [depth/pack][lanes][pack].
+// C: [segment][lanes], then transposed. Some of the last rows are not packed.
+void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
+                           const TokenSums* sums, Arena& arena) {
+  Arena::Scope scope(arena);
+  const Kernels& k = *choice.kernels;
+  const Epilogue epilogue(choice, op, range, sums, arena);
+  const WeightTiles w(k, op.w, range.expert), b(k, op.b, range.expert);
+  const int64_t depth = w.depth(), rank = op.u.data ? b.depth() : 0, acc = accumulator_size(k);
+  const int64_t segment = choice.blocking.segment, widest = k.lanes * k.vecs, odd = odd_rows(choice, w, range);
+  BlockRange even = range, rest = range;
+  even.row1 = rest.row0 = range.row1 - odd;
+  const int64_t count = panel_count(k, even.row1 - even.row0);
+  const LanePanel* panels = pack_rows(k, op, even, arena);
+  const DotRows dots(choice, op, rest, arena);
+  // Between passes, C of every panel waits.
+  const int64_t c_bytes = segment * widest * acc, c_apart = depth > choice.blocking.depth ? c_bytes : 0;
+  char* c = static_cast<char*>(arena.take(c_bytes + (count - 1) * c_apart));
+  char* by_row = static_cast<char*>(arena.take(c_bytes));
+
+  for (int64_t out = range.out0; out < range.out1; out += segment) {
+    const int64_t width = min64(segment, range.out1 - out);
+    for (int64_t p = 0; p < depth && count > 0; p += choice.blocking.depth) {
+      Arena::Scope pass(arena);
+      const int64_t steps = min64(choice.blocking.depth, depth - p);
+      const bool last = p + steps == depth;
+      PassRows rows{w.rows(out, width, p, steps, arena), {}, out, width, p, steps, last ? rank : 0};
+      if (rows.rank) rows.b = b.rows(out, width, 0, rank, arena);
+      for (int64_t j = 0; j < count; ++j) {
+        const LanePanel& panel = panels[j];
+        char* c_panel = c + j * c_apart;
+        if (last) epilogue.expect(range.row0 + panel.first, panel.rows, out, width);
+        multiply_panel(k, w, rows, panel, j == 0, c_panel, widest);
+        if (!last) continue;
+        k.transpose(by_row, segment, c_panel, widest, width, panel.rows);
+        epilogue(range.row0 + panel.first, panel.rows, by_row, segment * acc, out, width);
+      }
+    }
+    if (odd == 0) continue;
+    epilogue.expect(rest.row0, odd, out, width);
+    dots(out, width, count == 0, by_row, segment, arena);
+    epilogue(rest.row0, odd, by_row, segment * acc, out, width);
+  }
+}
+
+}  // namespace moelora

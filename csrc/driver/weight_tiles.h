@@ -1,0 +1,55 @@
+// Pieces of one expert's weight as operands. Loops ask for them here and never look at dtype, strides or codes.
+#pragma once
+
+#include "core/weights.h"
+#include "driver/strided.h"
+
+namespace moelora {
+
+// Rows of lanes as they lie in memory: [steps][lanes] in the compute type.
+struct LaneRows {
+  const char* data;
+  int64_t stride;  // bytes
+};
+
+// [outputs, depth]
+class WeightTiles {
+ public:
+  WeightTiles(const Kernels& k, const Weights& weights, int64_t expert) : k_(k), matrix_(weights.codes[expert]) {}
+  WeightTiles(const Kernels& k, const Experts& dense, int64_t expert) : k_(k), matrix_(dense[expert]) {}
+
+  int64_t outputs() const { return matrix_.rows; }
+  int64_t depth() const { return matrix_.cols; }
+
+  // Whether `rows` costs nothing.
+  bool in_place() const { return rows_in_place(k_, matrix_); }
+
+  // Outputs [out, out + count), steps [p, p + steps): unit stride, compute type. In place, or in `arena`.
+  LeftRows rows(int64_t out, int64_t count, int64_t p, int64_t steps, Arena& arena) const {
+    return left_rows(k_, matrix_, out, count, p, steps, arena);
+  }
+  // What such rows will be made of.
+  Ahead rows_ahead(int64_t out, int64_t count, int64_t p, int64_t steps) const;
+
+  // Outputs [out, out + width) as lanes of a panel, steps [p, p + steps).
+  void strip(int64_t out, int64_t width, int64_t p, int64_t steps, void* panel, int64_t lanes, Arena& arena) const {
+    pack_panel(k_, matrix_, out, width, p, steps, panel, lanes, arena);
+  }
+  // What such a strip will be made of.
+  Ahead strip_ahead(int64_t out, int64_t width, int64_t p, int64_t steps) const;
+
+  // Whether tiles can pack such a strip themselves, from `lane_rows`.
+  bool weaves(int64_t width, int64_t steps) const;
+  LaneRows lane_rows(int64_t out, int64_t p) const {
+    return {matrix_.at(out, p), matrix_.col_stride * size_of(matrix_.dtype)};
+  }
+
+ private:
+  const Kernels& k_;
+  const Matrix matrix_;
+};
+
+// Whether the weights are read in the order of their memory as `rows`, else as strips.
+inline bool rows_are_contiguous(const Weights& w) { return w.codes.col_stride == 1 || w.codes.cols == 1; }
+
+}  // namespace moelora
