@@ -86,11 +86,11 @@ class Tile:
     def segments(self, rows=slice(None)):
         return [(placed(left[rows], self.gap, offset=1), self.panel(right)) for left, right in self.values]
 
-    def run(self, accumulate: bool) -> np.ndarray:
+    def run(self, start: str = "zero") -> np.ndarray:
         out = Output((self.rows, self.width), self.acc, self.gap)
-        if accumulate:
+        if start != "zero":
             out.fill(self.start)
-        self.k.tile(self.segments(), out.array, accumulate)
+        self.k.tile(self.segments(), out.array, start)
         return out.check()
 
     def reference(self, accumulate: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -106,13 +106,19 @@ class Tile:
         return sum(left.shape[1] for left, _ in self.values)
 
 
+def starts(k) -> tuple:
+    """Chains of bf16 products are never cut."""
+    return ("zero", "resume") if k.compute == "bf16" else ("zero", "resume", "add")
+
+
 @every_set
-@given(drawn=tiles(), accumulate=st.booleans())
-def test_tile(k, drawn, accumulate):
-    """Not accumulating, C starts as NaN: it must not be read. What lies around C stays."""
+@given(drawn=tiles(), data=st.data())
+def test_tile(k, drawn, data):
+    """Starting from zero, C is NaN: it must not be read. What lies around C stays."""
     tile = Tile(k, drawn)
-    out = tile.run(accumulate)
-    value, size = tile.reference(accumulate)
+    start = data.draw(st.sampled_from(starts(k)))
+    out = tile.run(start)
+    value, size = tile.reference(start != "zero")
     bound = (tile.steps + 4) * ROUNDOFF[tile.acc] * size
     assert (np.abs(out - value) <= bound).all()
 
@@ -121,7 +127,7 @@ def test_tile(k, drawn, accumulate):
 @given(drawn=tiles())
 def test_tile_elements_do_not_depend_on_its_shape(k, drawn):
     tile = Tile(k, drawn)
-    whole = tile.run(False)
+    whole = tile.run()
     row = Output((1, k.lane_step), tile.acc)
     for i in range(0, tile.rows, 3):
         k.tile(tile.segments(slice(i, i + 1)), row.array)
@@ -138,30 +144,56 @@ def test_two_segments_are_one_longer_one(k, drawn):
     if cut == 0:
         return
     tile.values = tile.values[:1]
-    whole = tile.run(False)
+    whole = tile.run()
     left, right = tile.values[0]
     tile.values = [(left[:, :cut], right[:cut]), (left[:, cut:], right[cut:])]
-    assert same_bits(tile.run(False), whole)
+    assert same_bits(tile.run(), whole)
+
+
+@every_set
+@given(drawn=tiles())
+def test_a_resumed_chain_is_one_longer_one(k, drawn):
+    tile = Tile(k, drawn)
+    step = 32 if k.isa == "amx_bf16" else k.pack
+    left, right = tile.values[0]
+    cut = left.shape[1] // 2 // step * step
+    tile.values = [(left, right)]
+    whole = tile.run()
+    tile.values = [(left[:, :cut], right[:cut])]
+    tile.start = tile.run() if cut else np.zeros_like(tile.start)
+    tile.values = [(left[:, cut:], right[cut:])]
+    assert same_bits(tile.run("resume"), whole)
+
+
+@every_set
+@given(drawn=tiles())
+def test_an_added_chain_is_rounded_once_more(k, drawn):
+    if "add" not in starts(k):
+        with pytest.raises(ValueError, match="does not add"):
+            Tile(k, drawn).run("add")
+        return
+    tile = Tile(k, drawn)
+    assert same_bits(tile.run("add"), tile.start + tile.run())
 
 
 weaving_sets = pytest.mark.parametrize("k", [k for k in KERNEL_SETS if k.weaves], ids=lambda k: k.name)
 
 
 @weaving_sets
-@given(drawn=tiles(), packs=st.integers(1, 130), own=st.booleans(), accumulate=st.booleans())
-def test_a_panel_is_woven_on_the_way(k, drawn, packs, own, accumulate):
+@given(drawn=tiles(), packs=st.integers(1, 130), own=st.booleans(), start=st.sampled_from(("zero", "resume")))
+def test_a_panel_is_woven_on_the_way(k, drawn, packs, own, start):
     """The tile's own panel, or one for later tiles; the product is the same."""
     tile = Tile(k, (1.0, *drawn[1:3], 0, *drawn[4:]))
     if own:
         left, right = tile.values[0]
         even = max(k.pack, left.shape[1] // k.pack * k.pack)
         tile.values[0] = (np.resize(left, (tile.rows, even)), np.resize(right, (even, tile.lanes)))
-    expected = tile.run(accumulate)
+    expected = tile.run(start)
     packs = min(packs, tile.values[0][0].shape[1] // k.pack)
     later = random(np.random.default_rng(drawn[-1]), (packs * k.pack, tile.lanes), k.compute)
     panel = Output((packs, tile.lanes, k.pack), k.compute)
     segments, out = tile.segments(), Output((tile.rows, tile.width), tile.acc, tile.gap)
-    if accumulate:
+    if start == "resume":
         out.fill(tile.start)
     own_panel = Output(segments[0][1].shape, k.compute)
     rows = None
@@ -169,7 +201,7 @@ def test_a_panel_is_woven_on_the_way(k, drawn, packs, own, accumulate):
         segments[0] = (segments[0][0], own_panel.array)
         rows = placed(tile.values[0][1], tile.gap)
     weave = (placed(later, tile.gap, offset=1), panel.array) if packs and not own else None
-    k.tile(segments, out.array, accumulate, weave, rows)
+    k.tile(segments, out.array, start, weave, rows)
     assert same_bits(out.check(), expected)
     if weave:
         assert (panel.check() == tile.panel(later)).all()
@@ -187,7 +219,7 @@ def test_a_bad_value_stays_in_its_row_and_lane(k, bad, drawn):
     right[0, tile.width - 1] = to_storage(np.array(bad), k.compute)
     expected = np.zeros((tile.rows, tile.width), bool)
     expected[tile.rows // 2] = expected[:, -1] = True
-    assert (~np.isfinite(tile.run(False)) == expected).all()
+    assert (~np.isfinite(tile.run()) == expected).all()
 
 
 @every_set
@@ -212,6 +244,45 @@ def test_tile_refuses_what_does_not_fit(k):
 
 
 # --- dot tile ---
+
+# --- flat tile ---
+
+with_flat = pytest.mark.parametrize("k", [k for k in KERNEL_SETS if k.flat_storage], ids=lambda k: k.name)
+
+
+@with_flat
+@given(
+    rows=st.integers(1, 6),
+    depth=st.integers(1, 9),
+    width=st.integers(1, 70),
+    resume=st.booleans(),
+    gap=gaps,
+    seed=seeds,
+    data=st.data(),
+)
+def test_flat_tile(k, rows, depth, width, resume, gap, seed, data):
+    """The bits of a tile, from rows of any storage type; nothing beyond them is read or written."""
+    storage = data.draw(st.sampled_from(k.flat_storage))
+    rng = np.random.default_rng(seed)
+    left, right = random(rng, (rows, depth), k.compute), random(rng, (depth, width), storage)
+    acc = accumulator(k.compute)
+    begin = random(rng, (rows, width), acc)
+    out = Output((rows, width), acc, gap)
+    if resume:
+        out.fill(begin)
+    k.flat_tile(placed(left, gap, offset=1), placed(right, gap, offset=1), out.array, resume)
+    got = out.check()
+    wide = to_float(right).astype(DTYPES[k.compute])
+    for j in range(0, width, k.lane_step):
+        n = min(k.lane_step, width - j)
+        panel = np.zeros((depth, k.lane_step, 1), DTYPES[k.compute])
+        panel[:, :n, 0] = wide[:, j : j + n]
+        for i in range(rows):
+            c = np.zeros((1, k.lane_step), DTYPES[acc])
+            c[0, :n] = begin[i, j : j + n]
+            k.tile([(left[i : i + 1], panel)], c, "resume" if resume else "zero")
+            assert same_bits(c[0, :n], got[i, j : j + n])
+
 
 with_dot = pytest.mark.parametrize("k", [k for k in KERNEL_SETS if k.dot_rows], ids=lambda k: k.name)
 

@@ -244,7 +244,7 @@ void strip_block(Job& job, const Run* first, const Run* last, int row, int lane,
 // all blocks once these are through, so that the configuration changes once for all of them.
 void squares(Job& job, int rows, int lanes) {
   const Run *last, *end = job.runs + job.n_runs;
-  bool accumulate = job.args.accumulate;
+  bool accumulate = job.args.start == moelora::Start::resume;
   for (const Run* first = job.runs; first < end; first = last, accumulate = true) {
     for (last = first + 1; last < end && last->pairs == first->pairs;) ++last;
     for (int row = 0; row < rows; row += 2 * kTile) {
@@ -261,7 +261,7 @@ void strip(Job& job, int row, int lane, int n, int rows) {
   constexpr void (*kBlocks[])(Job&, const Run*, const Run*, int, int, bool) = {
       strip_block<1, Down>, strip_block<2, Down>, strip_block<3, Down>, strip_block<4, Down>};
   const Run *last, *end = job.runs + job.n_runs;
-  bool accumulate = job.args.accumulate;
+  bool accumulate = job.args.start == moelora::Start::resume;
   for (const Run* first = job.runs; first < end; first = last, accumulate = true) {
     int rest = 0;
     for (last = first; last < end; ++last) {

@@ -6,6 +6,6 @@
 #include "ukernel/vec_avx2.inl"
 
 const moelora::Kernels& moelora::f32_kernels_avx2() {
-  static const Kernels kernels = f32_kernels<F32x8, void, 12, 6>("f32_tile_6x16_avx2");
+  static const Kernels kernels = f32_kernels<F32x8, void, 12, 6, 4>("f32_tile_4x24_avx2");
   return kernels;
 }
