@@ -37,7 +37,9 @@ def possible() -> str | None:
 
 @dataclass(frozen=True)
 class Run:
-    """One pytest process. `prepare` builds what it needs and may add to the environment."""
+    """One pytest process. `prepare` builds what it needs and may add to the environment; `spare` says why it
+    runs by name only, `note` what to know of its result.
+    """
 
     name: str
     purpose: str
@@ -45,6 +47,8 @@ class Run:
     environ: dict[str, str] = field(default_factory=dict)
     prepare: Callable[[], dict[str, str]] = dict
     why_not: Callable[[], str | None] = possible
+    spare: Callable[[], str | None] = possible
+    note: str = ""
 
 
 @dataclass
@@ -69,6 +73,14 @@ def no_emulator() -> str | None:
     if "amx_bf16" in cpu()["usable"]:
         return "the CPU has AMX itself: the first run used it"
     return None if "avx512_bf16" in cpu()["usable"] else "the AMX kernels pack with AVX-512-BF16"
+
+
+def no_wide() -> str | None:
+    return None if "avx2" in cpu()["usable"] else "the emulation of AVX-512 needs AVX2"
+
+
+def wide_is_real() -> str | None:
+    return "the CPU has AVX-512-BF16 itself; by name it runs" if "avx512_bf16" in cpu()["usable"] else None
 
 
 def no_triton() -> str | None:
@@ -109,6 +121,21 @@ def all_runs() -> list[Run]:
             (*CORE, QUICK),
             prepare=core_builds.with_clang,
             why_not=core_builds.no_clang,
+        ),
+        Run(
+            "wide",
+            "micro-kernels and drivers for AVX-512-BF16 and AMX, emulated on AVX2",
+            (
+                *CORE,
+                "tests/test_wide_emulation.py",
+                "tests/test_amx_kernels.py",
+                *core_builds.WIDE_PACKAGE,
+                QUICK,
+            ),
+            prepare=core_builds.wide,
+            why_not=no_wide,
+            spare=wide_is_real,
+            note="on emulated AVX-512-BF16 and AMX",
         ),
     ]
 
@@ -157,7 +184,8 @@ def summarize(outcomes: list[Outcome], absent: list[tuple[Run, str]]) -> int:
     for o in outcomes:
         bad = o.failed or o.error
         numbers = f"{o.passed:5} passed {o.failed:4} failed {o.skipped:4} skipped {o.seconds:6.0f} s"
-        print(f"{o.run.name:<{width}}  {'FAILED' if bad else 'ok':<6}  {numbers}  {o.error}".rstrip())
+        result = "FAILED" if bad else "ok"
+        print(f"{o.run.name:<{width}}  {result:<6}  {numbers}  {o.error or o.run.note}".rstrip())
     for run, reason in absent:
         print(f"{run.name:<{width}}  not here: {reason}")
     failed = sum(o.failed + bool(o.error) for o in outcomes)
@@ -182,7 +210,7 @@ def main() -> int:
         return 0
     REPORTS.mkdir(parents=True, exist_ok=True)
     chosen = [run for run in runs if not args.names or run.name in args.names]
-    reasons = [(run, run.why_not()) for run in chosen]
+    reasons = [(run, run.why_not() or (None if run.name in args.names else run.spare())) for run in chosen]
     outcomes = []
     for run, reason in reasons:
         if reason is None:

@@ -19,6 +19,10 @@ emulated = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64") or not sys.platform.startswith("linux"),
     reason="the emulator is for Linux on x86-64",
 )
+# Its configurations never get to the emulator.
+without_amx = pytest.mark.skipif(
+    "amx_bf16" in CPU["detected"], reason="the CPU performs AMX instructions itself"
+)
 with_kernels = pytest.mark.skipif(
     "avx512_bf16" not in CPU["usable"], reason="the AMX kernels pack with AVX-512-BF16"
 )
@@ -47,6 +51,7 @@ def test_kernels():
 
 
 @emulated
+@without_amx
 @pytest.mark.parametrize("name", ["right", "subnormal"])
 def test_emulator_is_exact(probe, name):
     environ = os.environ | {"LD_PRELOAD": str(build.library())}
@@ -54,6 +59,7 @@ def test_emulator_is_exact(probe, name):
 
 
 @emulated
+@without_amx
 @pytest.mark.parametrize(
     ("name", "message"),
     [

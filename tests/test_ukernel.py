@@ -35,6 +35,7 @@ firsts = st.integers(0, 3)
 def test_the_build_under_test():
     """A run that is meant for another build must not pass against the installed module."""
     assert core.sanitizers == os.environ.get("MOELORA_TEST_SANITIZERS", "")
+    assert core.wide_emulated == ("MOELORA_TEST_WIDE_EMULATED" in os.environ)
     folder = os.environ.get("MOELORA_TEST_CORE")
     assert core.__file__.startswith(os.path.abspath(folder)) if folder else "torch_moelora" in core.__file__
 
