@@ -14,7 +14,7 @@ from model_tiny import (
     one_thread,  # noqa: F401  (autouse)
     tokens,
 )
-from moelora.base import byte_tokenizer
+from moelora.commands.default_model import byte_tokenizer
 from peft import LoraConfig
 from torch import nn
 from torch._dynamo.utils import counters
