@@ -228,10 +228,21 @@ def test_interrupt_before_the_first_checkpoint(arguments, tmp_path, capsys, monk
     assert capsys.readouterr().err.endswith("moelora: interrupted before the first checkpoint\n")
 
 
+@contextlib.contextmanager
+def _interruptible():
+    """What starts within can be interrupted, even where the caller ignores Ctrl-C, as nohup and `&` do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_signal_leaves_a_usable_checkpoint(arguments, model_dir, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "moelora", *_set(arguments, steps=100_000, sample=0)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with _interruptible():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 100
         while (
