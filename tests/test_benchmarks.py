@@ -1,9 +1,11 @@
 """The benchmark, end to end at sizes where it takes no time; what it measures is not looked at."""
 
+import ast
 import json
 import subprocess
 import sys
 from dataclasses import replace
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,27 @@ def _arguments(directory: Path, output: Path, *more: str) -> list[str]:
 def _saved(folder: Path) -> dict:
     (path,) = folder.glob("*.json")
     return json.loads(path.read_text())
+
+
+def _imported(path: Path) -> set[str]:
+    """Modules of the package that a file imports, within functions too: `peers.loop` for peers/loop.py."""
+    package = path.relative_to(ROOT / "benchmarks").with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            stem = [part for part in base if part]
+            found.add(".".join(stem))
+            found |= {".".join([*stem, alias.name]) for alias in node.names}
+    return found
+
+
+def test_no_two_modules_import_each_other():
+    files = {p.relative_to(ROOT / "benchmarks"): p for p in (ROOT / "benchmarks").rglob("*.py")}
+    names = {".".join(p.with_suffix("").parts).removesuffix(".__init__"): path for p, path in files.items()}
+    graph = {name: _imported(path) & set(names) - {name} for name, path in names.items()}
+    assert "peers.base" in graph["peers.loop"] and "memory" in graph["run"]
+    TopologicalSorter(graph).prepare()  # raises where there is a circle
 
 
 # Numbers that the kernels' targets are stated in.

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..layer import LORA_NAMES, SCALING, Case, Layer
 from .base import AutogradRunner, Contestant
-from .loop import glu
+from .glu import glu
 
 ALIGNMENT = 16  # bytes: what the operator asks of every row
 
