@@ -142,10 +142,10 @@ class KtKernel(Contestant):
     def load_here(self, layer: Layer) -> Runner:
         return _Local(layer, torch.get_num_threads())
 
-    def load(self, layer: Layer, threads: int) -> Runner:
+    def load(self, layer: Layer, threads: int, limit: float | None = None) -> Runner:
         from ..remote import Remote, RemoteRunner
 
-        remote = Remote(self.python, threads)
+        remote = Remote(self.python, threads, limit)
         try:
             case = layer.case.to_json()
             kept = memory.keeps_freed()

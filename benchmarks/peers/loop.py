@@ -58,6 +58,7 @@ def make_forward(layer: Layer):
 
 class Loop(Contestant):
     name = "loop"
+    stand_in = "loop-fp32"
 
     def load_here(self, layer: Layer) -> AutogradRunner:
         return AutogradRunner(make_forward(layer), [layer.lora[name] for name in LORA_NAMES])
