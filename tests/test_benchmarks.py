@@ -2,6 +2,9 @@
 
 import ast
 import json
+import platform
+import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,15 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 
+import torch_moelora
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
 
 
-from benchmarks import correctness, operators, options, remote, run
+from benchmarks import correctness, machine, markdown, operators, options, products, remote, results, run
 from benchmarks.layer import Case, make_batch, make_layer
 from benchmarks.peers import find_contestant
+from benchmarks.peers.base import AutogradRunner
 from benchmarks.registry import GPT_OSS_GLU, SHAPES, Shape, shape_from_config
 from benchmarks.routing import ROUTINGS, route
 from benchmarks.timing import interleave
+from torch_moelora import _C
 
 ROOT = Path(__file__).parents[1]
 TINY = Shape("tiny", 6, 64, 32, 2)
@@ -50,6 +57,13 @@ def model_directory(tmp_path) -> Path:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(QWEN3_MOE))
     return directory
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No processes to try contestants out in: those have tests of their own."""
+    monkeypatch.setattr(remote, "try_out", lambda *_: 1000)
+    monkeypatch.setattr(remote, "product_rates", lambda dtypes, _: dict.fromkeys(dtypes, 1e9))
 
 
 def _case(shape: Shape = TINY, dtype: str = "bf16", **fields) -> Case:
@@ -169,14 +183,18 @@ def test_single_operators_pass_the_gate(name, shape):
             assert max(errors.values()) <= correctness.TOLERANCE["bf16"], (part, errors)
 
 
-def test_run_writes_what_it_found(model_directory, tmp_path, capsys):
+def test_run_writes_what_it_found(model_directory, tmp_path, capsys, quick):
     arguments = _arguments(
         model_directory, tmp_path, "--contestants", "ours,loop", "--no-memory", "--routing", "balanced,hot"
     )
     assert run.main(arguments) == 0
-    assert "× balanced" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "× balanced" in printed
+    isa = torch_moelora.info()["cpu"]["chosen"]["bf16"]
+    assert f"instruction set for bf16: {isa}" in printed
     assert (next(tmp_path.glob("*.png"))).stat().st_size > 10_000
     found = _saved(tmp_path)
+    assert found["instruction_set"] == isa and found["command"].startswith("python -m benchmarks.run --shape")
     layer = [row for row in found["rows"] if row["part"] == "layer"]
     keys = {(row["contestant"], row["routing"]) for row in layer}
     assert keys == {(c, r) for c in ("ours", "loop") for r in ("balanced", "hot")}
@@ -224,7 +242,7 @@ def test_kept_memory_is_not_faulted_in_again():
     assert 5 * faults("keep") < faults("leave")
 
 
-def test_a_wrong_contestant_is_not_timed(model_directory, tmp_path, monkeypatch):
+def test_a_wrong_contestant_is_not_timed(model_directory, tmp_path, monkeypatch, quick):
     contestant = find_contestant("loop")
     right = contestant.load_here
 
@@ -241,7 +259,7 @@ def test_a_wrong_contestant_is_not_timed(model_directory, tmp_path, monkeypatch)
     assert {check["contestant"] for check in found["checks"] if not check["passed"]} == {"loop"}
 
 
-def test_a_contestant_that_raises_does_not_end_the_run(model_directory, tmp_path, monkeypatch):
+def test_a_contestant_that_raises_does_not_end_the_run(model_directory, tmp_path, monkeypatch, quick):
     def load_broken(layer):
         raise RuntimeError("no")
 
@@ -273,6 +291,171 @@ def test_a_contestant_in_another_process():
             runner._ask("load", contestant="nobody", case=case.to_json(), threads=1)
 
 
+@pytest.mark.parametrize("name", ["loop-fp32", "peft-fp32", "grouped-mm-fp32"])
+@pytest.mark.parametrize("shape", [TINY, TINY_GPT_OSS], ids=lambda shape: shape.name)
+def test_stand_ins_compute_in_fp32(name, shape):
+    """From the same bf16 layer and batch, without a rounding to bf16 on the way."""
+    case, contestant = _case(shape), find_contestant(name)
+    if reason := contestant.missing(case):
+        pytest.skip(reason)
+    layer, batch = make_layer(case), make_batch(case.for_check())
+    runner = contestant.load(layer, 1)
+    errors = correctness.errors(runner.results(batch), correctness.expected(layer, batch))
+    assert max(errors.values()) <= correctness.TOLERANCE["fp32"], errors
+    assert min(runner.time(batch)) > 0
+    assert "in fp32" in contestant.missing(_case(shape, "fp32"))
+
+
+def test_a_hopeless_dtype_gets_stand_ins(model_directory, tmp_path, monkeypatch, capsys, quick):
+    monkeypatch.setattr(remote, "product_rates", lambda *_: {"bf16": 0.9e9, "fp32": 160e9})
+    arguments = _arguments(model_directory, tmp_path, "--contestants", "loop,ours,loop-fp32", "--layer")
+    assert run.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "loop-fp32 in place of loop: torch.mm of 64 rows does 0.9 GF/s in bf16" in printed
+    found = _saved(tmp_path)
+    assert [row["contestant"] for row in found["rows"]] == ["loop-fp32", "ours"]
+    assert [(note["contestant"], note["by"]) for note in found["replaced"]] == [("loop", "loop-fp32")]
+    (path,) = tmp_path.glob("*.json")
+    assert "loop **in fp32**" in markdown.render([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("bf16", "reason"), [(17e9, None), (15e9, "15 GF/s in bf16"), (0.0, "0 GF/s in bf16")]
+)
+def test_when_products_are_hopeless(bf16, reason):
+    said = products.why_not("bf16", {"bf16": bf16, "fp32": 160e9})
+    assert said is None if reason is None else reason in said
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's switch for x86")
+def test_products_in_bf16_are_hopeless_without_avx512(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    rates = remote.product_rates(("bf16", "fp32"), 120)
+    assert products.why_not("bf16", rates) is not None, rates
+
+
+def test_a_process_that_takes_too_long_is_ended():
+    """It cannot even import torch in that time."""
+    with remote.Remote(limit=0.01) as process:
+        with pytest.raises(remote.Stopped, match=r"stopped after 0.01 s"):
+            process.ask("product_rate", dtype="fp32")
+        assert process.process.wait(30) == -signal.SIGKILL
+    assert remote.product_rates(("fp32",), 0.01) == {"fp32": 0.0}
+
+
+def test_who_takes_too_long_has_a_row_that_says_so(model_directory, tmp_path, monkeypatch, capsys, quick):
+    def try_out(name, case, *_):
+        if (name, case.tokens) == ("loop", 20):
+            raise remote.Stopped(7)
+        return 1000
+
+    monkeypatch.setattr(remote, "try_out", try_out)
+    arguments = _arguments(model_directory, tmp_path, "--contestants", "ours,loop", "--layer", "--no-memory")
+    assert run.main([*arguments, "--tokens", "20,8"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "stopped" in line)
+    assert "20" in line and "loop" in line and "stopped after 7 s" in line
+    found = _saved(tmp_path)
+    timed = {(row["contestant"], row["tokens"]) for row in found["rows"]}
+    assert timed == {("ours", 20), ("ours", 8), ("loop", 8)}
+    (row,) = found["stopped"]
+    assert (row["contestant"], row["tokens"], row["after_seconds"]) == ("loop", 20, 7)
+    (path,) = tmp_path.glob("*.json")
+    assert "| stopped after 7 s |" in markdown.render([str(path)])
+
+
+def test_a_step_that_hangs_after_all_ends_the_run():
+    code = """if True:
+        import argparse, time
+        from benchmarks.suite import Suite
+        suite = Suite(argparse.Namespace(device="cpu", limit=0.1), None, None, print)
+        suite._watched(lambda: time.sleep(60))()
+    """
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "Timeout" in ended.stderr
+
+
+def test_batch_invariance_is_switched_on_for_its_contestant_alone(
+    model_directory, tmp_path, monkeypatch, quick
+):
+    state, seen = [False], set()
+    switch = getattr(torch_moelora, "set_batch_invariant", lambda on: None)
+
+    def recorded(on: bool) -> None:
+        state[0] = on
+        switch(on)
+
+    original = AutogradRunner._step
+
+    def step(self, *args):
+        seen.add((type(self).__name__, state[0]))
+        return original(self, *args)
+
+    monkeypatch.setattr(torch_moelora, "set_batch_invariant", recorded, raising=False)
+    monkeypatch.setattr(AutogradRunner, "_step", step)
+    arguments = _arguments(model_directory, tmp_path, "--contestants", "ours", "--batch-invariant")
+    assert run.main([*arguments, "--layer"]) == 0
+    assert {row["contestant"] for row in _saved(tmp_path)["rows"]} == {"ours", "ours-batch-invariant"}
+    assert seen == {("AutogradRunner", False), ("_InvariantRunner", True)} and state == [False]
+
+
+@pytest.mark.parametrize(
+    ("name", "isa", "arguments", "stem"),
+    [
+        ("AMD EPYC", "avx2", [], "amd-epyc-2-cores_avx2_bf16_qwen3-30b-a3b_all"),
+        ("AMD EPYC", "avx512_bf16", ["--layer"], "amd-epyc-2-cores_avx512-bf16_bf16_qwen3-30b-a3b_layer"),
+        (
+            "Intel(R) Xeon(R) Processor",
+            "amx_bf16",
+            ["--operators", "--shape", "qwen3.5-35b-a3b", "--threads", "1"],
+            "intel-xeon-processor-2-cores_amx-bf16_bf16_qwen3.5-35b-a3b_operators_1-threads",
+        ),
+    ],
+)
+def test_names_of_result_files(name, isa, arguments, stem):
+    where = machine.Machine(name, 2, 25, 17, isa, None)
+    assert results.stem(options.parse(["--threads", "2", *arguments]), where) == stem
+
+
+def test_result_files_are_named_after_what_they_hold():
+    """Those in the repository."""
+    files = {path: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("*.json")}
+    assert files
+    for path, found in files.items():
+        name, cores = found["machine"].removesuffix(" cores").split(", ")
+        where = machine.Machine(name, int(cores), None, None, found["instruction_set"], None)
+        arguments = shlex.split(found["command"].partition("benchmarks.run")[2])
+        parsed = options.parse([*arguments, "--threads", str(found["options"]["threads"])])
+        assert path.stem == results.stem(parsed, where)
+        assert path.with_suffix(".png").exists()
+
+
+def test_replacing_a_result_is_said(tmp_path):
+    found = {"machine": "AMD EPYC, 2 cores", "date": "2026-11-21", "rows": []}
+    first, second = (results.save(found, tmp_path, "name") for _ in range(2))
+    assert first == [f"wrote {tmp_path / 'name.json'}"]
+    assert second == [f"{first[0]} in place of AMD EPYC, 2 cores's of 2026-11-21"]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_no_tile_is_faster_than_the_arithmetic_ceiling(dtype):
+    """In turn, and the best of several: others may be using the machine."""
+    found = [(_C.measure_peak_rate(dtype, 1, 0.01), _C.measure_dot_rate(dtype, 1, 0.01)) for _ in range(10)]
+    peak, tile = (max(rates) for rates in zip(*found, strict=True))
+    assert peak >= 0.9 * tile > 0
+
+
+def test_an_entry_that_fails_has_no_further_turns():
+    turns, lost = [], []
+
+    def fail() -> tuple[float]:
+        turns.append("b")
+        raise RuntimeError("no")
+
+    entries = {"a": lambda: turns.append("a") or (1.0,), "b": fail}
+    times = interleave(entries, 2, 0, lost=lambda key, error: lost.append((key, str(error))))
+    assert turns == ["a", "b", "a"] and lost == [("b", "no")] and set(times) == {"a"}
+
+
 def test_turns_are_interleaved():
     turns = []
     entries = {name: lambda name=name: turns.append(name) or (1.0, 2.0) for name in "ab"}
@@ -293,6 +476,7 @@ def test_turns_are_interleaved():
         (["--contestants", "ours,theirs"], "unknown 'theirs': one of ours"),
         (["--contestants", ","], "at least one value is needed"),
         (["--rate", "-1"], "'-1' is not a number greater than 0"),
+        (["--limit", "0"], "'0' is not a number greater than 0"),
         (["--layer", "--operators"], "not allowed with argument"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
     ],
