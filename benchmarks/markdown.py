@@ -103,8 +103,8 @@ def note(results: list[dict]) -> str:
     text = (
         f"{first['machine']}, {first['options']['dtype']} on `{first['instruction_set']}`. Ceilings: {how}."
     )
-    reasons = {(n["by"], n["reason"]) for found in results for n in found.get("replaced", ())}
-    text += "".join(f" `{name}`: {reason}." for name, reason in sorted(reasons))
+    reasons = dict.fromkeys(note["reason"] for found in results for note in found.get("replaced", ()))
+    text += "".join(f" Others in fp32, because {reason}." for reason in reasons)
     commands = [f"    {found['command']}" for found in results if "command" in found]
     return "\n".join([text, "", *commands] if commands else [text])
 

@@ -19,7 +19,7 @@ def why_not(dtype: str, rates: dict[str, float]) -> str | None:
     """Why nobody would use torch's products in `dtype` here, or None. rates: of it and of fp32, in FLOP/s."""
     if rates[dtype] * HOPELESS >= rates["fp32"]:
         return None
-    half, full = (f"{rates[name] / 1e9:.2g} GF/s in {name}" for name in (dtype, "fp32"))
+    half, full = (f"{float(f'{rates[name] / 1e9:.2g}'):g} GF/s in {name}" for name in (dtype, "fp32"))
     return f"torch.mm of {ROWS} rows does {half} on one core here, {full}"
 
 

@@ -40,6 +40,8 @@ def show_ceilings(console: Console, machine: Machine, dtype: str, threads: int, 
     why = f" (MOELORA_ISA={machine.asked_for})" if machine.asked_for else ""
     console.print(f"[bold]{machine}[/bold], {threads} threads", highlight=False)
     console.print(f"instruction set for {dtype}: {machine.instruction_set}{why}", highlight=False)
+    if machine.asked_for:
+        console.print("others use what torch takes: ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY limit it")
     console.print(f"peak {ceilings.rate / scale:.0f} {unit}: {ceilings.rate_by}", highlight=False)
     console.print(f"bandwidth {ceilings.bandwidth / 1e9:.1f} GB/s: {ceilings.bandwidth_by}", highlight=False)
 

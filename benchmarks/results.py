@@ -18,6 +18,8 @@ from .ceilings import Ceilings
 from .machine import Machine
 from .suite import Outcome
 
+# Of torch and the libraries in it: what limits the instruction sets of others than ours.
+TORCH_SWITCHES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 RECORDED = (
     "dtype", "lora_dtype", "routing", "tokens", "rank", "threads", "repeats", "warmups", "seed", "limit"
 )  # fmt: skip
@@ -29,8 +31,11 @@ def _first_line(text: str) -> str:
 
 
 def command(options: argparse.Namespace, machine: Machine) -> str:
-    switch = f"MOELORA_ISA={machine.asked_for} " if machine.asked_for else ""
-    return switch + shlex.join(["python", "-m", "benchmarks.run", *options.arguments])
+    switches = {name: os.environ[name] for name in TORCH_SWITCHES if name in os.environ}
+    if machine.asked_for:
+        switches["MOELORA_ISA"] = machine.asked_for
+    words = [f"{name}={value}" for name, value in switches.items()]
+    return shlex.join([*words, "python", "-m", "benchmarks.run", *options.arguments])
 
 
 def as_json(outcome: Outcome, options: argparse.Namespace, machine: Machine, after: Ceilings) -> dict:

@@ -1,12 +1,13 @@
 """Contestants made of torch's own products, in fp32 beside a layer in bf16 or fp16: what one would run where
 torch's products in those are hopeless (`benchmarks.products`).
 
-Weights and adapters are widened when the layer is loaded and stay so: memory that the table counts as beyond
-the weights. A batch is widened before its time begins.
+Weights, which all of them share, and adapters are widened when the layer is loaded and stay so: memory that
+the table counts as beyond the weights. A batch is widened before its time begins.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 from torch import Tensor
@@ -26,10 +27,23 @@ def _wide_case(case: Case) -> Case:
     return replace(case, dtype="fp32", lora_dtype="fp32")
 
 
-def _wide_layer(layer: Layer) -> Layer:
-    biases = {name: None if bias is None else _wide(bias) for name, bias in layer.biases.items()}
-    weights, lora = ({name: _wide(t) for name, t in part.items()} for part in (layer.weights, layer.lora))
-    return Layer(_wide_case(layer.case), weights, biases, lora)
+class _WideWeights:
+    """Weights and biases of a layer, for all who hold them at the same time."""
+
+    latest: weakref.ref[_WideWeights] | None = None
+
+    def __init__(self, layer: Layer) -> None:
+        self.source = weakref.ref(layer.weights["down"])
+        self.weights = {name: _wide(weight) for name, weight in layer.weights.items()}
+        self.biases = {name: None if bias is None else _wide(bias) for name, bias in layer.biases.items()}
+
+    @classmethod
+    def of(cls, layer: Layer) -> _WideWeights:
+        found = cls.latest() if cls.latest else None
+        if found is None or found.source() is not layer.weights["down"]:
+            found = cls(layer)
+            cls.latest = weakref.ref(found)
+        return found
 
 
 def _wide_batch(batch: Batch) -> Batch:
@@ -38,8 +52,8 @@ def _wide_batch(batch: Batch) -> Batch:
 
 
 class _Widened(Runner):
-    def __init__(self, inner: Runner) -> None:
-        self.inner = inner
+    def __init__(self, inner: Runner, weights: _WideWeights) -> None:
+        self.inner, self.weights = inner, weights
 
     def time(self, batch: Batch) -> tuple[float, float]:
         return self.inner.time(_wide_batch(batch))
@@ -63,7 +77,10 @@ class InFp32(Contestant):
         return self.inner.version()
 
     def load_here(self, layer: Layer) -> Runner:
-        return _Widened(self.inner.load_here(_wide_layer(layer)))
+        wide = _WideWeights.of(layer)
+        lora = {name: _wide(value) for name, value in layer.lora.items()}
+        runner = self.inner.load_here(Layer(_wide_case(layer.case), wide.weights, wide.biases, lora))
+        return _Widened(runner, wide)
 
 
 CONTESTANTS = {
