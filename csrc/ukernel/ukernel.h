@@ -48,6 +48,7 @@
 namespace moelora {
 
 constexpr int kMaxTileVecs = 4;
+constexpr int64_t kPeakValues = 2048;
 
 enum class Start : uint8_t { zero, resume, add };
 
@@ -167,6 +168,9 @@ struct Kernels {
   int lane_step() const { return halves ? lanes / 2 : lanes; }
   int vectors(int64_t panel_lanes) const { return static_cast<int>((panel_lanes + lanes - 1) / lanes); }
   bool ends_in_half(int64_t panel_lanes) const { return panel_lanes % lanes != 0; }
+  // As many multiply-adds as registers allow, on kPeakValues elements of the compute type: `rounds` rounds. Returns the
+  // FLOPs; c: room for one vector of accumulators. What tiles, which load and store as well, are compared with.
+  double (*peak)(void* c, const void* values, int64_t rounds);
   void (*release)();  // gives back per-thread state of the matrix unit once a thread is done; may be null
 
   // Indexed by the storage type of the source or destination; nullptr where this compute type does not take it.
