@@ -118,7 +118,7 @@ blockings = st.fixed_dictionaries(
 
 
 def with_blocking(k, blocking: dict):
-    """The set with other blocking; "strip" and "thin_strip" as multiples of what they must be multiples of."""
+    """The set with other blocking; strip and thin_strip in units of what they are multiples of."""
     blocking = dict(blocking)
     if "strip" in blocking:
         blocking["strip"] *= k.lanes * k.vecs

@@ -64,10 +64,12 @@ KernelChoice with_blocking(const KernelChoice& choice, const py::kwargs& changes
   return changed;
 }
 
-std::vector<std::string> storage_of(const KernelChoice& choice) {
+// The storage types that one of the kernel's tables has a function for.
+template <class F>
+std::vector<std::string> filled(F const (&table)[kDTypes]) {
   std::vector<std::string> names;
-  for (DType t : {DType::bf16, DType::f16, DType::f32, DType::f64})
-    if (choice.kernels->pack_lanes[static_cast<int>(t)]) names.push_back(name_of(t));
+  for (int t = 0; t < kDTypes; ++t)
+    if (table[t]) names.push_back(name_of(static_cast<DType>(t)));
   return names;
 }
 
@@ -207,13 +209,6 @@ void flat_tile(const KernelChoice& choice, const py::array& l, const py::array& 
                                                    right.stride(0) * size_of(right.dtype()), left.size(1), to.size(1),
                                                    static_cast<int>(to.size(0)), to.mutable_data(), to.stride(0),
                                                    resume ? Start::resume : Start::zero, 0});
-}
-
-std::vector<std::string> flat_storage_of(const KernelChoice& choice) {
-  std::vector<std::string> names;
-  for (int t = 0; t < kDTypes; ++t)
-    if (choice.kernels->flat_tile[t]) names.push_back(name_of(static_cast<DType>(t)));
-  return names;
 }
 
 // Pointers to the rows of `source`, and the part [first, first + n) of each.
@@ -367,8 +362,9 @@ void bind_kernels(py::module_& m) {
       .def_property_readonly("vecs", [](const KernelChoice& c) { return c.kernels->vecs; })
       .def_property_readonly("max_rows", max_rows_of)
       .def_property_readonly("dot_rows", dot_rows_of)
-      .def_property_readonly("flat_storage", flat_storage_of)
-      .def_property_readonly("storage", storage_of)
+      .def_property_readonly("flat_storage", [](const KernelChoice& c) { return filled(c.kernels->flat_tile); })
+      .def_property_readonly("dot_storage", [](const KernelChoice& c) { return filled(c.kernels->dot_tile); })
+      .def_property_readonly("storage", [](const KernelChoice& c) { return filled(c.kernels->pack_lanes); })
       .def_property_readonly("blocking", blocking_of)
       .def("with_blocking", with_blocking)
       .def("tile", tile, "segments"_a, "c"_a, "start"_a = "zero", "weave"_a = py::none(), "rows"_a = py::none())
