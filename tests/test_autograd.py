@@ -128,6 +128,37 @@ def test_only_inputs_are_saved(needed):
     assert y.requires_grad
 
 
+SAVED_OF_MLP = {
+    "x": {"gate_up", "h", "down", "down_a", "down_b", "gates"},
+    "down": {"h", "gates"},
+    "down_a": {"h", "down_a", "down_b", "gates"},
+    "bias": {"gates"},
+    "gates": {"h", "down", "down_a", "down_b", "bias", "gates"},
+}
+
+
+@pytest.mark.parametrize("needed", SAVED_OF_MLP)
+def test_moe_mlp_saves_by_the_same_rule(needed):
+    """With h [S, 2I] for glu(h) [S, I], and nothing that has the size of glu(h)."""
+    shapes = {"x": (4, 6), "gate_up": (3, 10, 6), "down": (3, 6, 5), "down_a": (3, 2, 5), "down_b": (3, 6, 2)}
+    t = {n: torch.randn(s) for n, s in (shapes | {"bias": (3, 6), "gates": (4, 2)}).items()}
+    t[needed].requires_grad_()
+    ids = torch.tensor([[0, 1], [2, 0], [1, 1], [0, 2]])
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: saved.append(s) or s, lambda s: s):
+        functional.moe_mlp(
+            t["x"], ids, t["gates"], t["gate_up"], t["down"], down_lora_a=t["down_a"],
+            down_lora_b=t["down_b"], down_bias=t["bias"],
+        )  # fmt: skip
+    pointers = {tensor.data_ptr(): name for name, tensor in t.items()}
+    names = {
+        pointers.get(s.data_ptr(), "h" if s.shape == (8, 10) else f"new {list(s.shape)}")
+        for s in saved
+        if s.is_floating_point()
+    }
+    assert names == SAVED_OF_MLP[needed]
+
+
 def test_no_graph_without_need():
     p = problems.build(SMALL)
     assert not call(p).requires_grad

@@ -14,6 +14,7 @@ import torch
 from cases import BF16, FP16, FP32, FP64, Case
 
 from torch_moelora import checks, functional, nn
+from torch_moelora.calls import ScatterLora
 from torch_moelora.schemas import SCHEMAS
 
 # T=6, top_k=2, S=12, E=3, K=8, N=5, R=4, everything bf16.
@@ -329,7 +330,7 @@ def test_devices(name, lead):
     args[name] = args[name].to("meta")
     message = f"scatter_lora: {name} must be on device cpu (that of {lead}), got meta"
     with pytest.raises(RuntimeError, match=exactly(message)):
-        checks.scatter_lora(*args.values())
+        checks.scatter_lora(ScatterLora(**args))
 
 
 def test_every_check_has_a_row():
@@ -353,7 +354,7 @@ def test_every_check_has_a_row():
     for name, _ in DEVICE_ROWS:
         args = arguments("scatter_lora")
         args[name] = args[name].to("meta")
-        record(lambda args=args: checks.scatter_lora(*args.values()))
+        record(lambda args=args: checks.scatter_lora(ScatterLora(**args)))
     assert sites <= failed, f"checks.py lines without a test: {sorted(sites - failed)}"
 
 

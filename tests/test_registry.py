@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import torch_moelora
-from torch_moelora import checks, fake, reference, schemas
+from torch_moelora import calls, checks, fake, reference, schemas
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(torch_moelora.__file__).parent
@@ -42,9 +42,10 @@ def test_schema_is_functional(op):
     assert not any(r.alias_info for r in schema.returns)
 
 
-def test_reference_fakes_and_checks_are_complete():
+def test_reference_calls_fakes_and_checks_are_complete():
     assert set(reference.REFERENCE) == set(OPS)
     assert set(fake.FAKES) == set(OPS)
+    assert set(calls.CALLS) == set(OPS)
     for op in OPS:
         assert callable(getattr(checks, op))
 
@@ -57,10 +58,11 @@ def test_reference_takes_the_schemas_arguments(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_fake_takes_the_schemas_arguments(op):
+def test_calls_have_the_schemas_arguments(op):
     """In order and with its defaults: the dispatcher leaves out arguments that equal theirs."""
-    parameters = inspect.signature(fake.FAKES[op]).parameters.values()
-    assert [p.default for p in parameters] == [default for _, default in arguments(op)]
+    kind = calls.CALLS[op]
+    missing = inspect.Parameter.empty
+    assert [(name, kind._field_defaults.get(name, missing)) for name in kind._fields] == arguments(op)
 
 
 @pytest.mark.parametrize("op", OPS)

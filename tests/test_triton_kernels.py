@@ -56,7 +56,7 @@ def tile_list(offsets: list[int], rows: int, block: int) -> list[tuple[int, int,
 def test_tiles(offsets, block):
     """No tile straddles experts, every row is in one, and the list fits its bound."""
     rows = max(100, offsets[-1])
-    routing = route.routing(torch.arange(rows), torch.tensor(offsets, dtype=torch.int32), 1)
+    routing = route.Routing(torch.arange(rows), torch.tensor(offsets, dtype=torch.int32), 1)
     made = routing.tiles(block)
     expected = tile_list(offsets, rows, block)
     assert len(expected) <= made.bound

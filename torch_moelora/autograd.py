@@ -1,7 +1,8 @@
 """Gradients of the operators.
 
-Saved for the backward are the arguments themselves (x, weight, LoRA, gates, indices), never the output. What
-no argument asks for (`ctx.needs_input_grad`) is neither saved nor computed.
+Saved for the backward are arguments themselves (x, weight, LoRA, gates, indices), never the output. What no
+argument asks for (`ctx.needs_input_grad`) is neither saved nor computed, with two exceptions that come out of
+one pass: dA and dB, of which either brings the other, and dX, which comes with the gates' gradients.
 """
 
 from __future__ import annotations
@@ -10,6 +11,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .calls import (
+    Call,
+    Glu,
+    GluBackward,
+    ScatterLora,
+    ScatterLoraBackward,
+    ScatterLoraDab,
+    ScatterLoraDbias,
+    ScatterLoraDw,
+    ScatterLoraDx,
+    derive,
+)
 
 
 class Needs(NamedTuple):
@@ -37,93 +51,87 @@ class Needs(NamedTuple):
         return self.weight or self.lora or self.gates
 
 
-class Call(NamedTuple):
-    """The arguments of one `scatter_lora` call, in the order of its schema."""
-
-    x: Tensor | None
-    weight: Tensor | None
-    slots: Tensor
-    offsets: Tensor
-    top_k: int
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    scaling: float
-    bias: Tensor | None
-    gates: Tensor | None
-    x_grouped: bool
-    y_grouped: bool
+def needs_of(needs_input_grad: tuple[bool, ...]) -> Needs:
+    """From one flag an argument of `scatter_lora`; the dispatcher leaves out trailing arguments that equal
+    their defaults, and none of those needs a gradient.
+    """
+    asked = dict(zip(ScatterLora._fields, needs_input_grad, strict=False))
+    return Needs(*(asked.get(name, False) for name in Needs._fields))
 
 
-def scatter_lora_gradients(dy: Tensor, call: Call, needs: Needs, bias_dtype: torch.dtype | None) -> Needs:
-    """Gradients of the arguments that `needs` names (None for the others), as a `Needs` of tensors.
+def read_by_gradients(call: ScatterLora, needs: Needs) -> ScatterLora:
+    """`call` with None for the tensors that none of the gradients reads."""
+    read = {
+        "x": needs.rows,
+        "weight": needs.dx,
+        "lora_a": needs.dx or needs.lora,
+        "lora_b": needs.dx or needs.lora,
+        "bias": needs.gates,
+    }
+    return call._replace(**{name: None for name, is_read in read.items() if not is_read})
 
-    x may be None unless `needs.rows`, weight unless `needs.dx`.
+
+def scatter_lora_gradients(
+    dy: Tensor, call: ScatterLora, needs: Needs, bias_dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Argument → gradient, of the arguments that `needs` names. What `read_by_gradients` leaves of `call` is
+    enough. bias_dtype: the dtype of the bias, which is not there itself unless the gates need it.
     """
     ops = torch.ops.moelora
-    dx = dgates = dw = da = db = dbias = None
-    routing = (call.slots, call.offsets, call.top_k)
-    lora = (call.lora_a, call.lora_b, call.scaling)
-    orders = (call.x_grouped, call.y_grouped)
+    grads = {}
     if needs.dx and needs.lora:
-        dx, dgates, da, db = ops.scatter_lora_backward(
-            dy, call.x, call.weight, *routing, *lora, call.bias, call.gates, *orders, needs.gates
-        )
+        joint = derive(ScatterLoraBackward, call, dy=dy, with_dgates=needs.gates)
+        grads["x"], grads["gates"], grads["lora_a"], grads["lora_b"] = ops.scatter_lora_backward(*joint)
     elif needs.dx:
-        x = call.x if needs.gates else None
-        dx, dgates = ops.scatter_lora_dx(dy, call.weight, *routing, *lora, call.bias, call.gates, x, *orders)
+        dx = derive(ScatterLoraDx, call, dy=dy, x=call.x if needs.gates else None)
+        grads["x"], grads["gates"] = ops.scatter_lora_dx(*dx)
     elif needs.lora:
-        da, db = ops.scatter_lora_dab(dy, call.x, *routing, *lora, call.gates, *orders)
+        grads["lora_a"], grads["lora_b"] = ops.scatter_lora_dab(*derive(ScatterLoraDab, call, dy=dy))
     if needs.weight:
-        dw = ops.scatter_lora_dw(dy, call.x, *routing, call.gates, *orders)
+        grads["weight"] = ops.scatter_lora_dw(*derive(ScatterLoraDw, call, dy=dy))
     if needs.bias:
-        dbias = ops.scatter_lora_dbias(dy, *routing, call.gates, call.y_grouped).to(bias_dtype)
-    return Needs(
-        x=dx if needs.x else None,
-        weight=dw,
-        lora_a=da if needs.lora_a else None,
-        lora_b=db if needs.lora_b else None,
-        bias=dbias,
-        gates=dgates.to(call.gates.dtype) if needs.gates else None,
-    )
+        dbias = ops.scatter_lora_dbias(*derive(ScatterLoraDbias, call, dy=dy))
+        grads["bias"] = dbias.to(bias_dtype)
+    if needs.gates:
+        grads["gates"] = grads["gates"].to(call.gates.dtype)
+    return {name: grad for name, grad in grads.items() if getattr(needs, name)}
+
+
+def save(ctx, call: NamedTuple) -> None:
+    """Keeps `call` for the backward: its tensors where autograd watches them, the rest beside."""
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in call))
+    ctx.rest = type(call)(*(None if isinstance(value, Tensor) else value for value in call))
+
+
+def saved(ctx) -> Call:
+    """The call that `save` kept."""
+    pairs = zip(ctx.saved_tensors, ctx.rest, strict=True)
+    return type(ctx.rest)(*(value if tensor is None else tensor for tensor, value in pairs))
+
+
+def in_order(kind: type[NamedTuple], grads: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    """One gradient an argument of `kind`, None for those that have none."""
+    return tuple(grads.get(name) for name in kind._fields)
 
 
 def _scatter_lora_setup(ctx, inputs, output) -> None:
-    call = Call(*inputs)
-    # The dispatcher leaves out trailing arguments that equal their defaults; none of those needs a gradient.
-    need = (*ctx.needs_input_grad, *[False] * len(inputs))
-    needs = Needs(*(need[Call._fields.index(name)] for name in Needs._fields))
-    with_lora = needs.dx or needs.lora
-    ctx.save_for_backward(
-        call.x if needs.rows else None,
-        call.weight if needs.dx else None,
-        call.slots,
-        call.offsets,
-        call.lora_a if with_lora else None,
-        call.lora_b if with_lora else None,
-        call.bias if needs.gates else None,
-        call.gates,
-    )
-    ctx.needs = needs
-    ctx.scalars = (call.top_k, call.scaling, call.x_grouped, call.y_grouped)
+    call = ScatterLora(*inputs)
+    ctx.needs = needs_of(ctx.needs_input_grad)
     ctx.bias_dtype = None if call.bias is None else call.bias.dtype
+    save(ctx, read_by_gradients(call, ctx.needs))
 
 
 def _scatter_lora_backward(ctx, dy):
-    x, weight, slots, offsets, lora_a, lora_b, bias, gates = ctx.saved_tensors
-    top_k, scaling, *orders = ctx.scalars
-    call = Call(x, weight, slots, offsets, top_k, lora_a, lora_b, scaling, bias, gates, *orders)
-    d = scatter_lora_gradients(dy, call, ctx.needs, ctx.bias_dtype)
-    return d.x, d.weight, None, None, None, d.lora_a, d.lora_b, None, d.bias, d.gates, None, None
+    return in_order(ScatterLora, scatter_lora_gradients(dy, saved(ctx), ctx.needs, ctx.bias_dtype))
 
 
 def _glu_setup(ctx, inputs, output) -> None:
-    h, *ctx.options = inputs
-    ctx.save_for_backward(h)
+    save(ctx, Glu(*inputs))
 
 
 def _glu_backward(ctx, dy):
-    (h,) = ctx.saved_tensors
-    return torch.ops.moelora.glu_backward(dy, h, *ctx.options), *(None for _ in ctx.options)
+    dh = torch.ops.moelora.glu_backward(*derive(GluBackward, saved(ctx), dy=dy))
+    return in_order(Glu, {"h": dh})
 
 
 def _first_order_only(name: str):

@@ -19,7 +19,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._moe_mlp import glu_then_scatter_lora, plain_activation
+from .activations import plain_activation
+from .calls import ScatterLora
+from .glu_scatter_lora import glu_scatter_lora
 
 
 def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -83,19 +85,9 @@ def scatter_lora(
             covers the contents of the index tensors.
     """
     return torch.ops.moelora.scatter_lora(
-        x,
-        weight,
-        sorted_scattered_idxs,
-        expert_offsets,
-        top_k,
-        lora_a,
-        lora_b,
-        scaling,
-        bias,
-        gates,
-        x_grouped,
-        y_grouped,
-    )
+        x, weight, sorted_scattered_idxs, expert_offsets, top_k, lora_a=lora_a, lora_b=lora_b,
+        scaling=scaling, bias=bias, gates=gates, x_grouped=x_grouped, y_grouped=y_grouped,
+    )  # fmt: skip
 
 
 def glu(
@@ -227,14 +219,17 @@ def moe_mlp(
     """
     _check_moe_mlp(x, expert_idxs, gates, gate_up_weight, down_weight, gated, activation)
     _check_ungated(gated, activation, act, alpha, limit, up_shift, interleaved)
-    top_k = expert_idxs.shape[1]
     slots, offsets = flatten_sort_count(expert_idxs, gate_up_weight.shape[0])
+    routing = (slots, offsets, expert_idxs.shape[1])
     h = torch.ops.moelora.scatter_lora(
-        x, gate_up_weight, slots, offsets, top_k, gate_up_lora_a, gate_up_lora_b, gate_up_scaling,
-        gate_up_bias, None, False, True,
+        x, gate_up_weight, *routing, lora_a=gate_up_lora_a, lora_b=gate_up_lora_b, scaling=gate_up_scaling,
+        bias=gate_up_bias, y_grouped=True,
     )  # fmt: skip
-    down = (down_weight, slots, offsets, top_k, down_lora_a, down_lora_b, down_scaling, down_bias, gates)
+    down = ScatterLora(
+        h, down_weight, *routing, lora_a=down_lora_a, lora_b=down_lora_b, scaling=down_scaling,
+        bias=down_bias, gates=gates, x_grouped=True,
+    )  # fmt: skip
     if gated and activation is None:
-        return glu_then_scatter_lora(h, (act, alpha, limit, up_shift, interleaved), *down)
+        return glu_scatter_lora(down, (act, alpha, limit, up_shift, interleaved))
     inner = plain_activation(h, act, alpha) if activation is None else activation(h)
-    return torch.ops.moelora.scatter_lora(inner, *down, True, False)
+    return torch.ops.moelora.scatter_lora(*down._replace(x=inner))

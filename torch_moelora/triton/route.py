@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks
+from ..calls import FlattenSortCount
 from . import configs
 
 
@@ -75,9 +76,10 @@ def place_slots(
             tl.store(offsets + expert, tl.load(ends + last, mask=expert < E), mask=expert < E)
 
 
-def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def flatten_sort_count(call: FlattenSortCount) -> tuple[Tensor, Tensor]:
     """Stable counting sort: count per block, scan, place. No synchronisation, no atomics."""
-    checks.flatten_sort_count(expert_idxs, num_experts)
+    checks.flatten_sort_count(call)
+    expert_idxs, num_experts = call
     top_k = expert_idxs.shape[1]
     rows = expert_idxs.shape[0] * top_k
     slots = expert_idxs.new_empty(rows, dtype=torch.int64)
@@ -168,6 +170,6 @@ class Routing(NamedTuple):
         return Tiles(tiles, starts, bound, rows)
 
 
-def routing(slots: Tensor, offsets: Tensor, top_k: int) -> Routing:
-    """The index tensors, made contiguous if they are not."""
-    return Routing(slots.contiguous(), offsets.contiguous(), top_k)
+def routing(call: NamedTuple) -> Routing:
+    """The index tensors of a call, made contiguous if they are not."""
+    return Routing(call.sorted_scattered_idxs.contiguous(), call.expert_offsets.contiguous(), call.top_k)

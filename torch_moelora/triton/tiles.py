@@ -29,12 +29,13 @@ class Rows(NamedTuple):
     by: str
 
 
-def rows_of_x(x: Tensor, x_grouped: bool) -> Rows:
-    return Rows(x, "position" if x_grouped else "token")
+def rows_of_x(call: NamedTuple) -> Rows:
+    return Rows(call.x, "position" if call.x_grouped else "token")
 
 
-def rows_of_dy(dy: Tensor, gates: Tensor | None, y_grouped: bool) -> Rows:
-    return Rows(dy, "token" if gates is not None else "position" if y_grouped else "slot")
+def rows_of_dy(call: NamedTuple) -> Rows:
+    grouped = "position" if call.y_grouped else "slot"
+    return Rows(call.dy, grouped if call.gates is None else "token")
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
