@@ -7,12 +7,17 @@ one pass: dA and dB, of which either brings the other, and dX, which comes with 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from .calls import (
+    CALLS,
     Call,
     Glu,
     GluBackward,
@@ -114,9 +119,8 @@ def in_order(kind: type[NamedTuple], grads: dict[str, Tensor]) -> tuple[Tensor |
     return tuple(grads.get(name) for name in kind._fields)
 
 
-def _scatter_lora_setup(ctx, inputs, output) -> None:
-    call = ScatterLora(*inputs)
-    ctx.needs = needs_of(ctx.needs_input_grad)
+def _scatter_lora_setup(ctx, call: ScatterLora, needs_input_grad: tuple[bool, ...]) -> None:
+    ctx.needs = needs_of(needs_input_grad)
     ctx.bias_dtype = None if call.bias is None else call.bias.dtype
     save(ctx, read_by_gradients(call, ctx.needs))
 
@@ -125,8 +129,8 @@ def _scatter_lora_backward(ctx, dy):
     return in_order(ScatterLora, scatter_lora_gradients(dy, saved(ctx), ctx.needs, ctx.bias_dtype))
 
 
-def _glu_setup(ctx, inputs, output) -> None:
-    save(ctx, Glu(*inputs))
+def _glu_setup(ctx, call: Glu, needs_input_grad: tuple[bool, ...]) -> None:
+    save(ctx, call)
 
 
 def _glu_backward(ctx, dy):
@@ -134,30 +138,83 @@ def _glu_backward(ctx, dy):
     return in_order(Glu, {"h": dh})
 
 
-def _first_order_only(name: str):
+def _first_order_only(name: str) -> tuple[Callable, Callable]:
+    def setup(ctx, call, needs_input_grad) -> None:
+        pass
+
     def backward(ctx, *grads):
         raise RuntimeError(
             f"{name}: moelora operators can be differentiated once only, and this is a second time "
             "(a gradient taken with create_graph=True was differentiated)"
         )
 
-    return backward
+    return setup, backward
+
+
+FORMULAS: dict[str, tuple[Callable, Callable]] = {
+    "scatter_lora": (_scatter_lora_setup, _scatter_lora_backward),
+    "glu": (_glu_setup, _glu_backward),
+    **{
+        name: _first_order_only(name)
+        for name in (
+            "scatter_lora_dx",
+            "scatter_lora_dab",
+            "scatter_lora_backward",
+            "scatter_lora_dw",
+            "scatter_lora_dbias",
+            "glu_backward",
+        )
+    },
+}
+
+
+def _has_tangent(call: NamedTuple) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in call)
+
+
+def _kernel(name: str) -> Callable:
+    """The operator for tensors that autograd watches, as `torch.library.register_autograd` makes it, but for
+    torch.func's transforms, too: they do not take the `torch.autograd.Function` that torch makes there. Each
+    transform is one level of autograd, and the call below it goes on to the next one.
+    """
+    op, kind = getattr(torch.ops.moelora, name).default, CALLS[name]
+    setup, gradients = FORMULAS[name]
+
+    class Formula(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, *args):
+            # Autograd turns recording off in here; the next transform's own is below and must stay on.
+            nested = torch._C._are_functorch_transforms_active()
+            with torch.enable_grad() if nested else contextlib.nullcontext():
+                out = below(keyset, *args)
+            setup(ctx, kind(*args), ctx.needs_input_grad[1:])
+            return out
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return None, *gradients(ctx, *grads)
+
+    def below(keyset, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def kernel(keyset, *args):
+        call = kind(*args)
+        if _has_tangent(call):
+            raise RuntimeError(
+                f"{name}: moelora operators have no forward-mode derivative, got a tensor with a tangent"
+            )
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*call)):
+            return below(keyset, *call)
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, Formula).apply(keyset, *call)
+
+    return kernel
 
 
 def register(lib: torch.library.Library) -> None:
     """Registers the backward formulas, and the error of the backward operators' own backward, with `lib`."""
-    formulas = {
-        "scatter_lora": (_scatter_lora_backward, _scatter_lora_setup),
-        "glu": (_glu_backward, _glu_setup),
-    }
-    for name, (backward, setup) in formulas.items():
-        torch.library.register_autograd(f"{lib.ns}::{name}", backward, setup_context=setup, lib=lib)
-    for name in (
-        "scatter_lora_dx",
-        "scatter_lora_dab",
-        "scatter_lora_backward",
-        "scatter_lora_dw",
-        "scatter_lora_dbias",
-        "glu_backward",
-    ):
-        torch.library.register_autograd(f"{lib.ns}::{name}", _first_order_only(name), lib=lib)
+    for name in FORMULAS:
+        lib.impl(name, _kernel(name), "Autograd", with_keyset=True)

@@ -16,15 +16,21 @@ from .calls import Glu, GluBackward, ScatterLora, derive
 class _GluScatterLora(torch.autograd.Function):
     """Takes the fields of a `ScatterLora` whose x is h, and glu's options behind them."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, *args) -> Tensor:
+    def forward(*args) -> Tensor:
         call, options = _split(args)
-        ctx.needs, ctx.options = autograd.needs_of(ctx.needs_input_grad), options
+        return torch.ops.moelora.scatter_lora(*call._replace(x=torch.ops.moelora.glu(call.x, *options)))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        call, ctx.options = _split(inputs)
+        ctx.needs = autograd.needs_of(ctx.needs_input_grad)
         ctx.bias_dtype = None if call.bias is None else call.bias.dtype
         kept = autograd.read_by_gradients(call, ctx.needs)
         # h is read wherever glu(h) would be, and by glu's own gradient.
         autograd.save(ctx, kept._replace(x=call.x if ctx.needs.x else kept.x))
-        return torch.ops.moelora.scatter_lora(*call._replace(x=torch.ops.moelora.glu(call.x, *options)))
 
     @staticmethod
     def backward(ctx, dy):
