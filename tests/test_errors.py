@@ -78,6 +78,10 @@ def routing(lead: str) -> list[tuple[dict, str]]:
         ({idxs: to(INT)}, f"{idxs} must have dtype torch.int64, got torch.int32"),
         ({idxs: to(FP32)}, f"{idxs} must have dtype torch.int64, got torch.float32"),
         ({idxs: e(13, dtype=LONG)}, f"{idxs} must have a length that is a multiple of top_k=2, got 13"),
+        (
+            {idxs: torch.zeros(1, dtype=LONG).expand(2**31)},  # one element of memory
+            f"{idxs} must have a length of at most 2147483647, got 2147483648",
+        ),
         ({offsets: e(3, 1, dtype=INT)}, f"{offsets} must be a 1-D tensor [E], got shape [3, 1]"),
         ({offsets: to(LONG)}, f"{offsets} must have dtype torch.int32, got torch.int64"),
         ({offsets: e(0, dtype=INT)}, f"{offsets} must have a length of at least 1, got 0"),
@@ -189,6 +193,10 @@ TABLE: dict[str, list[tuple[dict, str]]] = {
             "expert_idxs must have dtype torch.int32 or torch.int64, got torch.bool",
         ),
         ({"expert_idxs": e(4, 0, dtype=LONG)}, "expert_idxs must have at least 1 column, got shape [4, 0]"),
+        (
+            {"expert_idxs": torch.zeros(1, 2, dtype=LONG).expand(2**30, 2)},
+            "expert_idxs must have at most 2147483647 elements, got 2147483648",
+        ),
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
     ],
     "scatter_lora": [

@@ -29,6 +29,8 @@ from .calls import (
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ACTS = ("silu", "gelu", "gelu_tanh")
+# Rows are counted in int32: expert_offsets.
+MOST_ROWS = 2**31 - 1
 
 
 def text(t: Tensor) -> str:
@@ -87,6 +89,13 @@ def _index(op: str, name: str, t: Tensor, letter: str, dtype: torch.dtype) -> No
     torch._check(t.dtype == dtype, lambda: f"{op}: {name} must have dtype {dtype}, got {t.dtype}")
 
 
+def _countable(rows: int | torch.SymInt) -> bool:
+    """Not asked of a symbolic size, which it would bound in an exported program: the operator asks when it
+    runs.
+    """
+    return not isinstance(rows, int) or rows <= MOST_ROWS
+
+
 def _routing(op: str, call: NamedTuple, lead_name: str) -> None:
     lead, top_k = getattr(call, lead_name), call.top_k
     slots, offsets = call.sorted_scattered_idxs, call.expert_offsets
@@ -97,6 +106,12 @@ def _routing(op: str, call: NamedTuple, lead_name: str) -> None:
         lambda: (
             f"{op}: sorted_scattered_idxs must have a length that is a multiple of top_k={top_k}, "
             f"got {slots.shape[0]}"
+        ),
+    )
+    torch._check(
+        _countable(slots.shape[0]),
+        lambda: (
+            f"{op}: sorted_scattered_idxs must have a length of at most {MOST_ROWS}, got {slots.shape[0]}"
         ),
     )
     _index(op, "expert_offsets", offsets, "E", torch.int32)
@@ -233,6 +248,10 @@ def flatten_sort_count(call: FlattenSortCount) -> None:
     torch._check(
         expert_idxs.shape[1] >= 1,
         lambda: f"{op}: expert_idxs must have at least 1 column, got shape {text(expert_idxs)}",
+    )
+    torch._check(
+        _countable(expert_idxs.numel()),
+        lambda: f"{op}: expert_idxs must have at most {MOST_ROWS} elements, got {expert_idxs.numel()}",
     )
     torch._check(num_experts >= 1, lambda: f"{op}: num_experts must be at least 1, got {num_experts}")
 
