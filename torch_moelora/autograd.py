@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from .batch_invariance import as_in_forward, flag_for_backward
 from .calls import (
     CALLS,
     Call,
@@ -189,12 +190,14 @@ def _kernel(name: str) -> Callable:
             nested = torch._C._are_functorch_transforms_active()
             with torch.enable_grad() if nested else contextlib.nullcontext():
                 out = below(keyset, *args)
+            ctx.batch_invariant = flag_for_backward()
             setup(ctx, kind(*args), ctx.needs_input_grad[1:])
             return out
 
         @staticmethod
         def backward(ctx, *grads):
-            return None, *gradients(ctx, *grads)
+            with as_in_forward(ctx.batch_invariant):
+                return None, *gradients(ctx, *grads)
 
     def below(keyset, *args):
         with torch._C._AutoDispatchBelowAutograd():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import autograd
 from .autocast import follow
+from .batch_invariance import as_in_forward, flag_for_backward
 from .calls import Glu, GluBackward, ScatterLora, derive
 
 
@@ -26,7 +27,7 @@ class _GluScatterLora(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         call, ctx.options = _split(inputs)
-        ctx.needs = autograd.needs_of(ctx.needs_input_grad)
+        ctx.needs, ctx.batch_invariant = autograd.needs_of(ctx.needs_input_grad), flag_for_backward()
         ctx.bias_dtype = None if call.bias is None else call.bias.dtype
         kept = autograd.read_by_gradients(call, ctx.needs)
         # h is read wherever glu(h) would be, and by glu's own gradient.
@@ -36,10 +37,11 @@ class _GluScatterLora(torch.autograd.Function):
     def backward(ctx, dy):
         call = autograd.saved(ctx)
         glu = Glu(call.x, *ctx.options)
-        inner = call._replace(x=torch.ops.moelora.glu(*glu) if ctx.needs.rows else None)
-        grads = autograd.scatter_lora_gradients(dy, inner, ctx.needs, ctx.bias_dtype)
-        if ctx.needs.x:
-            grads["x"] = torch.ops.moelora.glu_backward(*derive(GluBackward, glu, dy=grads["x"]))
+        with as_in_forward(ctx.batch_invariant):
+            inner = call._replace(x=torch.ops.moelora.glu(*glu) if ctx.needs.rows else None)
+            grads = autograd.scatter_lora_gradients(dy, inner, ctx.needs, ctx.bias_dtype)
+            if ctx.needs.x:
+                grads["x"] = torch.ops.moelora.glu_backward(*derive(GluBackward, glu, dy=grads["x"]))
         return *autograd.in_order(ScatterLora, grads), *(None for _ in ctx.options)
 
 

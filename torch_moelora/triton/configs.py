@@ -205,13 +205,17 @@ def shipped(key: Key, rank: int, rows: int) -> tuple[Gemm | Outer, bool]:
 
 def choose(
     kernel: str, device: torch.device, dtype: torch.dtype, k: int, n: int, rank: int, rows: int,
-    run: Callable,
+    run: Callable, *, search: bool = True,
 ):  # fmt: skip
-    """The configuration for this shape at `rows` rows an expert; `run(config)` does the work, for timing."""
+    """The configuration for this shape at `rows` rows an expert; `run(config)` does the work, for timing.
+
+    search: whether one may be searched for that the tables do not name. What it finds sums in another order
+    than what ran before it.
+    """
     where = machine(device)
     key = Key(kernel, where.arch, dtype_class(dtype), k, n, bucket(rank, 16, 128), bucket(rows, 16, 4096))
     config, exact = shipped(key, rank, rows)
-    if exact or not switches.SWITCHES.autotune or device.type != "cuda":
+    if exact or not search or not switches.SWITCHES.autotune or device.type != "cuda":
         return config
     return Found.of(where).get(key, run) or config
 

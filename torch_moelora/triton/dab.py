@@ -162,8 +162,8 @@ def dy_times_b(call: ScatterLoraDab, route: Routing) -> Tensor:
 
 
 def _rank_tiles(rows: Tensor, route: Routing) -> Tiles:
-    per_expert = route.rows // route.experts
-    return route.tiles(configs.rank_rows(configs.machine(rows.device), rows.dtype, per_expert))
+    machine = configs.machine(rows.device)
+    return route.tiles(configs.rank_rows(machine, rows.dtype, route.per_expert))
 
 
 def lora_gradient(call: ScatterLoraDab, route: Routing, dyb: Tensor | None = None) -> tuple[Tensor, Tensor]:

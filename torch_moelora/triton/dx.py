@@ -106,5 +106,5 @@ def input_gradient(call: ScatterLoraDx, route: Routing, dyb: Tensor | None = Non
             return dx, dy.new_empty(0, dtype=accumulators)
         return dx, _dgates(partial, rows, call.bias, route, tile_list)
 
-    per_expert = route.rows // route.experts
-    return run(configs.choose("gemm", dy.device, dy.dtype, n, k, rank, per_expert, run))
+    shape = (dy.device, dy.dtype, n, k, rank)
+    return run(configs.choose("gemm", *shape, route.per_expert, run, search=not route.invariant))

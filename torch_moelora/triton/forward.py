@@ -41,5 +41,5 @@ def scatter_lora(call: ScatterLora) -> Tensor:
         tiles.gemm(rows, weight, y, route, tile_list, config, xa=xa, b=b, bias=call.bias, gates=gates)
         return tiles.summed(out, route.rows // route.top_k, route.top_k, x.dtype) if sums else out
 
-    per_expert = route.rows // route.experts
-    return run(configs.choose("gemm", x.device, x.dtype, k, n, rank, per_expert, run))
+    shape = (x.device, x.dtype, k, n, rank)
+    return run(configs.choose("gemm", *shape, route.per_expert, run, search=not route.invariant))

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks
+from ..batch_invariance import is_batch_invariant
 from ..calls import FlattenSortCount
 from . import configs
 
@@ -143,12 +144,19 @@ class Tiles(NamedTuple):
     rows: int
 
 
+# Rows an expert that configurations go by where results must not depend on the batch: tiles of 128 rows.
+INVARIANT_ROWS = 128
+
+
 class Routing(NamedTuple):
-    """slots [S] int64 and offsets [E] int32, contiguous, as every kernel takes them."""
+    """slots [S] int64 and offsets [E] int32, contiguous, as every kernel takes them. invariant: whether a
+    row's results may not depend on S and on what else is in the batch.
+    """
 
     slots: Tensor
     offsets: Tensor
     top_k: int
+    invariant: bool = False
 
     @property
     def rows(self) -> int:
@@ -159,6 +167,11 @@ class Routing(NamedTuple):
     def experts(self) -> int:
         """E."""
         return self.offsets.shape[0]
+
+    @property
+    def per_expert(self) -> int:
+        """Rows an expert, as configurations are chosen by."""
+        return INVARIANT_ROWS if self.invariant else self.rows // self.experts
 
     def tiles(self, rows: int) -> Tiles:
         """Tiles of at most `rows` rows. Their number is known on the device only; the bound is static."""
@@ -171,5 +184,6 @@ class Routing(NamedTuple):
 
 
 def routing(call: NamedTuple) -> Routing:
-    """The index tensors of a call, made contiguous if they are not."""
-    return Routing(call.sorted_scattered_idxs.contiguous(), call.expert_offsets.contiguous(), call.top_k)
+    """The index tensors of a call, made contiguous if they are not, and what is set now."""
+    slots, offsets = call.sorted_scattered_idxs.contiguous(), call.expert_offsets.contiguous()
+    return Routing(slots, offsets, call.top_k, is_batch_invariant())
