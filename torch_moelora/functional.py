@@ -195,7 +195,7 @@ def moe_mlp(
 ) -> Tensor:
     """The experts of a mixture-of-experts layer: route → gate_up → activation → down, weighted by `gates`.
 
-    Kept for the backward: the arguments, the indices and h = gate_up(x) [S, 2I]. The gated unit's output is
+    Kept for the backward: arguments, the indices and h = gate_up(x) [S, 2I]. The gated unit's output is
     recomputed from h. Differentiable in x, gates and every parameter; once only.
 
     Args:
@@ -204,11 +204,9 @@ def moe_mlp(
         gate_up_weight, down_weight: [E, 2I, H] ([E, I, H] if not `gated`), [E, H, I], any strides, in place.
         gate_up_lora_a, gate_up_lora_b: [E, R, H], [E, 2I, R]; both or neither.
         down_lora_a, down_lora_b: [E, R', I], [E, H, R']; both or neither.
-        gate_up_scaling, down_scaling: factors of the LoRA terms.
-        gate_up_bias, down_bias: [E, 2I], [E, H].
+        gate_up_scaling, down_scaling: factors of the LoRA terms. gate_up_bias, down_bias: [E, 2I], [E, H].
         act, alpha, limit, up_shift, interleaved: those of `glu`.
-        gated: False for experts with one plain activation: `act` is then "silu" (with alpha), "gelu",
-            "gelu_tanh", "relu" or "relu2" (relu squared).
+        gated: False: one plain `act`: "silu" (with alpha), "gelu", "gelu_tanh", "relu", "relu2" (its square).
         activation: replaces the activation: a function of h [S, 2I] in grouped order that gives [S, I].
 
     Returns:
@@ -219,9 +217,8 @@ def moe_mlp(
     """
     _check_moe_mlp(x, expert_idxs, gates, gate_up_weight, down_weight, gated, activation)
     _check_ungated(gated, activation, act, alpha, limit, up_shift, interleaved)
-    slots, offsets = flatten_sort_count(expert_idxs, gate_up_weight.shape[0])
-    routing = (slots, offsets, expert_idxs.shape[1])
-    h = torch.ops.moelora.scatter_lora(
+    routing = (*flatten_sort_count(expert_idxs, gate_up_weight.shape[0]), expert_idxs.shape[1])
+    h = scatter_lora(
         x, gate_up_weight, *routing, lora_a=gate_up_lora_a, lora_b=gate_up_lora_b, scaling=gate_up_scaling,
         bias=gate_up_bias, y_grouped=True,
     )  # fmt: skip
