@@ -46,7 +46,7 @@ void pack_lanes(const moelora::PackArgs& args) {
   }
 }
 
-constexpr int64_t kFetchAhead = 16;   // rows
+constexpr int64_t kFetchAhead = 4;    // rows
 constexpr int64_t kFetchBytes = 512;  // longer rows are streams that the processor follows by itself
 
 // One line of a panel: lane j is (a[j], b[j]), j < n, zero up to panel_lanes. b: of an even p's row the next one, if
@@ -97,7 +97,13 @@ void pack_depth(const moelora::PackArgs& args) {
     const T* b = nullptr;
     if (P::pack == 2 && p + 1 < args.n_rows) b = static_cast<const T*>(args.rows[p + 1]) + args.first * args.stride;
     char* to = panel;
-    for (int64_t lane = 0; lane < args.n; lane += args.panel_lanes, to += args.panels_apart) {
+    int64_t lane = 0;
+    // Whole vectors of whole panels.
+    if (P::pack == 1 && args.stride == 1 && args.panel_lanes % P::lanes == 0)
+      for (; lane + args.panel_lanes <= args.n; lane += args.panel_lanes, to += args.panels_apart)
+        for (int64_t v = 0; v < args.panel_lanes; v += P::lanes)
+          P::store_units(reinterpret_cast<typename P::elem*>(to) + v, P::interleave(a + lane + v, a, P::lanes));
+    for (; lane < args.n; lane += args.panel_lanes, to += args.panels_apart) {
       const int64_t left = args.n - lane, n = left < args.panel_lanes ? left : args.panel_lanes;
       pack_line<P>(reinterpret_cast<typename P::elem*>(to), a + lane * args.stride,
                    b ? b + lane * args.stride : nullptr, args.stride, n, args.panel_lanes);
