@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import BF16, FP16, FP32, FP64, Case
 
+from torch_moelora import _C
 from torch_moelora.switches import SWITCHES
 
 pytestmark = pytest.mark.operators
@@ -76,6 +77,30 @@ def test_same_bits(case, threads):
         threads(count)
         for i, (a, b) in enumerate(zip(expected, everything(p), strict=True)):
             assert torch.equal(a, b), f"result {i} differs with {count} threads"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's kernels sum alike whatever the size")
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("name", ["scatter_lora", "scatter_lora_dx"])
+def test_wide_sums(name, dtype, threads):
+    """More rows, and wider ones, than the CPU's drivers keep apart before they are added by token."""
+    wide, case = 3200, Case(tokens=520, top_k=4, experts=6, k=40, n=40, rank=8, dtype=dtype, gates="same")
+    kept_apart = max(kernels.blocking["combine_bytes"] for kernels in _C.kernel_sets())
+    assert case.rows * wide * torch.float32.itemsize > kept_apart
+    if name == "scatter_lora":
+        case = case.with_(n=wide)
+        args, dtypes = problems.build(case).forward_args(), (dtype,)
+    else:
+        case = case.with_(k=wide)
+        args, dtypes = problems.build(case).dx_args(), (dtype, FP32)
+    threads(1)
+    problems.check(name, args, case, dtypes)
+    expected = problems.call(name, *args)
+    for count in (2, 3):
+        threads(count)
+        found = problems.call(name, *args)
+        for a, b in zip(expected, found, strict=True):
+            assert torch.equal(a, b), f"{count} threads"
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])

@@ -1,0 +1,99 @@
+"""The table of runs: pytest on what, with what around it. They start in this order, the longest first."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import core_builds
+from amx_emulator import build as amx_emulator
+
+ROOT = Path(__file__).resolve().parents[1]
+# The kernels' own AMX tests emulate for themselves, within the first run.
+OPERATORS = ("tests", "--ignore=tests/test_amx_kernels.py", "-m", "operators and not long")
+AHEAD_OF_TIME = "tests/test_triton_aot.py"
+QUICK, SPARSE, SEARCH = (f"--hypothesis-profile={name}" for name in ("quick", "sparse", "search"))
+DRIVERS = "tests/test_drivers_numpy.py"
+CORE = ("tests/test_ukernel.py", DRIVERS)
+TRITON = {"MOELORA_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+
+
+def possible() -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pytest process. `prepare` builds what it needs and may add to the environment; `why_not` says what
+    the machine lacks for it; `long` ones run only when they are named.
+    """
+
+    name: str
+    purpose: str
+    pytest: tuple[str, ...]
+    environ: dict[str, str] = field(default_factory=dict)
+    prepare: Callable[[], dict[str, str]] = dict
+    why_not: Callable[[], str | None] = possible
+    long: bool = False
+
+
+def cpu() -> dict:
+    from torch_moelora import _C
+
+    return _C.isa_report()
+
+
+def no_emulator() -> str | None:
+    if "amx_bf16" in cpu()["usable"]:
+        return "the CPU has AMX itself: the first run used it"
+    return None if "avx512_bf16" in cpu()["usable"] else "the AMX kernels pack with AVX-512-BF16"
+
+
+def no_triton() -> str | None:
+    if not (ROOT / "torch_moelora" / "triton" / "register.py").exists():
+        return "this tree has no Triton kernels"
+    return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+
+def short_runs() -> list[Run]:
+    best, *others = cpu()["usable"]
+    return [
+        Run(
+            "suite",
+            f"everything, with the best instruction set ({best})",
+            ("tests", f"--ignore={AHEAD_OF_TIME}", "-m", "not long"),
+        ),
+        Run("triton", "the operators through the Triton kernels, interpreted", (*OPERATORS, SPARSE), TRITON,
+            why_not=no_triton),
+        Run("compiled", "the Triton kernels, compiled for GPUs", (AHEAD_OF_TIME, "-m", "not long"),
+            why_not=no_triton),
+        Run("sanitizers", "micro-kernels and drivers under AddressSanitizer and UBSan", (*CORE, QUICK),
+            prepare=core_builds.sanitized, why_not=core_builds.no_sanitizers),
+        Run("races", "the drivers' threads under ThreadSanitizer", (DRIVERS, SPARSE, "-s"),
+            prepare=core_builds.race_checked, why_not=core_builds.no_race_detector),
+        Run("clang", "micro-kernels and drivers built by clang", (*CORE, QUICK),
+            prepare=core_builds.with_clang, why_not=core_builds.no_clang),
+        Run("amx", "the operators on AMX, emulated", (*OPERATORS, QUICK),
+            prepare=amx_emulator.environment, why_not=no_emulator),
+        *(
+            Run(isa, f"the operators on {isa}, two threads", (*OPERATORS, QUICK),
+                {"MOELORA_ISA": isa, "OMP_NUM_THREADS": "2"})
+            for isa in others
+        ),
+    ]  # fmt: skip
+
+
+def long_runs() -> list[Run]:
+    return [
+        Run("real", "what is marked long: leaks, real sizes, all architectures", ("tests", "-m", "long")),
+        Run("fuzz", "micro-kernels and drivers on new examples under AddressSanitizer and UBSan",
+            (*CORE, "--hypothesis-profile=fuzz"), prepare=core_builds.sanitized,
+            why_not=core_builds.no_sanitizers),
+        Run("search", "the operators on new examples", (*OPERATORS, SEARCH)),
+    ]  # fmt: skip
+
+
+def all_runs() -> list[Run]:
+    return [*short_runs(), *(replace(run, long=True) for run in long_runs())]
