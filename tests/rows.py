@@ -11,11 +11,13 @@ import core_builds
 from amx_emulator import build as amx_emulator
 
 ROOT = Path(__file__).resolve().parents[1]
-# The kernels' own AMX tests emulate for themselves, within the first run.
-OPERATORS = ("tests", "--ignore=tests/test_amx_kernels.py", "-m", "operators and not long")
+OPERATORS = ("tests", "-m", "operators and not long")
 AHEAD_OF_TIME = "tests/test_triton_aot.py"
-QUICK, SPARSE, SEARCH = (f"--hypothesis-profile={name}" for name in ("quick", "sparse", "search"))
+QUICK, SPARSE, SEARCH, FUZZ = (
+    f"--hypothesis-profile={name}" for name in ("quick", "sparse", "search", "fuzz")
+)
 DRIVERS = "tests/test_drivers_numpy.py"
+THE_BUILD = "tests/test_ukernel.py::test_the_build_under_test"
 CORE = ("tests/test_ukernel.py", DRIVERS)
 TRITON = {"MOELORA_BACKEND": "triton", "TRITON_INTERPRET": "1"}
 
@@ -71,7 +73,7 @@ def short_runs() -> list[Run]:
             why_not=no_triton),
         Run("sanitizers", "micro-kernels and drivers under AddressSanitizer and UBSan", (*CORE, QUICK),
             prepare=core_builds.sanitized, why_not=core_builds.no_sanitizers),
-        Run("races", "the drivers' threads under ThreadSanitizer", (DRIVERS, SPARSE, "-s"),
+        Run("races", "the drivers' threads under ThreadSanitizer", (DRIVERS, THE_BUILD, QUICK, "-s"),
             prepare=core_builds.race_checked, why_not=core_builds.no_race_detector),
         Run("clang", "micro-kernels and drivers built by clang", (*CORE, QUICK),
             prepare=core_builds.with_clang, why_not=core_builds.no_clang),
@@ -87,11 +89,13 @@ def short_runs() -> list[Run]:
 
 def long_runs() -> list[Run]:
     return [
-        Run("real", "what is marked long: leaks, real sizes, all architectures", ("tests", "-m", "long")),
+        Run("rest", "what is marked long: real sizes, leaks, every kernel for every GPU",
+            ("tests", "-m", "long")),
+        Run("interpreter", "every test of the operators through the Triton kernels, interpreted",
+            ("tests", "-m", "operators", QUICK), TRITON, why_not=no_triton),
         Run("fuzz", "micro-kernels and drivers on new examples under AddressSanitizer and UBSan",
-            (*CORE, "--hypothesis-profile=fuzz"), prepare=core_builds.sanitized,
-            why_not=core_builds.no_sanitizers),
-        Run("search", "the operators on new examples", (*OPERATORS, SEARCH)),
+            (*CORE, FUZZ), prepare=core_builds.sanitized, why_not=core_builds.no_sanitizers),
+        Run("search", "the operators on new examples", (*OPERATORS, SEARCH, "-k", "matches_reference")),
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""AMX on this machine: the report, the override, and the kernels' tests, emulated where there is no AMX."""
+"""AMX on this machine: the report, the override, and the emulator."""
 
 import json
 import os
@@ -12,12 +12,15 @@ from amx_emulator import build
 
 import torch_moelora
 
-TESTS = Path(__file__).resolve().parent
 CPU = torch_moelora.info()["cpu"]
 
 emulated = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64") or not sys.platform.startswith("linux"),
     reason="the emulator is for Linux on x86-64",
+)
+# Its configurations never get to the emulator.
+without_amx = pytest.mark.skipif(
+    "amx_bf16" in CPU["detected"], reason="the CPU performs AMX instructions itself"
 )
 with_kernels = pytest.mark.skipif(
     "avx512_bf16" not in CPU["usable"], reason="the AMX kernels pack with AVX-512-BF16"
@@ -36,17 +39,7 @@ def probe() -> Path:
 
 
 @emulated
-@with_kernels
-@pytest.mark.slow
-@pytest.mark.skipif(CPU["chosen"]["bf16"] == "amx_bf16", reason="they run in this very process")
-def test_kernels():
-    """test_amx_kernels.py on AMX instructions: the shipped binary's, performed by the emulator."""
-    done = run("-m", "pytest", "-rs", str(TESTS / "test_amx_kernels.py"), timeout=900, **build.environment())
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout, done.stdout
-
-
-@emulated
+@without_amx
 @pytest.mark.parametrize("name", ["right", "subnormal"])
 def test_emulator_is_exact(probe, name):
     environ = os.environ | {"LD_PRELOAD": str(build.library())}
@@ -54,6 +47,7 @@ def test_emulator_is_exact(probe, name):
 
 
 @emulated
+@without_amx
 @pytest.mark.parametrize(
     ("name", "message"),
     [
