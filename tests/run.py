@@ -49,10 +49,10 @@ def execute(processes: side_by_side.Processes, run: Run) -> Outcome:
     command = [sys.executable, __file__, "--here", run.name, f"--junit-xml={report}", "--durations=10"]
     status = processes.run(command, log, env=os.environ | {"CMAKE_BUILD_PARALLEL_LEVEL": "1"})
     outcome = read(run, report, status, time.monotonic() - start)
-    if outcome.bad:
+    if outcome.bad and not processes.ended:  # an interruption says nothing about it
         text = log.read_text(errors="replace")
         print(f"\n=== {run.name} FAILED: {log.relative_to(ROOT)}\n{text}=== end of {run.name}\n", flush=True)
-    else:
+    elif not outcome.bad:
         print(f"{run.name}: {outcome.passed} passed in {outcome.seconds:.0f} s", flush=True)
     return outcome
 

@@ -23,13 +23,13 @@ class Processes:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen] = set()
-        self._ended = False
+        self.ended = False
 
     def run(self, command: list[str], log: Path, **options) -> int:
         """The exit status of `command`, whose output is in `log`; negative where a signal ended it."""
         with log.open("wb") as output:
             with self._lock:
-                if self._ended:
+                if self.ended:
                     return -signal.SIGTERM
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
@@ -46,7 +46,7 @@ class Processes:
     def end(self) -> None:
         """Ends all of them, and starts no more."""
         with self._lock:
-            self._ended = True
+            self.ended = True
             running = list(self._running)
         for process in running:
             _signal(process, signal.SIGTERM)
