@@ -11,7 +11,8 @@ import core_builds
 from amx_emulator import build as amx_emulator
 
 ROOT = Path(__file__).resolve().parents[1]
-OPERATORS = ("tests", "-m", "operators and not long")
+AMX_KERNELS = "tests/test_amx_kernels.py"
+OPERATORS = ("tests", f"--ignore={AMX_KERNELS}", "-m", "operators and not long")
 AHEAD_OF_TIME = "tests/test_triton_aot.py"
 QUICK, SPARSE, SEARCH, FUZZ = (
     f"--hypothesis-profile={name}" for name in ("quick", "sparse", "search", "fuzz")
@@ -77,7 +78,7 @@ def short_runs() -> list[Run]:
             prepare=core_builds.race_checked, why_not=core_builds.no_race_detector),
         Run("clang", "micro-kernels and drivers built by clang", (*CORE, QUICK),
             prepare=core_builds.with_clang, why_not=core_builds.no_clang),
-        Run("amx", "the operators on AMX, emulated", (*OPERATORS, QUICK),
+        Run("amx", "the operators on AMX, emulated", ("tests", *OPERATORS[2:], QUICK),
             prepare=amx_emulator.environment, why_not=no_emulator),
         *(
             Run(isa, f"the operators on {isa}, two threads", (*OPERATORS, QUICK),
@@ -92,7 +93,7 @@ def long_runs() -> list[Run]:
         Run("rest", "what is marked long: real sizes, leaks, every kernel for every GPU",
             ("tests", "-m", "long")),
         Run("interpreter", "every test of the operators through the Triton kernels, interpreted",
-            ("tests", "-m", "operators", QUICK), TRITON, why_not=no_triton),
+            (*OPERATORS[:2], "-m", "operators", QUICK), TRITON, why_not=no_triton),
         Run("fuzz", "micro-kernels and drivers on new examples under AddressSanitizer and UBSan",
             (*CORE, FUZZ), prepare=core_builds.sanitized, why_not=core_builds.no_sanitizers),
         Run("search", "the operators on new examples", (*OPERATORS, SEARCH, "-k", "matches_reference")),
