@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BUILD_REQUIRES = $(shell sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr ',' ' ')
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 COMPILED := $(wildcard torch_moelora/_C*.so)
-FORMATTED := $(shell find csrc tests/amx_emulator -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.c')
+FORMATTED := $(shell find csrc tests/amx_emulator tests/wide_emulation -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.c')
 
 .PHONY: help setup demo test bench gpu lint format clean FORCE
 

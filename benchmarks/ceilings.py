@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -40,68 +38,43 @@ class Ceilings:
         )
 
 
-def machine_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    model = "CPU"
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
-        model = next(names, ": CPU").split(":", 1)[1].strip()
-    return f"{model}, {os.cpu_count()} cores"
-
-
-def _best(work: Callable[[], None], seconds: float, synchronize: Callable[[], None]) -> float:
-    """Shortest time of one call, tried for that long."""
+def _best(work: Callable[[], None], seconds: float) -> float:
+    """Shortest time of one call on the device, tried for that long."""
     work()
-    synchronize()
+    torch.cuda.synchronize()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
         work()
-        synchronize()
+        torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return best
 
 
-def _native(name: str) -> Callable | None:
-    """A measurement in the extension, where it has one."""
-    try:
-        from torch_moelora import _C
-    except ImportError:
-        return None
-    return getattr(_C, name, None)
-
-
-def _torch_rate(dtype: str, device: str, seconds: float) -> tuple[float, str]:
-    n = 8192 if device == "cuda" else 2048
-    a = torch.randn(n, n).to(DTYPES[dtype]).to(device)
-    b, out = a.T.contiguous(), torch.empty_like(a)
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    best = _best(lambda: torch.mm(a, b, out=out), seconds, synchronize)
-    return 2 * n**3 / best, f"torch.mm of {n}³ in {dtype}"
-
-
 def measure_rate(dtype: str, device: str, threads: int, seconds: float) -> tuple[float, str]:
-    native = _native("measure_dot_rate") if device == "cpu" else None
-    if native is None:
-        rate, by = _torch_rate(dtype, device, seconds)
-        return rate, by if device == "cuda" else f"{by}: an estimate from below"
-    return native(dtype, threads, seconds), f"the kernel for {dtype} on cached operands, {threads} threads"
+    """On the CPU that of the instruction set whose kernels the dtype gets: MOELORA_ISA may choose it."""
+    if device == "cuda":
+        n = 8192
+        a = torch.randn(n, n).to(DTYPES[dtype]).cuda()
+        b, out = a.T.contiguous(), torch.empty_like(a)
+        best = _best(lambda: torch.mm(a, b, out=out), seconds)
+        return 2 * n**3 / best, f"torch.mm of {n}³ in {dtype}"
+    from torch_moelora import _C
+
+    isa = _C.isa_report()["chosen"][dtype]
+    rate = _C.measure_peak_rate(dtype, threads, seconds)
+    return rate, f"multiply-adds of {isa} for {dtype} on registers, {threads} threads"
 
 
 def measure_bandwidth(device: str, threads: int, seconds: float) -> tuple[float, str]:
     if device == "cuda":
         source = torch.empty(GIB // 4, device=device)
         target = torch.empty_like(source)
-        best = _best(lambda: target.copy_(source), seconds, torch.cuda.synchronize)
+        best = _best(lambda: target.copy_(source), seconds)
         return 2 * GIB / best, "device copy of 1 GiB, read and write"
-    native = _native("measure_read_bandwidth")
-    if native is not None:
-        return native(GIB, threads, seconds), f"read of 1 GiB, {threads} threads"
-    source = torch.zeros(GIB // 8, dtype=torch.int64)
-    best = _best(lambda: source.max(), seconds, lambda: None)
-    return GIB / best, "torch reduction over 1 GiB: an estimate from below"
+    from torch_moelora import _C
+
+    return _C.measure_read_bandwidth(GIB, threads, seconds), f"read of 1 GiB, {threads} threads"
 
 
 def measure(

@@ -14,10 +14,14 @@ from matplotlib.axes import Axes
 COLOURS = {
     "ours": "#1b6ca8",
     "ours-compiled": "#5fa8d3",
+    "ours-batch-invariant": "#8fb8c8",
     "loop": "#e0a030",
+    "loop-fp32": "#f0cf90",
     "peft": "#c0504d",
+    "peft-fp32": "#e0a8a6",
     "kt-kernel": "#6a9955",
     "grouped-mm": "#8064a2",
+    "grouped-mm-fp32": "#bfb1d0",
     "scattermoe": "#7f7f7f",
 }
 
@@ -77,6 +81,11 @@ def _draw_memory(axes: Axes, rows: list[dict], title: str) -> None:
     axes.set_title(title, loc="left", fontsize=9)
 
 
+def _stopped(row: dict) -> str:
+    what = f"{row['shape']} T={row['tokens']} r={row['rank']} {row['routing']}"
+    return f"{row['contestant']}: {what} stopped after {row['after_seconds']:g} s"
+
+
 def _chunks(rows: list[dict]) -> Iterator[list[dict]]:
     """Rows of at most PANEL groups at a time."""
     groups = list(dict.fromkeys(map(_group, rows)))
@@ -106,7 +115,10 @@ def draw(found: dict, path: Path) -> Path | None:
         len(panels), 1, figsize=(11, 3.2 * len(panels)), squeeze=False, layout="constrained"
     )
     options = found["options"]
-    figure.suptitle(f"{found['machine']}, {options['threads']} threads, {options['dtype']}", fontsize=10)
+    isa = found["instruction_set"]
+    lines = [f"{found['machine']}, {options['threads']} threads, {options['dtype']}, {isa}"]
+    lines += [_stopped(row) for row in found["stopped"]]
+    figure.suptitle("\n".join(lines), fontsize=10)
     for axis, (draw_one, rows, title) in zip(axes[:, 0], panels, strict=True):
         draw_one(axis, rows, title)
     figure.savefig(path, dpi=130)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def make_parser() -> argparse.ArgumentParser:
          help=f"{', '.join(ROUTINGS)}: several are interleaved and compared at equal FLOPs")  # fmt: skip
     what("--contestants", type=_listed(_one_of(MODULES)), metavar="NAMES",
          help=f"{', '.join(MODULES)}; those that cannot run here are left out, with the reason")  # fmt: skip
+    what("--batch-invariant", action="store_true",
+         help="ours also with torch_moelora.set_batch_invariant(True), as ours-batch-invariant")  # fmt: skip
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--layer", action="store_true", help="the whole layer only")
     part.add_argument("--operators", action="store_true", help="the single operators only")
@@ -97,6 +100,9 @@ def make_parser() -> argparse.ArgumentParser:
     how("--seed", type=int, default=0)
     how("--rate", type=_positive, metavar="GF/s", help="use this as the machine's peak, do not measure it")
     how("--bandwidth", type=_positive, metavar="GB/s", help="use this as the machine's bandwidth")
+    how("--limit", type=_positive, default=120.0, metavar="S",
+         help="seconds that a contestant may take to load a layer, and for one step, in the process where it "
+         "is tried out; beyond that it is not timed (default 120; CPU)")  # fmt: skip
     how("--fresh-memory", action="store_true",
          help="let malloc give freed memory back to the system, as it does by default")  # fmt: skip
     how("--no-memory", action="store_true", help="do not measure peak memory")
@@ -110,9 +116,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Exits with status 2 and one clear line on a mistake."""
     parser = make_parser()
     options = parser.parse_args(argv)
+    options.arguments = sys.argv[1:] if argv is None else argv
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     options.contestants = options.contestants or list(DEFAULT[options.device])
+    if options.batch_invariant and "ours-batch-invariant" not in options.contestants:
+        options.contestants.append("ours-batch-invariant")
     options.tokens = options.tokens or ([512, 4096, 16384] if options.device == "cuda" else [2048, 256, 32])
     options.lora_dtype = options.lora_dtype or options.dtype
     options.threads = options.threads or torch.get_num_threads()

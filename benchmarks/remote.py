@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -18,10 +20,19 @@ from .peers.base import Results, Runner
 ROOT = Path(__file__).parent.parent
 
 
-class Remote:
-    """A worker process. What it printed is shown only if it fails."""
+class Stopped(RuntimeError):
+    """A process that took longer than it may; it has been ended."""
 
-    def __init__(self, python: str = sys.executable, threads: int = 1) -> None:
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"stopped after {seconds:g} s")
+        self.seconds = seconds
+
+
+class Remote:
+    """A worker process, given `limit` seconds for each request. What it printed is shown only if it fails."""
+
+    def __init__(self, python: str = sys.executable, threads: int = 1, limit: float | None = None) -> None:
+        self.limit = limit
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
@@ -36,8 +47,13 @@ class Remote:
         )
 
     def ask(self, do: str, **request) -> dict:
+        """Raises RuntimeError with what the process says if it fails, Stopped past the limit."""
         try:
             self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            # One line answers one request: nothing is left in the buffer of `stdout`.
+            if not select.select([self.process.stdout], [], [], self.limit)[0]:
+                self.process.kill()
+                raise Stopped(self.limit)
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -71,6 +87,8 @@ class RemoteRunner(Runner):
         self.control.suspend()
 
     def _ask(self, *args, **request) -> dict:
+        if self.remote.process.poll() is not None:
+            raise RuntimeError("its process has ended")
         self.control.resume()
         try:
             return self.remote.ask(*args, **request)
@@ -91,8 +109,25 @@ class RemoteRunner(Runner):
         self.remote.close()
 
 
-def peak_memory(contestant: str, case: Case, python: str, threads: int) -> int:
-    """Bytes beyond the weights, in a fresh process."""
-    with Remote(python, threads) as remote:
+def try_out(contestant: str, case: Case, python: str, threads: int, limit: float) -> int:
+    """Two steps in a fresh process, which is ended if loading or one step takes longer than `limit` seconds
+    (Stopped). Returns peak bytes beyond the weights; what the first step leaves behind counts.
+    """
+    with Remote(python, threads, limit) as remote:
         remote.ask("load", contestant=contestant, case=case.to_json(), threads=threads)
-        return remote.ask("peak", case=case.to_json())["bytes"]
+        remote.ask("begin_peak", case=case.to_json())
+        for _ in range(2):
+            remote.ask("time", case=case.to_json())
+        return remote.ask("peak")["bytes"]
+
+
+def product_rates(dtypes: Iterable[str], limit: float) -> dict[str, float]:
+    """`products.rate` of each on one thread, in processes of its own; 0 past `limit` seconds."""
+    rates = {}
+    for dtype in dtypes:
+        with Remote(limit=limit) as remote:
+            try:
+                rates[dtype] = remote.ask("product_rate", dtype=dtype)["rate"]
+            except Stopped:
+                rates[dtype] = 0.0
+    return rates

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,9 +15,14 @@ import torch
 
 from . import memory
 from .ceilings import Ceilings
+from .machine import Machine
 from .suite import Outcome
 
-RECORDED = ("dtype", "lora_dtype", "routing", "tokens", "rank", "threads", "repeats", "warmups", "seed")
+# Of torch and the libraries in it: what limits the instruction sets of others than ours.
+TORCH_SWITCHES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+RECORDED = (
+    "dtype", "lora_dtype", "routing", "tokens", "rank", "threads", "repeats", "warmups", "seed", "limit"
+)  # fmt: skip
 
 
 def _first_line(text: str) -> str:
@@ -24,7 +30,15 @@ def _first_line(text: str) -> str:
     return text.splitlines()[0]
 
 
-def as_json(outcome: Outcome, options: argparse.Namespace, machine: str, after: Ceilings) -> dict:
+def command(options: argparse.Namespace, machine: Machine) -> str:
+    switches = {name: os.environ[name] for name in TORCH_SWITCHES if name in os.environ}
+    if machine.asked_for:
+        switches["MOELORA_ISA"] = machine.asked_for
+    words = [f"{name}={value}" for name, value in switches.items()]
+    return shlex.join([*words, "python", "-m", "benchmarks.run", *options.arguments])
+
+
+def as_json(outcome: Outcome, options: argparse.Namespace, machine: Machine, after: Ceilings) -> dict:
     """`after`: the ceilings measured again at the end; far from the first, the machine was not quiet."""
     ceilings = outcome.ceilings
     checks = [
@@ -40,9 +54,12 @@ def as_json(outcome: Outcome, options: argparse.Namespace, machine: str, after: 
         }
         for check in outcome.checks
     ]
-    named = ("shape", "contestant", "reason")
+    named, swapped = ("shape", "contestant", "reason"), ("contestant", "by", "reason")
     return {
-        "machine": machine,
+        "machine": str(machine),
+        "processor": machine.to_json(),
+        "instruction_set": machine.instruction_set,
+        "command": command(options, machine),
         "device": options.device,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "load_average": os.getloadavg(),
@@ -55,26 +72,43 @@ def as_json(outcome: Outcome, options: argparse.Namespace, machine: str, after: 
         "ceilings": ceilings.to_json(),
         "ceilings_at_the_end": after.to_json(),
         "rows": [row.to_json() for row in outcome.rows],
+        "stopped": [row.to_json() for row in outcome.stopped],
         "checks": checks,
+        "replaced": [dict(zip(swapped, note, strict=True)) for note in outcome.replaced],
         "left_out": [dict(zip(named, note, strict=True)) for note in outcome.left_out],
         "broken": [dict(zip(named, map(_first_line, note), strict=True)) for note in outcome.broken],
     }
 
 
-def stem(options: argparse.Namespace, machine: str) -> str:
-    """Machine, dtype and shapes: the same command on the same machine replaces its own files."""
-    names = [shape.name for shape in options.shape]
+def _slug(text: str) -> str:
+    """Lower-case words with hyphens, without marks such as (R)."""
+    return re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", " ", text.lower())).strip("-")
+
+
+def stem(options: argparse.Namespace, machine: Machine) -> str:
+    """Machine with its cores, instruction set, dtype, shapes, part, and threads where not one for each core:
+    the same command on the same machine replaces its own files, and another machine's of the same name only
+    where both computed with the same instruction set.
+    """
+    names = [_slug(shape.name) for shape in options.shape]
     shapes = "-".join(names) if len(names) <= 2 else f"{len(names)}-shapes"
-    part = "_layer" if options.layer else "_operators" if options.operators else ""
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    return f"{slug}_{options.dtype}_{shapes}{part}"
+    part = "layer" if options.layer else "operators" if options.operators else "all"
+    fields = [_slug(str(machine)), _slug(machine.instruction_set), options.dtype, shapes, part]
+    if options.device == "cpu" and options.threads != machine.cores:
+        fields.append(f"{options.threads}-threads")
+    return "_".join(fields)
 
 
-def save(found: dict, folder: Path, name: str) -> list[Path]:
+def save(found: dict, folder: Path, name: str) -> list[str]:
+    """Writes JSON and chart; says what was written, and in whose place."""
     from .chart import draw
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
+    before = ""
+    if path.exists():
+        old = json.loads(path.read_text())
+        before = f" in place of {old['machine']}'s of {old['date']}"
     path.write_text(json.dumps(found, indent=1) + "\n")
     chart = draw(found, folder / f"{name}.png")
-    return [path, chart] if chart else [path]
+    return [f"wrote {path}{before}", *([f"wrote {chart}"] if chart else [])]

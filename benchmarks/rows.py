@@ -62,6 +62,28 @@ class Row:
         }
 
 
+@dataclass
+class StoppedRow:
+    """A contestant that took longer than it may at a case."""
+
+    part: str
+    case: Case
+    contestant: str
+    seconds: float
+
+    def to_json(self) -> dict:
+        case = self.case
+        return {
+            "part": self.part,
+            "contestant": self.contestant,
+            "shape": case.shape.name,
+            "tokens": case.tokens,
+            "rank": case.rank,
+            "routing": case.routing,
+            "after_seconds": self.seconds,
+        }
+
+
 def count_active(expert_idxs: Tensor) -> int:
     return int(expert_idxs.unique().numel())
 

@@ -9,7 +9,7 @@ import sys
 import torch
 from rich.console import Console
 
-from . import ceilings, memory, options, report, results
+from . import ceilings, machine, memory, options, report, results
 from .layer import DTYPES
 from .suite import Suite
 
@@ -39,9 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         console.width = WIDTH
     if opts.device == "cpu" and not opts.fresh_memory:
         memory.keep_freed(memory.spare_for(opts.shape, DTYPES[opts.dtype]))
-    machine = ceilings.machine_name(opts.device)
+    where = machine.find(opts.device, opts.dtype)
     limits = _measure(opts)
-    report.show_ceilings(console, machine, opts.threads, limits)
+    report.show_ceilings(console, where, opts.dtype, opts.threads, limits)
     if memory.keeps_freed():
         console.print("freed memory stays with the process: --fresh-memory for malloc's default")
     with console.status("") as status:
@@ -51,12 +51,12 @@ def main(argv: list[str] | None = None) -> int:
     report.show(console, outcome)
     after = _measure(opts)
     _show_drift(console, limits, after)
-    found = results.as_json(outcome, opts, machine, after)
+    found = results.as_json(outcome, opts, where, after)
     if opts.json:
         print(json.dumps(found, indent=1))
     if outcome.rows and not opts.no_save:
-        for path in results.save(found, opts.output, results.stem(opts, machine)):
-            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        for line in results.save(found, opts.output, results.stem(opts, where)):
+            console.print(line, highlight=False, soft_wrap=True)
     if not outcome.rows and not outcome.checks:
         console.print("nothing could run", style="red")
         return 2

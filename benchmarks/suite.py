@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import torch
 
-from . import correctness, memory, operators, remote, timing
+from . import correctness, memory, operators, products, remote, timing
 from .ceilings import Ceilings
 from .layer import Batch, Case, Layer, make_batch, make_layer, make_weights
 from .peers import find_contestant
 from .peers.base import Contestant, Runner
 from .registry import Shape
-from .rows import Row, count_active, layer_row, operator_row
+from .rows import Row, StoppedRow, count_active, layer_row, operator_row
+
+PATIENCE = 3  # times the limit, for a step that was done within it before
+Peaks = dict[tuple[str, Case], int | None]  # contestant and case that may be timed → bytes beyond the weights
 
 
 @dataclass
@@ -45,6 +51,8 @@ class Outcome:
     checks: list[Check] = field(default_factory=list)
     left_out: list[tuple[str, str, str]] = field(default_factory=list)  # shape, contestant, reason
     broken: list[tuple[str, str, str]] = field(default_factory=list)  # the same, for what raised
+    stopped: list[StoppedRow] = field(default_factory=list)
+    replaced: list[tuple[str, str, str]] = field(default_factory=list)  # contestant, stand-in, reason
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -80,6 +88,7 @@ class Suite:
         self.outcome = Outcome(ceilings)
 
     def run(self) -> Outcome:
+        self.names = self._choose()
         for shape in self.options.shape:
             self._run_shape(shape)
         return self.outcome
@@ -101,9 +110,22 @@ class Suite:
             if not o.layer:
                 self._run_operators(layer)
 
+    def _choose(self) -> list[str]:
+        """The contestants' names, with stand-ins where torch's products in the dtype are hopeless."""
+        o = self.options
+        found = {name: find_contestant(name).stand_in for name in o.contestants}
+        if o.device != "cpu" or o.dtype == "fp32" or not any(found.values()):
+            return o.contestants
+        self.say(f"timing torch's products in {o.dtype}")
+        reason = products.why_not(o.dtype, remote.product_rates((o.dtype, "fp32"), o.limit))
+        if reason is None:
+            return o.contestants
+        self.outcome.replaced = [(name, other, reason) for name, other in found.items() if other]
+        return list(dict.fromkeys(other or name for name, other in found.items()))
+
     def _able(self, case: Case) -> Iterator[Contestant]:
         """Those that can run this; the others are noted once a shape, with the reason."""
-        for name in self.options.contestants:
+        for name in self.names:
             contestant = find_contestant(name)
             reason = contestant.missing(case)
             if case.device not in contestant.devices:
@@ -119,43 +141,68 @@ class Suite:
         try:
             return work()
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            self.outcome.broken.append((case.shape.name, name, f"{type(error).__name__}: {error}"))
+            self._note(case, name, error)
             return None
+
+    def _note(self, case: Case, name: str, error: Exception) -> None:
+        if isinstance(error, remote.Stopped):
+            self.outcome.stopped.append(StoppedRow("layer", case, name, error.seconds))
+        else:
+            self.outcome.broken.append((case.shape.name, name, f"{type(error).__name__}: {error}"))
 
     def _load(self, layer: Layer, contestant: Contestant) -> Entrant | None:
         self.say(f"{_label(layer.case)}: loading {contestant.name}")
-        before = memory.allocated(layer.case.device)
+        before, o = memory.allocated(layer.case.device), self.options
         runner = self._attempt(
-            layer.case, contestant.name, lambda: contestant.load(layer, self.options.threads)
+            layer.case, contestant.name, lambda: contestant.load(layer, o.threads, o.limit)
         )
         if runner is None:
             return None
         return Entrant(contestant, runner, memory.allocated(layer.case.device) - before)
 
     def _run_layer(self, layer: Layer) -> None:
-        loaded = (self._load(layer, contestant) for contestant in self._able(layer.case))
+        """On the CPU each contestant is tried out in a process of its own at first, while no other one's
+        weights are in memory: who is stopped there cannot hold up the run.
+        """
+        contestants = list(self._able(layer.case))
+        peaks: Peaks = {}
+        for tokens, routing in product(self.options.tokens, self.options.routing):
+            for contestant in contestants:
+                self._try_out(replace(layer.case, tokens=tokens, routing=routing), contestant, peaks)
+        known = {name for name, _ in peaks}
+        loaded = (self._load(layer, contestant) for contestant in contestants if contestant.name in known)
         entrants = [entrant for entrant in loaded if entrant]
-        rows: list[Row] = []
         try:
             for tokens in self.options.tokens:
+                mine = [e for e in entrants if any(n == e.name and c.tokens == tokens for n, c in peaks)]
+                if not mine:
+                    continue
                 case = replace(layer.case, tokens=tokens)
                 checked = make_batch(case.for_check())
                 want = correctness.expected(layer, checked)
-                rows += self._time_layer(layer, case, [e for e in entrants if self._gate(checked, want, e)])
+                self._time_layer(layer, case, [e for e in mine if self._gate(checked, want, e)], peaks)
         finally:
             for entrant in entrants:
                 entrant.runner.close()
-        self.outcome.rows += rows
-        # The contestants' own processes are gone by now: their weights need not fit in beside another's.
-        if layer.case.device == "cpu" and not self.options.no_memory:
-            for row in rows:
-                row.memory = self._peak_memory(row)
+
+    def _try_out(self, case: Case, contestant: Contestant, peaks: Peaks) -> None:
+        """Adds the case to `peaks` if it may be timed."""
+        o, name = self.options, contestant.name
+        if case.device == "cuda" or (o.no_memory and contestant.own):
+            peaks[name, case] = None
+            return
+        self.say(f"{_label(case)}: trying out {name}")
+        found = self._attempt(
+            case, name, lambda: remote.try_out(name, case, contestant.python, o.threads, o.limit)
+        )
+        if found is not None:
+            peaks[name, case] = None if o.no_memory else found
 
     def _gate(self, batch: Batch, want: dict, entrant: Entrant) -> bool:
         """Whether it may be timed."""
         case, name = batch.case, entrant.name
         self.say(f"{_label(case)}: checking {name}")
-        got = self._attempt(case, name, lambda: entrant.runner.results(batch))
+        got = self._attempt(case, name, self._watched(lambda: entrant.runner.results(batch)))
         if got is None:
             return False
         return self._judge(case, "layer", name, correctness.errors(got, want))
@@ -165,43 +212,52 @@ class Suite:
         self.outcome.checks.append(check)
         return check.passed
 
-    def _time_layer(self, layer: Layer, case: Case, entrants: list[Entrant]) -> list[Row]:
-        o = self.options
-        batches = {routing: make_batch(replace(case, routing=routing)) for routing in o.routing}
+    def _time_layer(self, layer: Layer, case: Case, entrants: list[Entrant], peaks: Peaks) -> None:
+        batches = {routing: make_batch(replace(case, routing=routing)) for routing in self.options.routing}
         steps = {
-            (entrant.name, routing): _step(entrant.runner, batch)
+            (entrant.name, routing): self._watched(_step(entrant.runner, batch))
             for routing, batch in batches.items()
             for entrant in entrants
+            if (entrant.name, batch.case) in peaks
         }
         # A first step of this size may fail for want of memory: before the others are timed beside it.
-        able = [e for e in entrants if self._attempt(case, e.name, steps[e.name, o.routing[0]])]
-        names = [entrant.name for entrant in able]
-        entries = {key: run for key, run in steps.items() if key[0] in names}
-        self.say(f"{_label(case)}: timing {', '.join(names)}")
-        times, ceilings = self._interleave(entries)
-        rows = []
-        for routing, batch in batches.items():
-            active = count_active(batch.expert_idxs)
-            for entrant in able:
-                taken = times[entrant.name, routing]
-                row = layer_row(batch.case, entrant.name, taken, active, ceilings)
-                if case.device == "cuda":
-                    row.memory = memory.cuda_peak(layer, batch, entrant.runner, entrant.held)
-                rows.append(row)
-        return rows
+        first = {name: step for (name, _), step in reversed(steps.items())}
+        able = [name for name, step in reversed(first.items()) if self._attempt(case, name, step)]
+        entries = {key: step for key, step in steps.items() if key[0] in able}
+        if not entries:
+            return
+        self.say(f"{_label(case)}: timing {', '.join(able)}")
+        lost = lambda key, error: self._note(batches[key[1]].case, key[0], error)  # noqa: E731
+        times, ceilings = self._interleave(entries, lost)
+        by_name = {entrant.name: entrant for entrant in entrants}
+        for (name, routing), taken in times.items():
+            batch, entrant = batches[routing], by_name[name]
+            row = layer_row(batch.case, name, taken, count_active(batch.expert_idxs), ceilings)
+            row.memory = peaks[name, batch.case]
+            if case.device == "cuda":
+                row.memory = memory.cuda_peak(layer, batch, entrant.runner, entrant.held)
+            self.outcome.rows.append(row)
 
-    def _interleave(self, entries: dict) -> tuple[dict, Ceilings]:
+    def _interleave(self, entries: dict, lost: Callable) -> tuple[dict, Ceilings]:
         """Times of everyone, and the ceilings as they were meanwhile."""
         found: list[Ceilings] = []
         o = self.options
-        times = timing.interleave(entries, o.repeats, o.warmups, lambda: found.append(self.measure()))
+        times = timing.interleave(entries, o.repeats, o.warmups, lambda: found.append(self.measure()), lost)
         return times, Ceilings.meanwhile(found)
 
-    def _peak_memory(self, row: Row) -> int | None:
-        case, name = row.case, row.contestant
-        self.say(f"{_label(case)}: peak memory of {name}")
-        python, threads = find_contestant(name).python, self.options.threads
-        return self._attempt(case, name, lambda: remote.peak_memory(name, case, python, threads))
+    def _watched(self, work: Callable) -> Callable:
+        """Ends the run with a traceback if `work` hangs after all: on CUDA kernels may be searched for."""
+        if self.options.device == "cuda":
+            return work
+
+        def watched():
+            faulthandler.dump_traceback_later(PATIENCE * self.options.limit, exit=True, file=sys.__stderr__)
+            try:
+                return work()
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+
+        return watched
 
     def _run_operators(self, layer: Layer) -> None:
         for tokens in self.options.tokens:
@@ -226,10 +282,14 @@ class Suite:
         want = operators.expected(checked, layer)
         entries = {}
         for name, implementation in able.items():
-            got = self._attempt(case, name, lambda run=implementation: operators.outputs(checked, run))
+            work = self._watched(lambda run=implementation: operators.outputs(checked, run))
+            got = self._attempt(case, name, work)
             if got is not None and self._judge(case.for_check(), part, name, correctness.errors(got, want)):
-                entries[name] = _operator_step(timed, implementation, layer.weights["down"].device)
-        times, ceilings = self._interleave(entries)
+                step = _operator_step(timed, implementation, layer.weights["down"].device)
+                entries[name] = self._watched(step)
+        if not entries:
+            return
+        times, ceilings = self._interleave(entries, lambda name, error: self._note(case, name, error))
         for name, taken in times.items():
             self.outcome.rows.append(operator_row(part, case, name, taken, timed, ceilings))
 

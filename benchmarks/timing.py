@@ -35,18 +35,27 @@ def interleave(
     repeats: int,
     warmups: int,
     after_turn: Callable[[], None] = lambda: None,
+    lost: Callable[[Hashable, RuntimeError], None] | None = None,
 ) -> dict[Hashable, Timing]:
     """Times every entry `repeats` times in turn, after `warmups` turns that do not count.
 
-    after_turn is called after every turn that counts.
+    after_turn is called after every turn that counts. An entry that raises RuntimeError has no further turns
+    and no timing: `lost` is told, where there is one.
     """
     samples: dict[Hashable, list[Sample]] = {key: [] for key in entries}
     gc.collect()
     gc.disable()  # a collection would land on whoever happens to be running
     try:
         for turn in range(warmups + repeats):
-            for key, step in entries.items():
-                sample = step()
+            for key in list(samples):
+                try:
+                    sample = entries[key]()
+                except RuntimeError as error:
+                    if lost is None:
+                        raise
+                    del samples[key]
+                    lost(key, error)
+                    continue
                 if turn >= warmups:
                     samples[key].append(sample)
             if turn >= warmups:

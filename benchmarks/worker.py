@@ -16,7 +16,7 @@ import traceback
 
 import torch
 
-from . import memory
+from . import memory, products
 from .layer import DTYPES, Batch, Case, make_batch, make_layer
 from .peers import find_contestant
 from .peers.base import Runner
@@ -61,14 +61,19 @@ class Worker:
         torch.save(self.runner.results(self._batch(case)), path)
         return {}
 
-    def peak(self, case: dict) -> dict:
-        """Peak bytes beyond the weights over two steps: what the first leaves behind counts."""
-        batch = self._batch(case)
+    def begin_peak(self, case: dict) -> dict:
+        self._batch(case)
         gc.collect()
         memory.reset_peak()
-        for _ in range(2):
-            self.runner.time(batch)
+        return {}
+
+    def peak(self) -> dict:
+        """Most bytes beyond the weights since `begin_peak`."""
         return {"bytes": memory.peak_resident() - self.baseline}
+
+    def product_rate(self, dtype: str) -> dict:
+        torch.set_num_threads(1)
+        return {"rate": products.rate(dtype)}
 
 
 def end_with_parent() -> None:

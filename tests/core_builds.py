@@ -11,13 +11,17 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from amx_emulator import build as amx_emulator
+
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZERS = "address,undefined"
 RACES = "thread"
 
 
-def build(name: str, *options: str) -> dict[str, str]:
-    """Compiles core and test module into build/`name`, warnings as errors; returns the environment."""
+def build(name: str, *options: str, targets: tuple[str, ...] = ()) -> dict[str, str]:
+    """Compiles core and test module, or `targets`, into build/`name`, warnings as errors; returns the
+    environment.
+    """
     import pybind11
 
     folder = ROOT / "build" / name
@@ -29,11 +33,12 @@ def build(name: str, *options: str) -> dict[str, str]:
         f"-DMOELORA_OUTPUT_DIR={folder}", f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options,
     ]  # fmt: skip
+    chosen = ["--target", *targets] if targets else []
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # runs side by side may share a build
         subprocess.run(configure, check=True, env=environ, stdout=subprocess.DEVNULL)
-        subprocess.run(["cmake", "--build", folder], check=True, env=environ)
+        subprocess.run(["cmake", "--build", folder, *chosen], check=True, env=environ)
     return {"MOELORA_TEST_CORE": str(folder)}
 
 
@@ -104,3 +109,29 @@ def no_clang() -> str | None:
 
 def with_clang() -> dict[str, str]:
     return build("clang", f"-DCMAKE_CXX_COMPILER={_clang()}")
+
+
+# For pytest: `torch_moelora` is the package that wide() has made.
+WIDE_PACKAGE = ("-o", "pythonpath=build/wide")
+
+
+def wide() -> dict[str, str]:
+    """The kernels for AVX-512 and AMX on an AVX2 CPU: a core, and the package around a copy of it."""
+    import torch
+
+    torch_folder = Path(torch.__file__).parent
+    options = ("-DMOELORA_BUILD_OPS=ON", f"-DMOELORA_TORCH_DIR={torch_folder}")
+    environ = build("wide", "-DMOELORA_EMULATE_WIDE=ON", *options)
+    folder = Path(environ["MOELORA_TEST_CORE"])
+    package = folder / "torch_moelora"
+    shutil.rmtree(package, ignore_errors=True)
+    shutil.copytree(ROOT / "torch_moelora", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for library in folder.glob("*.so"):
+        shutil.copy(library, package)
+    return environ | amx_emulator.environment() | {"MOELORA_TEST_WIDE_EMULATED": "1"}
+
+
+def wide_operations() -> Path:
+    """The folder of libwide_real.so and libwide_emulated.so: tests/wide_emulation/operations.cpp."""
+    targets = ("wide_real", "wide_emulated")
+    return Path(build("wide_operations", "-DMOELORA_EMULATE_WIDE=ON", targets=targets)["MOELORA_TEST_CORE"])

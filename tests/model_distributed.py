@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from model_tiny import adapt, build, tokens
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
@@ -68,7 +68,7 @@ def one_process(base: Path) -> dict[str, dict]:
 
 
 def data_parallel(rank: int) -> dict[str, dict]:
-    """DDP, and FSDP2 with a group for each layer: each process has half of the rows."""
+    """DDP, and FSDP2 and FSDP1 with a group for each layer: each process has half of the rows."""
     rows = tokens(4).chunk(WORLD)[rank]
     ddp = adapted()
     moelora.enable(ddp)
@@ -78,7 +78,33 @@ def data_parallel(rank: int) -> dict[str, dict]:
         fully_shard(layer)
     fully_shard(sharded)
     found = {"ddp": train(DistributedDataParallel(ddp), rows), "fsdp": train(sharded, rows)}
+    found["fsdp1"] = _fsdp1(adapted(), rows)
     assert not moelora.report(ddp).untrained and not moelora.report(sharded).untrained
+    return found
+
+
+def _fsdp1(model: nn.Module, rows: Tensor) -> dict[str, Tensor | list[float]]:
+    """In a forward every parameter is a view of a flat one and no leaf; between, a part of it."""
+    moelora.enable(model)
+    wrap = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    layers = model.get_base_model().model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = FullyShardedDataParallel(layer, **wrap)
+    whole = FullyShardedDataParallel(model, **wrap)
+    found = train(whole, rows)
+    whole.zero_grad()
+    report = moelora.report(whole)
+    assert not report.untrained and {layer.path for layer in report.layers} == {"operators"}
+    assert all(a.gradient and a.path == "operators" for layer in report.layers for a in layer.adapters)
+    assert [(layer.name, layer.experts) for layer in report.layers] == [
+        (f"model.layers.{index}.mlp.experts", 5) for index in range(2)
+    ]
+    with FullyShardedDataParallel.summon_full_params(whole):
+        found["parameters"] = {
+            name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
+        }
+    names = {name: name.replace("_fsdp_wrapped_module.", "") for name in found["parameters"]}
+    found["parameters"] = {names[name]: p for name, p in found["parameters"].items()}
     return found
 
 

@@ -69,7 +69,8 @@ def summarize(outcomes: list[Outcome], absent: list[tuple[Run, str]], left: list
     width = max(len(run.name) for run in [*(o.run for o in outcomes), *(run for run, _ in absent)])
     for o in outcomes:
         numbers = f"{o.passed:5} passed {o.failed:4} failed {o.skipped:4} skipped {o.seconds:6.0f} s"
-        print(f"{o.run.name:<{width}}  {'FAILED' if o.bad else 'ok':<6}  {numbers}  {o.error}".rstrip())
+        result = "FAILED" if o.bad else "ok"
+        print(f"{o.run.name:<{width}}  {result:<6}  {numbers}  {o.error or o.run.note}".rstrip())
     for run, reason in absent:
         print(f"{run.name:<{width}}  not here: {reason}")
     if any(o.skips for o in outcomes):

@@ -19,7 +19,7 @@ QUICK, SPARSE, SEARCH, FUZZ = (
 )
 DRIVERS = "tests/test_drivers_numpy.py"
 THE_BUILD = "tests/test_ukernel.py::test_the_build_under_test"
-CORE = ("tests/test_ukernel.py", DRIVERS)
+CORE = ("tests/test_ukernel.py", "tests/test_ukernel_tiles.py", DRIVERS)
 TRITON = {"MOELORA_BACKEND": "triton", "TRITON_INTERPRET": "1"}
 
 
@@ -30,7 +30,8 @@ def possible() -> str | None:
 @dataclass(frozen=True)
 class Run:
     """One pytest process. `prepare` builds what it needs and may add to the environment; `why_not` says what
-    the machine lacks for it; `long` ones run only when they are named.
+    the machine lacks for it, `spare` why it does not need it; `long` and spare ones run only when they are
+    named. `note` is what to know of the result.
     """
 
     name: str
@@ -39,7 +40,9 @@ class Run:
     environ: dict[str, str] = field(default_factory=dict)
     prepare: Callable[[], dict[str, str]] = dict
     why_not: Callable[[], str | None] = possible
+    spare: Callable[[], str | None] = possible
     long: bool = False
+    note: str = ""
 
 
 def cpu() -> dict:
@@ -52,6 +55,14 @@ def no_emulator() -> str | None:
     if "amx_bf16" in cpu()["usable"]:
         return "the CPU has AMX itself: the first run used it"
     return None if "avx512_bf16" in cpu()["usable"] else "the AMX kernels pack with AVX-512-BF16"
+
+
+def no_wide() -> str | None:
+    return None if "avx2" in cpu()["usable"] else "the emulation of AVX-512 needs AVX2"
+
+
+def wide_is_real() -> str | None:
+    return "the CPU has AVX-512-BF16 itself; by name it runs" if "avx512_bf16" in cpu()["usable"] else None
 
 
 def no_triton() -> str | None:
@@ -78,6 +89,10 @@ def short_runs() -> list[Run]:
             prepare=core_builds.race_checked, why_not=core_builds.no_race_detector),
         Run("clang", "micro-kernels and drivers built by clang", (*CORE, QUICK),
             prepare=core_builds.with_clang, why_not=core_builds.no_clang),
+        Run("wide", "micro-kernels and drivers for AVX-512-BF16 and AMX, emulated on AVX2",
+            (*CORE, "tests/test_wide_emulation.py", AMX_KERNELS, *core_builds.WIDE_PACKAGE, QUICK),
+            prepare=core_builds.wide, why_not=no_wide, spare=wide_is_real,
+            note="on emulated AVX-512-BF16 and AMX"),
         Run("amx", "the operators on AMX, emulated", ("tests", *OPERATORS[2:], QUICK),
             prepare=amx_emulator.environment, why_not=no_emulator),
         *(

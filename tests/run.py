@@ -64,15 +64,21 @@ def chosen(names: list[str], runs: list[Run]) -> list[Run]:
     return [run for run in runs if run.name in names or (run.long and "long" in names)]
 
 
-def all_of(runs: list[Run], left: list[Run]) -> int:
+def reason_against(run: Run, names: list[str]) -> str | None:
+    """This machine cannot do it, or need not and nobody has named it."""
+    return run.why_not() or (None if run.name in names else run.spare())
+
+
+def all_of(names: list[str], runs: list[Run]) -> int:
     """Those that this machine can do, as many at a time as there are cores; then the summary."""
     start = time.monotonic()
     REPORTS.mkdir(parents=True, exist_ok=True)
-    reasons = [(run, run.why_not()) for run in runs]
+    reasons = [(run, reason_against(run, names)) for run in chosen(names, runs)]
     with side_by_side.processes() as processes:
         calls = [functools.partial(execute, processes, run) for run, reason in reasons if reason is None]
         outcomes = side_by_side.in_order(calls, side_by_side.cores())
     absent = [(run, reason) for run, reason in reasons if reason]
+    left = [] if names else [run for run in runs if run.long]
     return summarize(outcomes, absent, left, time.monotonic() - start)
 
 
@@ -99,7 +105,7 @@ def main() -> int:
         return 0
     if args.here:
         become(next(run for run in runs if run.name == args.here[0]), args.here[1:])
-    return all_of(chosen(args.names, runs), [] if args.names else [r for r in runs if r.long])
+    return all_of(args.names, runs)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def test_tile(vecs):
         kernels.tile(segments, c[:, :n])
         assert np.array_equal(c[:, :n], product), (rows, depths)
         assert np.isnan(c[:, n:]).all(), (rows, depths)
-        kernels.tile(segments, c[:, :n], accumulate=True)
+        kernels.tile(segments, c[:, :n], "resume")
         assert np.array_equal(c[:, :n], 2 * product), (rows, depths)
 
 
@@ -119,7 +119,7 @@ def test_cuts_do_not_show():
         assert np.array_equal(narrow, whole[:, : vecs * LANES])
     steps = np.zeros_like(whole)
     kernels.tile([(left[:, :96], panel[:48])], steps)
-    kernels.tile([(left[:, 96:], panel[48:])], steps, accumulate=True)
+    kernels.tile([(left[:, 96:], panel[48:])], steps, "resume")
     assert np.array_equal(steps, whole)
 
 

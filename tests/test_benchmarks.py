@@ -1,20 +1,26 @@
 """The benchmark, end to end at sizes where it takes no time; what it measures is not looked at."""
 
+import ast
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 import torch
 
+import torch_moelora
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
 
 
-from benchmarks import correctness, operators, options, remote, run
+from benchmarks import correctness, markdown, operators, options, remote, run
 from benchmarks.layer import Case, make_batch, make_layer
 from benchmarks.peers import find_contestant
+from benchmarks.peers.base import AutogradRunner
 from benchmarks.registry import GPT_OSS_GLU, SHAPES, Shape, shape_from_config
 from benchmarks.routing import ROUTINGS, route
 from benchmarks.timing import interleave
@@ -50,6 +56,13 @@ def model_directory(tmp_path) -> Path:
     return directory
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """No processes to try contestants out in: those have tests of their own."""
+    monkeypatch.setattr(remote, "try_out", lambda *_: 1000)
+    monkeypatch.setattr(remote, "product_rates", lambda dtypes, _: dict.fromkeys(dtypes, 1e9))
+
+
 def _case(shape: Shape = TINY, dtype: str = "bf16", **fields) -> Case:
     return Case(shape, 24, 8, **{"dtype": dtype, "lora_dtype": dtype, **fields})
 
@@ -63,6 +76,27 @@ def _arguments(directory: Path, output: Path, *more: str) -> list[str]:
 def _saved(folder: Path) -> dict:
     (path,) = folder.glob("*.json")
     return json.loads(path.read_text())
+
+
+def _imported(path: Path) -> set[str]:
+    """Modules of the package that a file imports, within functions too: `peers.loop` for peers/loop.py."""
+    package = path.relative_to(ROOT / "benchmarks").with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            stem = [part for part in base if part]
+            found.add(".".join(stem))
+            found |= {".".join([*stem, alias.name]) for alias in node.names}
+    return found
+
+
+def test_no_two_modules_import_each_other():
+    files = {p.relative_to(ROOT / "benchmarks"): p for p in (ROOT / "benchmarks").rglob("*.py")}
+    names = {".".join(p.with_suffix("").parts).removesuffix(".__init__"): path for p, path in files.items()}
+    graph = {name: _imported(path) & set(names) - {name} for name, path in names.items()}
+    assert "peers.base" in graph["peers.loop"] and "memory" in graph["run"]
+    TopologicalSorter(graph).prepare()  # raises where there is a circle
 
 
 # Numbers that the kernels' targets are stated in.
@@ -146,14 +180,18 @@ def test_single_operators_pass_the_gate(name, shape):
             assert max(errors.values()) <= correctness.TOLERANCE["bf16"], (part, errors)
 
 
-def test_run_writes_what_it_found(model_directory, tmp_path, capsys):
+def test_run_writes_what_it_found(model_directory, tmp_path, capsys, quick):
     arguments = _arguments(
         model_directory, tmp_path, "--contestants", "ours,loop", "--no-memory", "--routing", "balanced,hot"
     )
     assert run.main(arguments) == 0
-    assert "× balanced" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "× balanced" in printed
+    isa = torch_moelora.info()["cpu"]["chosen"]["bf16"]
+    assert f"instruction set for bf16: {isa}" in printed
     assert (next(tmp_path.glob("*.png"))).stat().st_size > 10_000
     found = _saved(tmp_path)
+    assert found["instruction_set"] == isa and found["command"].startswith("python -m benchmarks.run --shape")
     layer = [row for row in found["rows"] if row["part"] == "layer"]
     keys = {(row["contestant"], row["routing"]) for row in layer}
     assert keys == {(c, r) for c in ("ours", "loop") for r in ("balanced", "hot")}
@@ -201,7 +239,7 @@ def test_kept_memory_is_not_faulted_in_again():
     assert 5 * faults("keep") < faults("leave")
 
 
-def test_a_wrong_contestant_is_not_timed(model_directory, tmp_path, monkeypatch):
+def test_a_wrong_contestant_is_not_timed(model_directory, tmp_path, monkeypatch, quick):
     contestant = find_contestant("loop")
     right = contestant.load_here
 
@@ -218,7 +256,7 @@ def test_a_wrong_contestant_is_not_timed(model_directory, tmp_path, monkeypatch)
     assert {check["contestant"] for check in found["checks"] if not check["passed"]} == {"loop"}
 
 
-def test_a_contestant_that_raises_does_not_end_the_run(model_directory, tmp_path, monkeypatch):
+def test_a_contestant_that_raises_does_not_end_the_run(model_directory, tmp_path, monkeypatch, quick):
     def load_broken(layer):
         raise RuntimeError("no")
 
@@ -250,6 +288,111 @@ def test_a_contestant_in_another_process():
             runner._ask("load", contestant="nobody", case=case.to_json(), threads=1)
 
 
+@pytest.mark.parametrize("name", ["loop-fp32", "peft-fp32", "grouped-mm-fp32"])
+@pytest.mark.parametrize("shape", [TINY, TINY_GPT_OSS], ids=lambda shape: shape.name)
+def test_stand_ins_compute_in_fp32(name, shape):
+    """From the same bf16 layer and batch, without a rounding to bf16 on the way."""
+    case, contestant = _case(shape), find_contestant(name)
+    if reason := contestant.missing(case):
+        pytest.skip(reason)
+    layer, batch = make_layer(case), make_batch(case.for_check())
+    runner, other = contestant.load(layer, 1), find_contestant("loop-fp32").load(layer, 1)
+    assert runner.weights is other.weights  # twice the layer's memory, once for all
+    errors = correctness.errors(runner.results(batch), correctness.expected(layer, batch))
+    assert max(errors.values()) <= correctness.TOLERANCE["fp32"], errors
+    assert min(runner.time(batch)) > 0
+    assert "in fp32" in contestant.missing(_case(shape, "fp32"))
+
+
+def test_a_hopeless_dtype_gets_stand_ins(model_directory, tmp_path, monkeypatch, capsys, quick):
+    monkeypatch.setattr(remote, "product_rates", lambda *_: {"bf16": 0.9e9, "fp32": 160e9})
+    arguments = _arguments(model_directory, tmp_path, "--contestants", "loop,ours,loop-fp32", "--layer")
+    assert run.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "loop-fp32 in place of loop: torch.mm of 64 rows does 0.9 GF/s in bf16" in printed
+    found = _saved(tmp_path)
+    assert [row["contestant"] for row in found["rows"]] == ["loop-fp32", "ours"]
+    assert [(note["contestant"], note["by"]) for note in found["replaced"]] == [("loop", "loop-fp32")]
+    (path,) = tmp_path.glob("*.json")
+    assert "loop **in fp32**" in markdown.render([str(path)])
+
+
+def test_a_process_that_takes_too_long_is_ended():
+    """It cannot even import torch in that time."""
+    with remote.Remote(limit=0.01) as process:
+        with pytest.raises(remote.Stopped, match=r"stopped after 0.01 s"):
+            process.ask("product_rate", dtype="fp32")
+        assert process.process.wait(30) == -signal.SIGKILL
+    assert remote.product_rates(("fp32",), 0.01) == {"fp32": 0.0}
+
+
+def test_who_takes_too_long_has_a_row_that_says_so(model_directory, tmp_path, monkeypatch, capsys, quick):
+    def try_out(name, case, *_):
+        if (name, case.tokens) == ("loop", 20):
+            raise remote.Stopped(7)
+        return 1000
+
+    monkeypatch.setattr(remote, "try_out", try_out)
+    arguments = _arguments(model_directory, tmp_path, "--contestants", "ours,loop", "--layer", "--no-memory")
+    assert run.main([*arguments, "--tokens", "20,8"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "stopped" in line)
+    assert "20" in line and "loop" in line and "stopped after 7 s" in line
+    found = _saved(tmp_path)
+    timed = {(row["contestant"], row["tokens"]) for row in found["rows"]}
+    assert timed == {("ours", 20), ("ours", 8), ("loop", 8)}
+    (row,) = found["stopped"]
+    assert (row["contestant"], row["tokens"], row["after_seconds"]) == ("loop", 20, 7)
+    (path,) = tmp_path.glob("*.json")
+    assert "| stopped after 7 s |" in markdown.render([str(path)])
+
+
+def test_a_step_that_hangs_after_all_ends_the_run():
+    code = """if True:
+        import argparse, time
+        from benchmarks.suite import Suite
+        suite = Suite(argparse.Namespace(device="cpu", limit=0.1), None, None, print)
+        suite._watched(lambda: time.sleep(60))()
+    """
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "Timeout" in ended.stderr
+
+
+def test_batch_invariance_is_switched_on_for_its_contestant_alone(
+    model_directory, tmp_path, monkeypatch, quick
+):
+    state, seen = [False], set()
+    switch = getattr(torch_moelora, "set_batch_invariant", lambda on: None)
+
+    def recorded(on: bool) -> None:
+        state[0] = on
+        switch(on)
+
+    original = AutogradRunner._step
+
+    def step(self, *args):
+        seen.add((type(self).__name__, state[0]))
+        return original(self, *args)
+
+    monkeypatch.setattr(torch_moelora, "set_batch_invariant", recorded, raising=False)
+    monkeypatch.setattr(AutogradRunner, "_step", step)
+    arguments = _arguments(model_directory, tmp_path, "--contestants", "ours", "--batch-invariant")
+    assert run.main([*arguments, "--layer"]) == 0
+    assert {row["contestant"] for row in _saved(tmp_path)["rows"]} == {"ours", "ours-batch-invariant"}
+    assert seen == {("AutogradRunner", False), ("_InvariantRunner", True)} and state == [False]
+
+
+def test_an_entry_that_fails_has_no_further_turns():
+    turns, lost = [], []
+
+    def fail() -> tuple[float]:
+        turns.append("b")
+        raise RuntimeError("no")
+
+    entries = {"a": lambda: turns.append("a") or (1.0,), "b": fail}
+    times = interleave(entries, 2, 0, lost=lambda key, error: lost.append((key, str(error))))
+    assert turns == ["a", "b", "a"] and lost == [("b", "no")] and set(times) == {"a"}
+
+
 def test_turns_are_interleaved():
     turns = []
     entries = {name: lambda name=name: turns.append(name) or (1.0, 2.0) for name in "ab"}
@@ -270,6 +413,7 @@ def test_turns_are_interleaved():
         (["--contestants", "ours,theirs"], "unknown 'theirs': one of ours"),
         (["--contestants", ","], "at least one value is needed"),
         (["--rate", "-1"], "'-1' is not a number greater than 0"),
+        (["--limit", "0"], "'0' is not a number greater than 0"),
         (["--layer", "--operators"], "not allowed with argument"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
     ],

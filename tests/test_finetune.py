@@ -18,8 +18,9 @@ from model_tiny import (
     build,
     one_thread,  # noqa: F401  (autouse)
 )
-from moelora import MoeloraError, base, data, finetune, models, options, threads, training
+from moelora import MoeloraError
 from moelora.__main__ import main
+from moelora.commands import data, default_model, finetune, lora, options, threads, training
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -35,7 +36,7 @@ def model_dir(tmp_path_factory) -> Path:
     model = build("qwen3_moe")
     model.resize_token_embeddings(257)
     model.save_pretrained(directory)
-    base.byte_tokenizer().save_pretrained(directory)
+    default_model.byte_tokenizer().save_pretrained(directory)
     return directory
 
 
@@ -130,7 +131,7 @@ def test_profile(arguments, tmp_path, capsys):
 
 def test_a_run_that_trains_nothing_is_an_error(arguments, monkeypatch, capsys):
     """Adapters whose gradients never come."""
-    adapt = models.adapt
+    adapt = lora.adapt
 
     def useless(*values):
         adapted = adapt(*values)
@@ -139,7 +140,7 @@ def test_a_run_that_trains_nothing_is_an_error(arguments, monkeypatch, capsys):
                 torch.nn.init.zeros_(parameter)  # as B is: neither has a gradient
         return adapted
 
-    monkeypatch.setattr(models, "adapt", useless)
+    monkeypatch.setattr(lora, "adapt", useless)
     assert main(_set(arguments, steps=1, compare=0, sample=0)) == 2
     assert "4 adapted parameters, model.layers.0.mlp.experts" in capsys.readouterr().err
 
@@ -150,14 +151,18 @@ def test_jsonl_with_a_field(arguments, tmp_path):
     assert main(_set(arguments, data=rows, field="body", steps=1, compare=0, sample=0)) == 0
 
 
-def _shrink_the_base(monkeypatch) -> None:
-    monkeypatch.setattr(base, "MODEL", base.MODEL | {"hidden_size": 32, "moe_intermediate_size": 16})
-    monkeypatch.setattr(base, "PRETRAINING", base.PRETRAINING | {"characters": 300_000, "steps": 2})
+def _shrink_the_default_model(monkeypatch) -> None:
+    smaller = {
+        "MODEL": {"hidden_size": 32, "moe_intermediate_size": 16},
+        "PRETRAINING": {"characters": 300_000, "steps": 2},
+    }
+    for name, changes in smaller.items():
+        monkeypatch.setattr(default_model, name, getattr(default_model, name) | changes)
     monkeypatch.setattr(finetune, "EVALUATION_ROWS", 4)
 
 
 def test_without_options_pretrains_a_base_once(tmp_path, monkeypatch, capsys):
-    _shrink_the_base(monkeypatch)
+    _shrink_the_default_model(monkeypatch)
     monkeypatch.chdir(tmp_path)
     arguments = ["finetune", "--cache-dir", "cache", "--steps", "2", "--sample", "4", "--compare", "1"]
     assert main(arguments) == 0
@@ -223,10 +228,21 @@ def test_interrupt_before_the_first_checkpoint(arguments, tmp_path, capsys, monk
     assert capsys.readouterr().err.endswith("moelora: interrupted before the first checkpoint\n")
 
 
+@contextlib.contextmanager
+def _interruptible():
+    """What starts within can be interrupted, even where the caller ignores Ctrl-C, as nohup and `&` do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_signal_leaves_a_usable_checkpoint(arguments, model_dir, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "moelora", *_set(arguments, steps=100_000, sample=0)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with _interruptible():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 100
         while (
@@ -320,16 +336,16 @@ def test_wrong_models(arguments, tmp_path, capsys):
     config.save_pretrained(directory)
     _fails(wrong, "is not a transformers checkpoint: expected weights (*.safetensors) in it", capsys)
     LlamaForCausalLM(config).save_pretrained(directory)
-    base.byte_tokenizer().save_pretrained(directory)
+    default_model.byte_tokenizer().save_pretrained(directory)
     _fails(wrong, "holds a LlamaForCausalLM, which has no expert layers", capsys)
     (directory / "config.json").write_text("{")
     _fails(wrong, "cannot load a language model from", capsys)
 
 
 def test_operators_not_built(arguments, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "moelora.finetune", None)
-    monkeypatch.delattr("moelora.finetune")
-    _fails(arguments, "moelora.finetune", capsys)
+    monkeypatch.setitem(sys.modules, "moelora.commands.finetune", None)
+    monkeypatch.delattr("moelora.commands.finetune")
+    _fails(arguments, "moelora.commands.finetune", capsys)
 
 
 def test_damaged_weights(arguments, model_dir, tmp_path, capsys):
@@ -370,7 +386,7 @@ def test_disk_full_at_a_checkpoint(arguments, tmp_path, capsys, size, reason):
 def test_disk_full_at_the_end_leaves_the_checkpoint(arguments, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("moelora.results.Figure.savefig", _no_space)
+        patch.setattr("moelora.commands.results.Figure.savefig", _no_space)
         _fails(arguments, f"cannot write {out / 'loss.png'}: No space left on device", capsys)
     assert {path.name for path in out.iterdir()} == {"adapter", "checkpoint-6"}
     assert main(["finetune", "--resume", "--output", str(out)]) == 0
@@ -382,7 +398,7 @@ def _no_space(*args, **kwargs):
 
 
 def test_disk_full_while_pretraining_leaves_no_base(tmp_path, monkeypatch, capsys):
-    _shrink_the_base(monkeypatch)
+    _shrink_the_default_model(monkeypatch)
     cache = tmp_path / "cache"
     arguments = ["finetune", "--cache-dir", str(cache), "--output", str(tmp_path / "out")]
     with _files_of_at_most(10_000):
@@ -414,7 +430,7 @@ def test_split_cuts_the_end_of_few_documents():
 
 
 def test_byte_tokenizer_is_lossless():
-    tokenizer = base.byte_tokenizer()
+    tokenizer = default_model.byte_tokenizer()
     text = "naïve Ωμέγα \t\r\n 🙂 <tag>"
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text.encode()) and max(ids) < 256 and tokenizer.decode(ids) == text

@@ -11,8 +11,9 @@ from model_tiny import (
     build,
     one_thread,  # noqa: F401  (autouse)
 )
-from moelora import inspection, models
+from moelora import checkpoints
 from moelora.__main__ import main
+from moelora.commands import inspect, lora
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
@@ -28,12 +29,12 @@ def test_numbers_are_those_of_the_adapted_model(kind, which, tmp_path, capsys):
     CONFIGS[kind]().save_pretrained(tmp_path)  # no weights are needed
     text = _told(capsys, tmp_path, "--rank", 7, "--projections", which, "--no-measure")
     model = build(kind)
-    total = models.count(model)
-    adapted = models.adapt(model, 7, 14.0, which, [])
-    trainable = models.count(adapted, trainable=True)
+    total = checkpoints.count(model)
+    adapted = lora.adapt(model, 7, 14.0, which, [])
+    trainable = checkpoints.count(adapted, trainable=True)
     assert f"{type(model).__name__}, {total / 1e6:.2f} M parameters, float32" in text
     assert f"rank 7 on {which}: {trainable / 1e6:.2f} M trainable parameters" in text
-    groups = list(inspection._groups(*models.outline(tmp_path)))
+    groups = list(inspect._groups(*checkpoints.outline(tmp_path)))
     assert sum(group.trainable(7, which) for group in groups) == trainable
     assert sum(group.parameters for group in groups) == sum(
         p.numel() for name, p in build(kind).named_parameters() if "experts" in name
@@ -47,7 +48,7 @@ def test_numbers_are_those_of_the_adapted_model(kind, which, tmp_path, capsys):
 
 def test_kept_memory_is_what_autograd_keeps():
     """Of the sizes that grow with the tokens, by twice as many tokens."""
-    (group,) = inspection._groups(build("qwen3_moe"), CONFIGS["qwen3_moe"]())
+    (group,) = inspect._groups(build("qwen3_moe"), CONFIGS["qwen3_moe"]())
     model = adapt(build("qwen3_moe"))
     moelora.enable(model)
     layer = model.get_base_model().model.layers[0].mlp.experts
@@ -77,18 +78,18 @@ def test_stored_layouts(tmp_path):
     single = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": matrix.clone() for e in range(3)}
     save_file(single | {"lm_head.weight": matrix}, tmp_path / "model.safetensors")
     assert (
-        inspection.stored(tmp_path)
+        inspect.stored(tmp_path)
         == "3 matrices of single experts, F32: transformers merges them while loading"
     )
     fused = {"model.layers.0.mlp.experts.gate_up_proj": matrix.bfloat16()}
     save_file(fused, tmp_path / "model.safetensors")
     assert (
-        inspection.stored(tmp_path)
+        inspect.stored(tmp_path)
         == "1 tensors of all experts, BF16: loading them in their dtype maps the files"
     )
     (tmp_path / "model.safetensors").write_bytes(b"no header")
     with pytest.raises(moelora.MoeloraError, match="cannot read the header of "):
-        inspection.stored(tmp_path)
+        inspect.stored(tmp_path)
 
 
 def test_errors(tmp_path, capsys):

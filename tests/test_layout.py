@@ -172,3 +172,17 @@ def test_native_functions_stay_short(path):
     limit = 120 if folder(path) == "ukernel" else 60
     for first, lines in native_functions(path.read_text()):
         assert lines <= limit, f"{first} … has {lines} lines"
+
+
+def test_the_model_library_knows_no_command_line():
+    """moelora's modules import nothing of moelora.commands; `python -m moelora` alone does."""
+    library = ROOT / "python" / "moelora"
+    assert (library / "commands" / "__init__.py").exists()
+    for path in library.glob("*.py"):
+        if path.name == "__main__.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)]
+            found = [f"{getattr(node, 'module', None) or ''}.{name}" for name in names]
+            assert not any("commands" in name.split(".") for name in found), f"{name(path)}: {found}"
+            assert not getattr(node, "level", 0), f"{name(path)} imports by a relative path"

@@ -1,4 +1,4 @@
-"""Two processes over gloo against one: DDP, FSDP2, and expert parallelism as transformers does it."""
+"""Two processes over gloo against one: DDP, FSDP2, FSDP1, and expert parallelism as transformers does it."""
 
 import subprocess
 import sys
@@ -32,7 +32,13 @@ def runs(tmp_path_factory) -> tuple[dict, list[dict]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "reference"),
-    [("ddp", "data"), ("fsdp", "data"), ("all_reduce", "experts"), ("all_to_all", "experts")],
+    [
+        ("ddp", "data"),
+        ("fsdp", "data"),
+        ("fsdp1", "data"),
+        ("all_reduce", "experts"),
+        ("all_to_all", "experts"),
+    ],
 )
 def test_two_processes_train_like_one(runs, way, reference):
     expected, found = runs[0][reference], [rank[way] for rank in runs[1]]

@@ -273,6 +273,11 @@ def test_gpt_oss_gate_is_fused():
     }
 
 
+def test_gate_is_recognised_whatever_the_default_device():
+    with torch.device("meta"):
+        assert recognise_activation(_with_gate())["act"] == "silu"
+
+
 def test_ungated_experts():
     module = _with_gate(act="relu2", has_gate=False)
     moelora.enable(module)

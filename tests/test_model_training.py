@@ -10,11 +10,12 @@ from model_tiny import (
     adapt,
     build,
     difference,
+    fill,
     gradients,
     one_thread,  # noqa: F401  (autouse)
     tokens,
 )
-from moelora.base import byte_tokenizer
+from moelora.commands.default_model import byte_tokenizer
 from peft import LoraConfig
 from torch import nn
 from torch._dynamo.utils import counters
@@ -69,6 +70,23 @@ def test_compiled_training_follows_eager_over_shapes():
     counters.clear()
     assert curve(compiled=True) == pytest.approx(curve(compiled=False), rel=1e-6)
     assert 1 <= counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_two_active_adapters_break_the_graph_with_our_reason():
+    """PEFT's own path cannot be traced; a compilation that allows breaks runs it."""
+    model = _model(enabled=True)
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["o_proj"], target_parameters=names))
+    fill(model, seed=4)
+    model.base_model.set_adapter(["default", "second"])
+    expected = gradients(model)[0]
+    torch._dynamo.reset()
+    reason = "down_proj to a copy of the weights: 2 adapters are active, activate one with set_adapter"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=reason):
+        torch.compile(model, fullgraph=True, backend="eager")(input_ids=tokens())
+    found = torch.compile(model, backend="eager")(input_ids=tokens()).logits
+    assert difference(found, expected) < 1e-5
 
 
 # ---- checkpointing

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks is not installed
+
+from benchmarks import markdown  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -34,6 +38,12 @@ def test_make_targets_exist(document):
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / document).read_text()):
         assert (ROOT / target).exists(), target
+
+
+def test_tables_are_what_the_result_files_give():
+    files = [file for block in markdown.BLOCK.finditer(README) for file in block.group(1).split()]
+    assert files
+    assert markdown.update(README) == README
 
 
 def test_every_switch_is_documented():

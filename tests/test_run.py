@@ -5,16 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import outcomes
 import psutil
 import pytest
+import run
 import side_by_side
 from rows import Run
 
 TESTS = Path(__file__).resolve().parent
-RUN = Run("some", "some tests", ())
+RUN = Run("some", "some tests", (), note="on a toy")
 
 SOME = """
 import pytest
@@ -48,6 +50,7 @@ def test_what_is_counted(tmp_path, capsys):
     absent, left = (Run("gpu", "", ()), "there is none"), Run("fuzz", "", (), long=True)
     assert outcomes.summarize([found], [absent], [left], 61.2) == 1
     lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("some  FAILED") and line.endswith("  on a toy") for line in lines)
     assert lines[-1] == "1 passed, 2 failed, 3 skipped in 61 s"
     assert "some      2  no such machine" in lines and "gpu   not here: there is none" in lines
     assert any("fuzz" in line and "RUNS=long" in line for line in lines)
@@ -67,6 +70,13 @@ def test_a_run_that_tests_nothing_has_failed(tmp_path, arguments, error):
     found = outcome_of(tmp_path, *arguments)
     assert found.error == error and found.bad == bool(error)
     assert outcomes.summarize([found], [], [], 1) == bool(error)
+
+
+def test_what_the_machine_does_not_need_runs_by_name_only():
+    impossible = replace(RUN, why_not=lambda: "there is none", spare=lambda: "real")
+    spare = replace(RUN, spare=lambda: "real")
+    assert [run.reason_against(r, []) for r in (RUN, spare, impossible)] == [None, "real", "there is none"]
+    assert [run.reason_against(r, ["some"]) for r in (spare, impossible)] == [None, "there is none"]
 
 
 STARTS_OTHERS = """

@@ -9,10 +9,14 @@ from .base import Contestant
 MODULES = {
     "ours": "ours",
     "ours-compiled": "ours",
+    "ours-batch-invariant": "ours",
     "loop": "loop",
+    "loop-fp32": "in_fp32",
     "peft": "transformers_peft",
+    "peft-fp32": "in_fp32",
     "kt-kernel": "kt_kernel",
     "grouped-mm": "grouped_mm",
+    "grouped-mm-fp32": "in_fp32",
     "scattermoe": "scattermoe_lora",
 }
 DEFAULT = {

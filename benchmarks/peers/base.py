@@ -111,6 +111,8 @@ class Contestant:
     name = ""
     devices = ("cpu", "cuda")
     python = sys.executable  # of the environment where it can be imported
+    own = False  # whether it is what this repository is about
+    stand_in: str | None = None  # who runs instead where torch's products in the layer's dtype are hopeless
 
     def missing_here(self, case: Case) -> str | None:
         """Why it cannot take part, or None. Imports everything that it needs."""
@@ -130,5 +132,6 @@ class Contestant:
     def missing(self, case: Case) -> str | None:
         return self.missing_here(case)
 
-    def load(self, layer: Layer, threads: int) -> Runner:
+    def load(self, layer: Layer, threads: int, limit: float | None = None) -> Runner:
+        """limit: seconds that loading, or a step, may take in a process of its own."""
         return self.load_here(layer)

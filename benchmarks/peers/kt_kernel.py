@@ -21,6 +21,7 @@ from ..layer import SCALING, Batch, Case, Layer
 from .base import Contestant, Results, Runner
 
 LORA = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
+IMPORT_SECONDS = 120
 MULTIPLE = 32  # sizes that are not multiples of this give wrong results, unchecked
 
 
@@ -102,11 +103,16 @@ def find_python() -> str:
 @lru_cache
 def _import_error(python: str) -> str | None:
     """The last line of what importing it there says."""
+    command = [python, "-c", "import kt_kernel.sft.amx"]
     try:
-        tried = subprocess.run([python, "-c", "import kt_kernel.sft.amx"], capture_output=True, text=True)
+        tried = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS)
     except OSError as error:
         return str(error)
-    return None if tried.returncode == 0 else (tried.stderr.strip() or "failed").splitlines()[-1]
+    except subprocess.TimeoutExpired:
+        return f"its import was stopped after {IMPORT_SECONDS} s"
+    if tried.returncode == 0:
+        return None
+    return (tried.stderr.strip() or f"its import ended with status {tried.returncode}").splitlines()[-1]
 
 
 class KtKernel(Contestant):
@@ -142,10 +148,10 @@ class KtKernel(Contestant):
     def load_here(self, layer: Layer) -> Runner:
         return _Local(layer, torch.get_num_threads())
 
-    def load(self, layer: Layer, threads: int) -> Runner:
+    def load(self, layer: Layer, threads: int, limit: float | None = None) -> Runner:
         from ..remote import Remote, RemoteRunner
 
-        remote = Remote(self.python, threads)
+        remote = Remote(self.python, threads, limit)
         try:
             case = layer.case.to_json()
             kept = memory.keeps_freed()

@@ -14,17 +14,8 @@ from torch.nn import functional as F
 
 from ..layer import LORA_NAMES, SCALING, Layer
 from .base import AutogradRunner, Contestant
-
-
-def glu(h: Tensor, act: str = "silu", alpha=1.0, limit=None, up_shift=0.0, interleaved=False) -> Tensor:
-    g, u = (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=1)
-    if limit is not None:
-        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
-    if act == "silu":
-        f = F.silu(g) if alpha == 1.0 else g * torch.sigmoid(alpha * g)
-    else:
-        f = F.gelu(g, approximate="tanh" if act == "gelu_tanh" else "none")
-    return f * (u + up_shift) if up_shift else f * u
+from .glu import glu
+from .loop_operators import OPERATORS
 
 
 class _Projection:
@@ -67,13 +58,12 @@ def make_forward(layer: Layer):
 
 class Loop(Contestant):
     name = "loop"
+    stand_in = "loop-fp32"
 
     def load_here(self, layer: Layer) -> AutogradRunner:
         return AutogradRunner(make_forward(layer), [layer.lora[name] for name in LORA_NAMES])
 
     def operators(self) -> dict[str, Callable]:
-        from .loop_operators import OPERATORS
-
         return OPERATORS
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .loop import glu
+from .glu import glu
 
 
 def _segments(expert_offsets: Tensor) -> Iterator[tuple[int, slice]]:

@@ -1,8 +1,9 @@
-"""torch_moelora.functional.moe_mlp, as it is and under torch.compile."""
+"""torch_moelora.functional.moe_mlp: as it is, under torch.compile, and batch-invariant."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -10,15 +11,45 @@ from ..layer import LORA_NAMES, SCALING, Case, Layer
 from .base import AutogradRunner, Contestant
 
 
+@contextmanager
+def _batch_invariant() -> Iterator[None]:
+    """The switch is the process's: the other contestants run without."""
+    import torch_moelora
+
+    torch_moelora.set_batch_invariant(True)
+    try:
+        yield
+    finally:
+        torch_moelora.set_batch_invariant(False)
+
+
+class _InvariantRunner(AutogradRunner):
+    def _step(self, *args):
+        with _batch_invariant():
+            return super()._step(*args)
+
+
+def _invariantly(operator: Callable) -> Callable:
+    def call(*args, **kwargs):
+        with _batch_invariant():
+            return operator(*args, **kwargs)
+
+    return call
+
+
 class Ours(Contestant):
-    def __init__(self, name: str, compiled: bool) -> None:
-        self.name, self.compiled = name, compiled
+    own = True
+
+    def __init__(self, name: str, compiled: bool = False, invariant: bool = False) -> None:
+        self.name, self.compiled, self.invariant = name, compiled, invariant
 
     def missing_here(self, case: Case) -> str | None:
         try:
-            import torch_moelora  # noqa: F401
+            import torch_moelora
         except ImportError as error:
             return str(error)
+        if self.invariant and not hasattr(torch_moelora, "set_batch_invariant"):
+            return f"torch_moelora {torch_moelora.__version__} has no set_batch_invariant"
         return None
 
     def version(self) -> str:
@@ -43,12 +74,23 @@ class Ours(Contestant):
         def forward(x, expert_idxs, gates):
             return call(x, expert_idxs, gates, weights["gate_up"], weights["down"], **keywords)
 
-        return AutogradRunner(forward, [layer.lora[name] for name in LORA_NAMES])
+        runner = _InvariantRunner if self.invariant else AutogradRunner
+        return runner(forward, [layer.lora[name] for name in LORA_NAMES])
 
     def operators(self) -> dict[str, Callable]:
         from torch_moelora.schemas import SCHEMAS
 
-        return {} if self.compiled else {name: getattr(torch.ops.moelora, name) for name in SCHEMAS}
+        if self.compiled:
+            return {}
+        found = {name: getattr(torch.ops.moelora, name) for name in SCHEMAS}
+        return {name: _invariantly(op) for name, op in found.items()} if self.invariant else found
 
 
-CONTESTANTS = {name: Ours(name, compiled) for name, compiled in (("ours", False), ("ours-compiled", True))}
+CONTESTANTS = {
+    contestant.name: contestant
+    for contestant in (
+        Ours("ours"),
+        Ours("ours-compiled", compiled=True),
+        Ours("ours-batch-invariant", invariant=True),
+    )
+}

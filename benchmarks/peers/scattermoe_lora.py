@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..layer import LORA_NAMES, SCALING, Case, Layer
 from .base import AutogradRunner, Contestant
-from .loop import glu
+from .glu import glu
 
 PACKAGE = "axolotl.integrations.kernels"
 

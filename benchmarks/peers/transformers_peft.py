@@ -93,6 +93,7 @@ def _views(layer: Layer):
 
 class TransformersPeft(Contestant):
     name = "peft"
+    stand_in = "peft-fp32"
 
     def missing_here(self, case: Case) -> str | None:
         try:

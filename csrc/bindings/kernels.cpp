@@ -21,8 +21,12 @@ constexpr BlockingValue kBlocking[] = {
     {"row_chunk", &Blocking::row_chunk, 1},
     {"dot_rows", &Blocking::dot_rows, 0},
     {"odd_rows", &Blocking::odd_rows, 0},
+    {"flat_rows", &Blocking::flat_rows, 0},
     {"thin_rows", &Blocking::thin_rows, 0},
     {"thin_depth", &Blocking::thin_depth, 1},
+    {"thin_strip", &Blocking::thin_strip, 1},
+    {"strip", &Blocking::strip, 1},
+    {"chain", &Blocking::chain, 1},
     {"segment", &Blocking::segment, 1},
     {"depth", &Blocking::depth, 1},
     {"outputs", &Blocking::outputs, 1},
@@ -50,16 +54,22 @@ KernelChoice with_blocking(const KernelChoice& choice, const py::kwargs& changes
     changed.blocking.*v->member = py::cast<int64_t>(value);
     require(changed.blocking.*v->member >= v->least, wanted + " must be at least " + std::to_string(v->least));
   }
-  const int pack = choice.kernels->pack;
-  require(changed.blocking.depth % pack == 0 && changed.blocking.thin_depth % pack == 0,
-          "depth and thin_depth must be multiples of pack");
+  const Blocking& b = changed.blocking;
+  const int64_t pack = choice.kernels->pack, widest = choice.kernels->lanes * choice.kernels->vecs;
+  require(b.depth % pack == 0 && b.thin_depth % pack == 0, "depth and thin_depth must be multiples of pack");
+  require(b.chain % b.depth == 0 && b.chain % b.thin_depth == 0, "chain must be a multiple of depth and thin_depth");
+  require(b.flat_rows <= kMaxFlatRows, "flat_rows must be at most " + std::to_string(kMaxFlatRows));
+  require(b.strip % widest == 0 && b.thin_strip % b.strip == 0,
+          "strip must be a multiple of the widest tile's lanes, thin_strip one of strip");
   return changed;
 }
 
-std::vector<std::string> storage_of(const KernelChoice& choice) {
+// The storage types that one of the kernel's tables has a function for.
+template <class F>
+std::vector<std::string> filled(F const (&table)[kDTypes]) {
   std::vector<std::string> names;
-  for (DType t : {DType::bf16, DType::f16, DType::f32, DType::f64})
-    if (choice.kernels->pack_lanes[static_cast<int>(t)]) names.push_back(name_of(t));
+  for (int t = 0; t < kDTypes; ++t)
+    if (table[t]) names.push_back(name_of(static_cast<DType>(t)));
   return names;
 }
 
@@ -69,7 +79,7 @@ std::vector<int> max_rows_of(const KernelChoice& choice) {
 
 // Empty where there is no dot tile.
 std::vector<int> dot_rows_of(const KernelChoice& choice) {
-  return {choice.kernels->dot_rows, choice.kernels->dot_rows + (choice.kernels->dot_tile ? kMaxDotCols : 0)};
+  return {choice.kernels->dot_rows, choice.kernels->dot_rows + (choice.kernels->dots() ? kMaxDotCols : 0)};
 }
 
 // panel: [ceil(depth / pack)][lanes][pack]
@@ -100,8 +110,10 @@ using ArrayPair = std::pair<py::array, py::array>;
 
 // segments: (l [rows, depth], panel) once or twice;  c: [rows, lanes];  weave: (rows, panel), for other tiles;
 // rows [depth, widest]: the first segment's panel is written from them
-void tile(const KernelChoice& choice, const std::vector<ArrayPair>& segments, const py::array& c, bool accumulate,
-          const std::optional<ArrayPair>& weave, const std::optional<py::array>& rows_of_first) {
+// start: "zero", "resume" or "add"
+void tile(const KernelChoice& choice, const std::vector<ArrayPair>& segments, const py::array& c,
+          const std::string& start, const std::optional<ArrayPair>& weave,
+          const std::optional<py::array>& rows_of_first) {
   const Kernels& k = *choice.kernels;
   require(segments.size() == 1 || segments.size() == 2, "segments must be one or two pairs (l, panel)");
   const Array to("c", c);
@@ -129,7 +141,9 @@ void tile(const KernelChoice& choice, const std::vector<ArrayPair>& segments, co
   }
   args.c = to.mutable_data();
   args.ldc = to.stride(0);
-  args.accumulate = accumulate;
+  require(start == "zero" || start == "resume" || start == "add", "start must be zero, resume or add, got " + start);
+  require(start != "add" || k.compute != DType::bf16, std::string(k.name) + " does not add");
+  args.start = start == "zero" ? Start::zero : start == "add" ? Start::add : Start::resume;
   require(!(weave || rows_of_first) || (lanes == k.vecs * k.lanes && args.panel_lanes == lanes),
           "only the widest tiles weave");
   require(!(weave && rows_of_first), "weave and rows exclude each other");
@@ -153,7 +167,7 @@ void tile(const KernelChoice& choice, const std::vector<ArrayPair>& segments, co
 void dot_tile(const KernelChoice& choice, const std::vector<std::pair<py::array, py::array>>& segments,
               const py::array& c, bool accumulate) {
   const Kernels& k = *choice.kernels;
-  require(k.dot_tile != nullptr, std::string(k.name) + " has no dot tile");
+  require(k.dots(), std::string(k.name) + " has no dot tile");
   require(segments.size() == 1 || segments.size() == 2, "segments must be one or two pairs (l, r)");
   const Array to("c", c);
   to.dtype(accumulator_type(k)).dims(2).unit_columns();
@@ -165,17 +179,36 @@ void dot_tile(const KernelChoice& choice, const std::vector<std::pair<py::array,
   args.n_segments = static_cast<int>(segments.size());
   args.rows = static_cast<int>(rows);
   args.cols = static_cast<int>(cols);
+  void (*run)(const DotArgs&) = nullptr;
   for (size_t s = 0; s < segments.size(); ++s) {
     const Array l("l", segments[s].first), r("r", segments[s].second);
-    l.dtype(k.compute).shape({rows, -1}).unit_columns();
+    if (s == 0)
+      run = for_storage(k.dot_tile, k, "l", l.dtype());
+    else
+      l.dtype(k.compute);
+    l.shape({rows, -1}).unit_columns();
     r.dtype(k.compute).shape({cols, l.size(1)}).unit_columns();
-    const int64_t size = size_of(k.compute);
-    args.segments[s] = {l.data(), l.stride(0) * size, r.data(), r.stride(0) * size, l.size(1)};
+    args.segments[s] = {l.data(), l.stride(0) * size_of(l.dtype()), r.data(), r.stride(0) * size_of(k.compute),
+                        l.size(1)};
   }
   args.c = to.mutable_data();
   args.ldc = to.stride(0);
   args.accumulate = accumulate;
-  k.dot_tile(args);
+  run(args);
+}
+
+// l: [rows, depth], r: [depth, width] of any storage type that there is a kernel for;  c: [rows, width]
+void flat_tile(const KernelChoice& choice, const py::array& l, const py::array& r, const py::array& c, bool resume) {
+  const Kernels& k = *choice.kernels;
+  const Array to("c", c), left("l", l), right("r", r);
+  to.dtype(accumulator_type(k)).dims(2).unit_columns();
+  require(to.size(0) >= 1 && to.size(0) <= kMaxFlatRows, "c must have 1 to " + std::to_string(kMaxFlatRows) + " rows");
+  left.dtype(k.compute).shape({to.size(0), -1}).unit_columns();
+  right.shape({left.size(1), to.size(1)}).unit_columns();
+  for_storage(k.flat_tile, k, "r", right.dtype())({left.data(), left.stride(0) * size_of(k.compute), right.data(),
+                                                   right.stride(0) * size_of(right.dtype()), left.size(1), to.size(1),
+                                                   static_cast<int>(to.size(0)), to.mutable_data(), to.stride(0),
+                                                   resume ? Start::resume : Start::zero, 0});
 }
 
 // Pointers to the rows of `source`, and the part [first, first + n) of each.
@@ -329,11 +362,14 @@ void bind_kernels(py::module_& m) {
       .def_property_readonly("vecs", [](const KernelChoice& c) { return c.kernels->vecs; })
       .def_property_readonly("max_rows", max_rows_of)
       .def_property_readonly("dot_rows", dot_rows_of)
-      .def_property_readonly("storage", storage_of)
+      .def_property_readonly("flat_storage", [](const KernelChoice& c) { return filled(c.kernels->flat_tile); })
+      .def_property_readonly("dot_storage", [](const KernelChoice& c) { return filled(c.kernels->dot_tile); })
+      .def_property_readonly("storage", [](const KernelChoice& c) { return filled(c.kernels->pack_lanes); })
       .def_property_readonly("blocking", blocking_of)
       .def("with_blocking", with_blocking)
-      .def("tile", tile, "segments"_a, "c"_a, "accumulate"_a = false, "weave"_a = py::none(), "rows"_a = py::none())
+      .def("tile", tile, "segments"_a, "c"_a, "start"_a = "zero", "weave"_a = py::none(), "rows"_a = py::none())
       .def("dot_tile", dot_tile, "segments"_a, "c"_a, "accumulate"_a = false)
+      .def("flat_tile", flat_tile, "l"_a, "r"_a, "c"_a, "resume"_a = false)
       .def("pack_lanes", pack_lanes, "panel"_a, "source"_a, "first"_a = 0, "n"_a = py::none())
       .def("pack_depth", pack_depth, "panel"_a, "source"_a, "first"_a = 0, "n"_a = py::none())
       .def("convert", convert, "dst"_a, "source"_a)

@@ -71,6 +71,15 @@ std::shared_ptr<char> operand(const Kernels& k, int64_t count) {
   return {p, AlignedFree{}};
 }
 
+// What the arithmetic units of the chosen instruction set can do.
+double measure_peak_rate(const std::string& dtype, int threads, double seconds) {
+  const Kernels& k = *kernels_for(dtype_named(dtype)).kernels;
+  return rate(threads, seconds, [&](int) {
+    auto values = operand(k, kPeakValues), c = operand(k, kPeakValues);
+    return [=, &k] { return k.peak(c.get(), values.get(), 500); };
+  });
+}
+
 // Tiles whose operands stay in the first-level cache.
 double measure_dot_rate(const std::string& dtype, int threads, double seconds) {
   const KernelChoice& choice = kernels_for(dtype_named(dtype));
@@ -82,8 +91,16 @@ double measure_dot_rate(const std::string& dtype, int threads, double seconds) {
     auto l = operand(k, rows * kDepth), r = operand(k, lanes * kDepth);
     auto c = operand(k, rows * lanes * 2);
     return [=, &k] {
-      const TileArgs args{
-          {{l.get(), kDepth * size, r.get(), kDepth}, {}}, 1, rows, k.vecs, false, lanes, c.get(), lanes, false, {}};
+      const TileArgs args{{{l.get(), kDepth * size, r.get(), kDepth}, {}},
+                          1,
+                          rows,
+                          k.vecs,
+                          false,
+                          lanes,
+                          c.get(),
+                          lanes,
+                          Start::zero,
+                          {}};
       for (int i = 0; i < 1000; ++i) k.tile(args);
       return 2000.0 * rows * static_cast<double>(lanes) * kDepth;
     };
@@ -111,9 +128,12 @@ double measure_read_bandwidth(int64_t bytes, int threads, double seconds) {
 }  // namespace
 
 void bind_rates(py::module_& m) {
+  m.def("measure_peak_rate", &measure_peak_rate, py::arg("dtype"), py::arg("threads"), py::arg("seconds"),
+        py::call_guard<py::gil_scoped_release>(),
+        "FLOP/s of multiply-adds on registers, with the instruction set that dtype (bf16, fp16, fp32, fp64) gets.");
   m.def("measure_dot_rate", &measure_dot_rate, py::arg("dtype"), py::arg("threads"), py::arg("seconds"),
         py::call_guard<py::gil_scoped_release>(),
-        "FLOP/s of the chosen kernels for dtype (bf16, fp16, fp32, fp64) on operands in the first-level cache.");
+        "FLOP/s of the chosen kernels' widest tile for dtype, on operands in the first-level cache.");
   m.def("measure_read_bandwidth", &measure_read_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("seconds"),
         py::call_guard<py::gil_scoped_release>(), "B/s of reading `bytes`, split over the threads.");
 }

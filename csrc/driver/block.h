@@ -25,13 +25,22 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
 void dot_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
                            const TokenSums* sums, Arena& arena);
 
-// x rows are the tile's L operand, read in place; weights are packed into lanes. For all other weights.
+// x rows are the tile's L operand, read in place; weights are packed into lanes. For weights contiguous along the
+// outputs: where tiles can weave them, panel by panel,
 void panel_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
                              const TokenSums* sums, Arena& arena);
 
-// As above, for few rows.
+// the same for few rows,
 void thin_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
                             const TokenSums* sums, Arena& arena);
+
+// for fewer still, weights not packed at all,
+void flat_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
+                            const TokenSums* sums, Arena& arena);
+
+// and for all other weights, some panels at a time.
+void strip_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
+                             const TokenSums* sums, Arena& arena);
 
 // Outputs per accumulator block; also the width of one part of ⟨row, dot⟩.
 int64_t segment_width(const KernelChoice& choice, const GroupedLinear& op);

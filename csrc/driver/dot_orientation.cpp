@@ -29,20 +29,20 @@ void DotRows::tile_row(int64_t out, int64_t height, int64_t p, bool fetch, char*
   const Kernels& k = *choice_.kernels;
   const int64_t steps = min64(choice_.blocking.depth, w_.depth() - p), acc = accumulator_size(k);
   const bool with_lora = rank_ && p + steps == w_.depth();
-  const LeftRows w_rows = w_.rows(out, height, p, steps, arena);
+  const WeightTiles::DotOperand w_rows = w_.dot_rows(out, height, p, steps, arena);
   const LeftRows b_rows = with_lora ? b_.rows(out, height, 0, rank_, arena) : LeftRows{};
   for (int64_t g = 0; g < groups_; ++g) {
     const int64_t first = g * rows_ / groups_, cols = (g + 1) * rows_ / groups_ - first;
-    const DotSegment base{w_rows.data, w_rows.stride, x_.at(first, p * size_of(k.compute)), x_.stride, steps};
+    const DotSegment base{w_rows.rows.data, w_rows.rows.stride, x_.at(first, p * size_of(k.compute)), x_.stride, steps};
     const DotSegment lora{b_rows.data, b_rows.stride, u_.at(first, 0), u_.stride, rank_};
-    k.dot_tile({{base, lora},
-                with_lora ? 2 : 1,
-                static_cast<int>(height),
-                static_cast<int>(cols),
-                c + first * ldc * acc,
-                ldc,
-                p > 0,
-                fetch && g == 0 ? w_.rows_ahead(out + height, height, p, steps) : Ahead{}});
+    w_rows.tile({{base, lora},
+                 with_lora ? 2 : 1,
+                 static_cast<int>(height),
+                 static_cast<int>(cols),
+                 c + first * ldc * acc,
+                 ldc,
+                 p > 0,
+                 fetch && g == 0 ? w_.rows_ahead(out + height, height, p, steps) : Ahead{}});
   }
 }
 

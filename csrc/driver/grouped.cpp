@@ -15,15 +15,18 @@ namespace {
 void run_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range, const TokenSums* sums,
                Arena& arena) {
   if (range.row0 == range.row1 || range.out0 == range.out1) return;
+  const Kernels& k = *choice.kernels;
   const int64_t rows = range.row1 - range.row0;
-  if (!uses_row_orientation(op) && in_thin_passes(choice, range))
-    thin_orientation_block(choice, op, range, sums, arena);
-  else if (!uses_row_orientation(op))
-    panel_orientation_block(choice, op, range, sums, arena);
-  else if (choice.kernels->dot_tile && rows <= choice.blocking.dot_rows)
-    dot_orientation_block(choice, op, range, sums, arena);
-  else
-    row_orientation_block(choice, op, range, sums, arena);
+  if (uses_row_orientation(op)) {
+    const bool few = k.dots() && rows <= choice.blocking.dot_rows;
+    (few ? dot_orientation_block : row_orientation_block)(choice, op, range, sums, arena);
+  } else if (rows <= choice.blocking.flat_rows && WeightTiles(k, op.w, range.expert).flat_rows(0, 0).tile) {
+    flat_orientation_block(choice, op, range, sums, arena);
+  } else if (!WeightTiles(k, op.w, range.expert).weaves(k.lanes * k.vecs, k.pack)) {
+    strip_orientation_block(choice, op, range, sums, arena);
+  } else {
+    (in_thin_passes(choice, range) ? thin_orientation_block : panel_orientation_block)(choice, op, range, sums, arena);
+  }
 }
 
 // `pieces` nearly equal ranges of [0, total) with borders on multiples of `unit`.
@@ -232,7 +235,7 @@ bool in_thin_passes(const KernelChoice& choice, const BlockRange& block) {
 bool uses_row_orientation(const GroupedLinear& op) { return rows_are_contiguous(op.w); }
 
 int64_t segment_width(const KernelChoice& choice, const GroupedLinear& op) {
-  return uses_row_orientation(op) ? choice.blocking.segment : choice.kernels->lanes * choice.kernels->vecs;
+  return uses_row_orientation(op) ? choice.blocking.segment : choice.blocking.strip;
 }
 
 int64_t dot_part_count(const KernelChoice& choice, const GroupedLinear& op) {

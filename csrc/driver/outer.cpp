@@ -136,7 +136,7 @@ void sum_outer_products(const KernelChoice& choice, const GroupedOuter& op, cons
                 lanes,
                 c + (i * pitch + j - range.j0) * acc,
                 pitch,
-                row0 > begin,
+                choice.blocking.start(row0 - begin),
                 fetch_share(op, then, t, tiles)});
       }
       now = then;

@@ -5,8 +5,8 @@
 namespace moelora {
 namespace {
 
-// All rows of the block times panels of weights, each packed once. Where the kernels weave, by tiles on the way: those
-// of the panel before, or the panel's own first one.
+// All rows of the block times panels of weights, each packed once, by tiles on the way: those of the panel before, or
+// the panel's own first one.
 class PanelPass {
  public:
   // Outputs [out, out + width), steps [p0, p1) of the expert's weights. May reach beyond the end.
@@ -51,8 +51,8 @@ class PanelPass {
     const bool with_lora = rank_ && now.p1 == w_.depth();
     char* panel = w_panels_[current_];
     const bool weave_now = !woven_ && w_.weaves(now.width, steps);
-    if (!woven_ && !weave_now) w_.strip(now.out, now.width, now.p0, steps, panel, lanes, arena);
-    if (with_lora) b_.strip(now.out, now.width, 0, rank_, b_panel_, lanes, arena);
+    if (!woven_ && !weave_now) w_.strip(now.out, now.width, now.p0, steps, panel, lanes, 0, arena);
+    if (with_lora) b_.strip(now.out, now.width, 0, rank_, b_panel_, lanes, 0, arena);
     const int64_t busy = weave_now, weavers = tiles - busy;
     const bool weave_next = weavers > 0 && lanes == k_.lanes * k_.vecs && w_.weaves(next.width, next.p1 - next.p0) &&
                             (next.p1 - next.p0) / k_.pack <= weavers * (steps / k_.pack);
@@ -73,7 +73,7 @@ class PanelPass {
                     lanes,
                     c + row * ldc * accumulator_size(k_),
                     ldc,
-                    now.p0 > 0,
+                    now.p0 > 0 ? Start::resume : Start::zero,
                     {}};
       if (weave_next) {
         const int64_t i = t - busy;

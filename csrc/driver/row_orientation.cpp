@@ -10,16 +10,33 @@ namespace {
 struct PassRows {
   LeftRows w, b;
   int64_t out, width, p, steps, rank;
+  Start start;
 };
 
-// c: [width][ldc] (+)= the rows times the panel.  fetch: they are new to the caches, and so are those behind them.
-void multiply_panel(const Kernels& k, const WeightTiles& weights, const PassRows& rows, const LanePanel& panel,
-                    bool fetch, char* c, int64_t ldc) {
+// Weight rows that are converted next, fetched by tiles, each its share.
+struct NextRows {
+  WeightTiles weights;
+  int64_t out, width, p, steps, tiles, done = 0;
+
+  Ahead share() {
+    const int64_t first = done * width / tiles, last = ++done * width / tiles;
+    return first == last ? Ahead{} : weights.rows_ahead(out + first, last - first, p, steps);
+  }
+};
+
+// c: [width][ldc] = or += the rows times the panel.  fetch: where rows serve in place, these are new to the caches.
+void multiply_panel(const Kernels& k, const WeightTiles& w, const PassRows& rows, const LanePanel& panel, bool fetch,
+                    NextRows& next, char* c, int64_t ldc) {
   const int vecs = k.vectors(panel.lanes), tallest = k.max_rows[vecs - 1];
   for (int64_t i = 0; i < rows.width; i += tallest) {
     const int64_t height = min64(tallest, rows.width - i);
     const Segment base{rows.w.at(i, 0), rows.w.stride, panel.x + rows.p * panel.lanes * size_of(k.compute), rows.steps};
     const Segment lora{rows.b.at(i, 0), rows.b.stride, panel.u, rows.rank};
+    Ahead ahead;
+    if (!w.in_place())
+      ahead = next.share();
+    else if (fetch)
+      ahead = w.rows_ahead(rows.out + i + height, height, rows.p, rows.steps);
     k.tile({{base, lora},
             rows.rank ? 2 : 1,
             static_cast<int>(height),
@@ -28,16 +45,37 @@ void multiply_panel(const Kernels& k, const WeightTiles& weights, const PassRows
             panel.lanes,
             c + i * ldc * accumulator_size(k),
             ldc,
-            rows.p > 0,
-            fetch ? weights.rows_ahead(rows.out + i + height, height, rows.p, rows.steps) : Ahead{}});
+            rows.start,
+            ahead});
   }
+}
+
+// What comes after outputs [out, out + width), steps [p, p + steps) of the block.
+NextRows next_rows(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range, const PassRows& now,
+                   int64_t tiles) {
+  const int64_t depth = op.w.cols(), p = now.p + now.steps, out = now.out + now.width;
+  const int64_t first = min64(choice.blocking.depth, depth);
+  const auto rows = [&](int64_t expert, int64_t from, int64_t to, int64_t p0, int64_t steps) {
+    return NextRows{{*choice.kernels, op.w, expert}, from, to - from, p0, steps, tiles};
+  };
+  if (p < depth) return rows(range.expert, now.out, out, p, min64(choice.blocking.depth, depth - p));
+  if (out < range.out1) return rows(range.expert, out, min64(out + now.width, range.out1), 0, first);
+  if (range.next == nullptr) return rows(range.expert, 0, 0, 0, 0);
+  const int64_t to = min64(range.next->out0 + choice.blocking.segment, range.next->out1);
+  return rows(range.next->expert, range.next->out0, to, 0, first);
+}
+
+int64_t tile_count(const Kernels& k, const LanePanel* panels, int64_t count, int64_t width) {
+  int64_t tiles = 0;
+  for (int64_t j = 0; j < count; ++j) tiles += ceil_div(width, k.max_rows[k.vectors(panels[j].lanes) - 1]);
+  return tiles;
 }
 
 // Rows at the end of a block that would be lanes of a vector mostly empty.
 int64_t odd_rows(const KernelChoice& choice, const WeightTiles& weights, const BlockRange& range) {
   const Kernels& k = *choice.kernels;
   const int64_t odd = (range.row1 - range.row0) % k.lane_step();
-  return k.dot_tile && weights.in_place() && odd <= choice.blocking.odd_rows ? odd : 0;
+  return weights.dots_as_stored() && odd <= choice.blocking.odd_rows ? odd : 0;
 }
 
 }  // namespace
@@ -68,13 +106,15 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
       Arena::Scope pass(arena);
       const int64_t steps = min64(choice.blocking.depth, depth - p);
       const bool last = p + steps == depth;
-      PassRows rows{w.rows(out, width, p, steps, arena), {}, out, width, p, steps, last ? rank : 0};
+      PassRows rows{
+          w.rows(out, width, p, steps, arena), {}, out, width, p, steps, last ? rank : 0, choice.blocking.start(p)};
       if (rows.rank) rows.b = b.rows(out, width, 0, rank, arena);
+      NextRows next = next_rows(choice, op, range, rows, tile_count(k, panels, count, width));
       for (int64_t j = 0; j < count; ++j) {
         const LanePanel& panel = panels[j];
         char* c_panel = c + j * c_apart;
         if (last) epilogue.expect(range.row0 + panel.first, panel.rows, out, width);
-        multiply_panel(k, w, rows, panel, j == 0, c_panel, widest);
+        multiply_panel(k, w, rows, panel, j == 0, next, c_panel, widest);
         if (!last) continue;
         k.transpose(by_row, segment, c_panel, widest, width, panel.rows);
         epilogue(range.row0 + panel.first, panel.rows, by_row, segment * acc, out, width);

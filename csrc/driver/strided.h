@@ -57,10 +57,10 @@ inline int64_t panel_bytes(const Kernels& k, int64_t depth, int64_t panel_lanes)
   return round_up(depth, k.pack) * panel_lanes * size_of(k.compute);
 }
 
-// Panel [ceil(depth / pack)][panel_lanes][pack] of rows [lane0, lane0 + lanes) of `m` (they become lanes),
-// columns [p0, p0 + depth) (they become p). Any strides.
-inline void pack_panel(const Kernels& k, const Matrix& m, int64_t lane0, int64_t lanes, int64_t p0, int64_t depth,
-                       void* panel, int64_t panel_lanes, Arena& arena) {
+// Panels [ceil(depth / pack)][panel_lanes][pack], `apart` bytes from one to the next, of rows [lane0, lane0 + lanes) of
+// `m` (they become lanes), columns [p0, p0 + depth) (they become p). Any strides.
+inline void pack_panels(const Kernels& k, const Matrix& m, int64_t lane0, int64_t lanes, int64_t p0, int64_t depth,
+                        void* panels, int64_t panel_lanes, int64_t apart, Arena& arena) {
   Arena::Scope scope(arena);
   const int t = static_cast<int>(m.dtype);
   const auto size = [](int64_t stride) { return stride < 0 ? -stride : stride; };
@@ -69,11 +69,19 @@ inline void pack_panel(const Kernels& k, const Matrix& m, int64_t lane0, int64_t
   const void** rows = arena.take_array<const void*>(count);
   if (along_depth) {
     for (int64_t i = 0; i < lanes; ++i) rows[i] = m.at(lane0 + i, p0);
-    k.pack_lanes[t]({rows, lanes, 0, depth, m.col_stride, panel, panel_lanes});
+    auto* panel = static_cast<char*>(panels);
+    for (int64_t lane = 0; lane < lanes; lane += panel_lanes, panel += apart)
+      k.pack_lanes[t]({rows + lane, min64(panel_lanes, lanes - lane), 0, depth, m.col_stride, panel, panel_lanes});
   } else {
     for (int64_t i = 0; i < depth; ++i) rows[i] = m.at(lane0, p0 + i);
-    k.pack_depth[t]({rows, depth, 0, lanes, m.row_stride, panel, panel_lanes});
+    k.pack_depth[t]({rows, depth, 0, lanes, m.row_stride, panels, panel_lanes, apart});
   }
+}
+
+// One such panel.
+inline void pack_panel(const Kernels& k, const Matrix& m, int64_t lane0, int64_t lanes, int64_t p0, int64_t depth,
+                       void* panel, int64_t panel_lanes, Arena& arena) {
+  pack_panels(k, m, lane0, lanes, p0, depth, panel, panel_lanes, 0, arena);
 }
 
 }  // namespace moelora

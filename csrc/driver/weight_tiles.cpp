@@ -2,6 +2,14 @@
 
 namespace moelora {
 
+WeightTiles::DotOperand WeightTiles::dot_rows(int64_t out, int64_t count, int64_t p, int64_t steps,
+                                              Arena& arena) const {
+  if (dots_as_stored())
+    return {{matrix_.at(out, p), matrix_.row_stride * size_of(matrix_.dtype)},
+            k_.dot_tile[static_cast<int>(matrix_.dtype)]};
+  return {rows(out, count, p, steps, arena), k_.dot_tile[static_cast<int>(k_.compute)]};
+}
+
 Ahead WeightTiles::rows_ahead(int64_t out, int64_t count, int64_t p, int64_t steps) const {
   if (out >= matrix_.rows || matrix_.col_stride != 1) return {};
   const int64_t size = size_of(matrix_.dtype);

@@ -28,15 +28,34 @@ class WeightTiles {
   LeftRows rows(int64_t out, int64_t count, int64_t p, int64_t steps, Arena& arena) const {
     return left_rows(k_, matrix_, out, count, p, steps, arena);
   }
+  // The same for dot products, which take some storage types as they are, and the micro-kernel for them.
+  struct DotOperand {
+    LeftRows rows;
+    void (*tile)(const DotArgs&);
+  };
+  bool dots_as_stored() const {
+    return k_.dot_tile[static_cast<int>(matrix_.dtype)] && (matrix_.col_stride == 1 || matrix_.cols <= 1);
+  }
+  DotOperand dot_rows(int64_t out, int64_t count, int64_t p, int64_t steps, Arena& arena) const;
   // What such rows will be made of.
   Ahead rows_ahead(int64_t out, int64_t count, int64_t p, int64_t steps) const;
 
-  // Outputs [out, out + width) as lanes of a panel, steps [p, p + steps).
-  void strip(int64_t out, int64_t width, int64_t p, int64_t steps, void* panel, int64_t lanes, Arena& arena) const {
-    pack_panel(k_, matrix_, out, width, p, steps, panel, lanes, arena);
+  // Outputs [out, out + width) as lanes of panels, `apart` bytes from one to the next, steps [p, p + steps).
+  void strip(int64_t out, int64_t width, int64_t p, int64_t steps, void* panels, int64_t lanes, int64_t apart,
+             Arena& arena) const {
+    pack_panels(k_, matrix_, out, width, p, steps, panels, lanes, apart, arena);
   }
   // What such a strip will be made of.
   Ahead strip_ahead(int64_t out, int64_t width, int64_t p, int64_t steps) const;
+
+  // Rows of lanes as they are stored, and the micro-kernel for them; a null kernel where there is none.
+  struct FlatOperand {
+    LaneRows rows;
+    void (*tile)(const FlatArgs&);
+  };
+  FlatOperand flat_rows(int64_t out, int64_t p) const {
+    return {lane_rows(out, p), matrix_.row_stride == 1 ? k_.flat_tile[static_cast<int>(matrix_.dtype)] : nullptr};
+  }
 
   // Whether tiles can pack such a strip themselves, from `lane_rows`.
   bool weaves(int64_t width, int64_t steps) const;

@@ -244,7 +244,7 @@ void strip_block(Job& job, const Run* first, const Run* last, int row, int lane,
 // all blocks once these are through, so that the configuration changes once for all of them.
 void squares(Job& job, int rows, int lanes) {
   const Run *last, *end = job.runs + job.n_runs;
-  bool accumulate = job.args.accumulate;
+  bool accumulate = job.args.start == moelora::Start::resume;
   for (const Run* first = job.runs; first < end; first = last, accumulate = true) {
     for (last = first + 1; last < end && last->pairs == first->pairs;) ++last;
     for (int row = 0; row < rows; row += 2 * kTile) {
@@ -261,7 +261,7 @@ void strip(Job& job, int row, int lane, int n, int rows) {
   constexpr void (*kBlocks[])(Job&, const Run*, const Run*, int, int, bool) = {
       strip_block<1, Down>, strip_block<2, Down>, strip_block<3, Down>, strip_block<4, Down>};
   const Run *last, *end = job.runs + job.n_runs;
-  bool accumulate = job.args.accumulate;
+  bool accumulate = job.args.start == moelora::Start::resume;
   for (const Run* first = job.runs; first < end; first = last, accumulate = true) {
     int rest = 0;
     for (last = first; last < end; ++last) {
@@ -301,6 +301,28 @@ void tile(const TileArgs& args) {
   if (paired < args.rows) strip<false>(job, paired, 0, args.vecs, args.rows - paired);
 }
 
+// Four products a round, of tiles that stay where they are.
+double peak(void*, const void* values, int64_t rounds) {
+  constexpr int64_t kBytes = kTile * kTileBytes;
+  const char* p = static_cast<const char*>(values);
+  configure({kTile, kTile, kTile, 0});
+  load<4>(p, kTileBytes);
+  load<5>(p + kBytes, kTileBytes);
+  load<6>(p + 2 * kBytes, kTileBytes);
+  load<7>(p + 3 * kBytes, kTileBytes);
+  zero<0>();
+  zero<1>();
+  zero<2>();
+  zero<3>();
+  for (int64_t round = 0; round < rounds; ++round) {
+    multiply<0, 4, 6>();
+    multiply<1, 4, 7>();
+    multiply<2, 5, 6>();
+    multiply<3, 5, 7>();
+  }
+  return 4 * 2.0 * kTile * kTile * kStep * static_cast<double>(rounds);
+}
+
 }  // namespace
 
 const moelora::Kernels& moelora::bf16_kernels_amx_bf16() {
@@ -314,6 +336,7 @@ const moelora::Kernels& moelora::bf16_kernels_amx_bf16() {
     k.vecs = kMaxTileVecs;
     for (int& rows : k.max_rows) rows = kMaxRows;
     k.tile = tile;
+    k.peak = peak;
     k.release = release;
     return k;
   }();

@@ -3,6 +3,7 @@
 
 #include "ukernel/f32_kernels.inl"
 #include "ukernel/kernel_sets.h"
+#include "ukernel/peak.inl"
 #include "ukernel/vec_avx2.inl"
 #include "ukernel/vec_avx512.inl"
 
@@ -38,6 +39,7 @@ struct Bf16Dot : F32x16 {
   static opvec broadcast(const elem* p) { return (__m512bh)_mm512_broadcastd_epi32(_mm_cvtsi32_si128(pair_bits(p))); }
   static opvec broadcast_last(const elem* p) { return (__m512bh)_mm512_broadcastd_epi32(_mm_cvtsi32_si128(p->bits)); }
   static opvec load_panel(const elem* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static opvec load_whole(const elem* p) { return load_panel(p); }
   static opvec load_run(const elem* p, int64_t n) { return n >= 32 ? load_panel(p) : (__m512bh)load_units(p, n); }
   static void stage(elem* dst, const elem* src, int64_t n) { _mm512_store_si512(dst, load_units(src, n)); }
   static vec fma(opvec a, opvec b, vec c) { return _mm512_dpbf16_ps(c, a, b); }
@@ -94,8 +96,8 @@ const moelora::Kernels& moelora::bf16_kernels_avx512_bf16() {
     Kernels k{};
     k.name = "bf16_tile_6x64_avx512_bf16";
     fill_tiles<Bf16Dot, 24, 12, 8, 6>(k);
-    fill_dot<Bf16Dot>(k);
     fill_rows<F32x16>(k);
+    k.peak = peak<Bf16Dot, 8, 2>;
     fill_storage<F32x16, Bf16Dot, bf16_t>(k, DType::bf16);
     fill_storage<F32x16, Bf16Dot, float>(k, DType::f32);
     return k;

@@ -1,6 +1,7 @@
 // The dot orientation over a vector policy, for few columns. Include inside an instruction set's unit only.
 //
-// Op: as for tile.inl, and load_run(elem*, n): lanes · pack elements of a row, those from n on zero;
+// Op: as for tile.inl, and load_run(T*, n): lanes · pack elements of a row of storage type T, those from n on zero;
+//     load_whole(T*): all of them; dot_rows[columns - 1]: the tallest tile whose accumulators fit the registers;
 //     sum_of_four(vec, vec, vec, vec, acc_t*): four sums over lanes, in a fixed order
 #pragma once
 
@@ -9,51 +10,54 @@
 
 namespace {
 
-// C: [NC][MR], vectors of the depth on both sides.
-template <class Op, int MR, int NC>
-void dot_tile(const moelora::DotArgs& args) {
+// Adds one segment's products to acc [NC][MR]. L's elements are of type T and widened on the way.
+template <class Op, class T, int MR, int NC>
+[[gnu::always_inline]] inline void add_dots(typename Op::vec (&acc)[NC][MR], const moelora::DotSegment& segment,
+                                            int rows, const moelora::Ahead& ahead) {
   using elem = typename Op::elem;
-  using acc_t = typename Op::acc_t;
   constexpr int64_t kRun = Op::lanes * Op::pack;
+  const T* l[MR];
+  const elem* r[NC];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+    l[i] =
+        reinterpret_cast<const T*>(static_cast<const char*>(segment.l) + (i < rows ? i : rows - 1) * segment.l_stride);
+#pragma GCC unroll 8
+  for (int j = 0; j < NC; ++j)
+    r[j] = reinterpret_cast<const elem*>(static_cast<const char*>(segment.r) + j * segment.r_stride);
+  const auto step = [&](int64_t p, const auto& load) __attribute__((always_inline)) {
+    typename Op::opvec a[MR];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) a[i] = load(l[i] + p);
+#pragma GCC unroll 8
+    for (int j = 0; j < NC; ++j) {
+      const typename Op::opvec b = load(r[j] + p);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) acc[j][i] = Op::fma(a[i], b, acc[j][i]);
+    }
+  };
+  int64_t p = 0;
+  for (; p + kRun <= segment.depth; p += kRun) {
+    step(p, [](const auto* at) { return Op::load_whole(at); });
+    // All rows side by side: memory delivers that faster than one row after the other.
+    for (int64_t i = 0; i < ahead.rows; ++i)
+      __builtin_prefetch(static_cast<const char*>(ahead.from) + i * ahead.stride + p * sizeof(T), 0, 2);
+  }
+  const int64_t left = segment.depth - p;
+  if (left > 0) step(p, [left](const auto* at) { return Op::load_run(at, left); });
+}
+
+// C: [NC][MR], vectors of the depth on both sides. The first segment's L is of storage type T.
+template <class Op, class T, int MR, int NC>
+void dot_tile(const moelora::DotArgs& args) {
+  using acc_t = typename Op::acc_t;
   typename Op::vec acc[NC][MR];
 #pragma GCC unroll 8
   for (int j = 0; j < NC; ++j)
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) acc[j][i] = Op::zero();
-  for (int s = 0; s < args.n_segments; ++s) {
-    const moelora::DotSegment& segment = args.segments[s];
-    const elem *l[MR], *r[NC];
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      const int64_t row = i < args.rows ? i : args.rows - 1;
-      l[i] = reinterpret_cast<const elem*>(static_cast<const char*>(segment.l) + row * segment.l_stride);
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < NC; ++j)
-      r[j] = reinterpret_cast<const elem*>(static_cast<const char*>(segment.r) + j * segment.r_stride);
-    const auto step = [&](int64_t p, const auto& load) __attribute__((always_inline)) {
-      typename Op::opvec a[MR];
-#pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i) a[i] = load(l[i] + p);
-#pragma GCC unroll 8
-      for (int j = 0; j < NC; ++j) {
-        const typename Op::opvec b = load(r[j] + p);
-#pragma GCC unroll 8
-        for (int i = 0; i < MR; ++i) acc[j][i] = Op::fma(a[i], b, acc[j][i]);
-      }
-    };
-    int64_t p = 0;
-    for (; p + kRun <= segment.depth; p += kRun) {
-      step(p, [](const elem* at) { return Op::load_panel(at); });
-      // All rows side by side: memory delivers that faster than one row after the other.
-      if (s == 0)
-        for (int64_t i = 0; i < args.ahead.rows; ++i)
-          __builtin_prefetch(static_cast<const char*>(args.ahead.from) + i * args.ahead.stride + p * sizeof(elem), 0,
-                             2);
-    }
-    const int64_t left = segment.depth - p;
-    if (left > 0) step(p, [left](const elem* at) { return Op::load_run(at, left); });
-  }
+  add_dots<Op, T>(acc, args.segments[0], args.rows, args.ahead);
+  if (args.n_segments == 2) add_dots<Op, typename Op::elem>(acc, args.segments[1], args.rows, {});
 #pragma GCC unroll 8
   for (int j = 0; j < NC; ++j) {
     acc_t sums[(MR + 3) / 4 * 4];
@@ -67,19 +71,17 @@ void dot_tile(const moelora::DotArgs& args) {
   }
 }
 
-constexpr int kDotRows[moelora::kMaxDotCols] = {8, 8, 8, 6, 4, 4};
-
-template <class Op, int NC = moelora::kMaxDotCols>
+template <class Op, class T, int NC = moelora::kMaxDotCols>
 void dot_any(const moelora::DotArgs& args) {
   if constexpr (NC > 1)
-    if (args.cols < NC) return dot_any<Op, NC - 1>(args);
-  dot_tile<Op, kDotRows[NC - 1], NC>(args);
+    if (args.cols < NC) return dot_any<Op, T, NC - 1>(args);
+  dot_tile<Op, T, Op::dot_rows[NC - 1], NC>(args);
 }
 
-template <class Op>
-void fill_dot(moelora::Kernels& k) {
-  for (int j = 0; j < moelora::kMaxDotCols; ++j) k.dot_rows[j] = kDotRows[j];
-  k.dot_tile = dot_any<Op>;
+template <class Op, class T>
+void fill_dot(moelora::Kernels& k, moelora::DType storage) {
+  for (int j = 0; j < moelora::kMaxDotCols; ++j) k.dot_rows[j] = Op::dot_rows[j];
+  k.dot_tile[static_cast<int>(storage)] = dot_any<Op, T>;
 }
 
 }  // namespace

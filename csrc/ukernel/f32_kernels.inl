@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ukernel/dot.inl"
+#include "ukernel/flat.inl"
 #include "ukernel/glu.inl"
 #include "ukernel/pack.inl"
 #include "ukernel/rows.inl"
@@ -33,7 +34,14 @@ struct Plain : V {
   static opvec broadcast(const elem* p) { return V::set1(*p); }
   static opvec broadcast_last(const elem* p) { return V::set1(*p); }
   static opvec load_panel(const elem* p) { return V::load(p); }
-  static opvec load_run(const elem* p, int64_t n) { return V::load_n(p, n); }
+  template <class T>
+  static opvec load_whole(const T* p) {
+    return V::load_n(p, V::lanes);
+  }
+  template <class T>
+  static opvec load_run(const T* p, int64_t n) {
+    return V::load_n(p, n);
+  }
   static void stage(elem* dst, const elem* src, int64_t n) {
     for (int64_t i = 0; i < n; i += V::lanes) V::store(dst + i, V::load_n(src + i, n - i));
   }
@@ -65,6 +73,8 @@ void fill_storage(moelora::Kernels& k, moelora::DType storage) {
   fill_packs<V, Op, T>(k, storage);
   fill_rows_of<V, T>(k, storage);
   fill_glu<V, T>(k, storage);
+  if constexpr (Op::pack == 1) k.flat_tile[static_cast<int>(storage)] = flat_any<Op, T>;
+  if constexpr (requires(const T* row) { V::sum_of_four, Op::load_whole(row); }) fill_dot<Op, T>(k, storage);
 }
 
 template <class V, class H, int... TallestTiles>
@@ -73,7 +83,6 @@ moelora::Kernels f32_kernels(const char* name) {
   moelora::Kernels k{};
   k.name = name;
   fill_tiles<Op, TallestTiles...>(k);
-  if constexpr (requires { V::sum_of_four; }) fill_dot<Op>(k);
   fill_rows<V>(k);
   fill_storage<V, Op, moelora::bf16_t>(k, moelora::DType::bf16);
   fill_storage<V, Op, moelora::f16_t>(k, moelora::DType::f16);

@@ -3,10 +3,15 @@
 
 #include "ukernel/f32_kernels.inl"
 #include "ukernel/kernel_sets.h"
+#include "ukernel/peak.inl"
 #include "ukernel/vec_avx2.inl"
 #include "ukernel/vec_avx512.inl"
 
 const moelora::Kernels& moelora::f32_kernels_avx512() {
-  static const Kernels kernels = f32_kernels<F32x16, F32x8, 24, 12, 8, 6>("f32_tile_6x64_avx512");
+  static const Kernels kernels = [] {
+    Kernels k = f32_kernels<F32x16, F32x8, 24, 12, 8, 6>("f32_tile_6x64_avx512");
+    k.peak = peak<Plain<F32x16, moelora::DType::f32>, 8, 2>;
+    return k;
+  }();
   return kernels;
 }

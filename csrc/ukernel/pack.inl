@@ -49,13 +49,43 @@ void pack_lanes(const moelora::PackArgs& args) {
 constexpr int64_t kFetchAhead = 16;   // rows
 constexpr int64_t kFetchBytes = 512;  // longer rows are streams that the processor follows by itself
 
-// panel: [ceil(n_rows / pack)][panel_lanes][pack] from rows [n_rows][n]
+// One line of a panel: lane j is (a[j], b[j]), j < n, zero up to panel_lanes. b: of an even p's row the next one, if
+// any.
+template <class P, class T>
+[[gnu::always_inline]] inline void pack_line(typename P::elem* line, const T* a, const T* b, int64_t stride, int64_t n,
+                                             int64_t panel_lanes) {
+  constexpr int kLanes = P::lanes;
+  T buffer_a[kLanes], buffer_b[kLanes];
+  int64_t lane = 0;
+  if constexpr (requires(typename P::unit u) { P::interleave_two(a, a, &u, &u); })
+    if (b && stride == 1)
+      for (; lane + 2 * kLanes <= n; lane += 2 * kLanes) {
+        typename P::unit low, high;
+        P::interleave_two(a + lane, b + lane, &low, &high);
+        P::store_units(line + lane * P::pack, low);
+        P::store_units(line + (lane + kLanes) * P::pack, high);
+      }
+  for (; lane < panel_lanes; lane += kLanes) {
+    const int64_t left = n - lane;
+    const int64_t count = left < kLanes ? left : kLanes;
+    typename P::unit v = P::zero_units();
+    if (left > 0) {
+      const T* a_at = gathered(buffer_a, a + lane * stride, stride, count);
+      const T* b_at = b ? gathered(buffer_b, b + lane * stride, stride, count) : nullptr;
+      v = P::interleave(a_at, b_at, count);
+    }
+    if (lane + kLanes <= panel_lanes)
+      P::store_units(line + lane * P::pack, v);
+    else
+      P::store_half(line + lane * P::pack, v);
+  }
+}
+
+// panels: [n / panel_lanes][ceil(n_rows / pack)][panel_lanes][pack] from rows [n_rows][n]
 template <class P, class T>
 void pack_depth(const moelora::PackArgs& args) {
-  constexpr int kLanes = P::lanes;
-  auto* panel = static_cast<typename P::elem*>(args.panel);
-  const int64_t line = args.panel_lanes * P::pack;
-  T buffer_a[kLanes], buffer_b[kLanes];
+  auto* panel = static_cast<char*>(args.panel);
+  const int64_t line = args.panel_lanes * P::pack * static_cast<int64_t>(sizeof(typename P::elem));
   const int64_t row_bytes = args.n * static_cast<int64_t>(sizeof(T));
   const int64_t run = args.stride == 1 && row_bytes <= kFetchBytes ? row_bytes : 0;
   for (int64_t p = 0; p < args.n_rows; p += P::pack, panel += line) {
@@ -66,28 +96,11 @@ void pack_depth(const moelora::PackArgs& args) {
     const T* a = static_cast<const T*>(args.rows[p]) + args.first * args.stride;
     const T* b = nullptr;
     if (P::pack == 2 && p + 1 < args.n_rows) b = static_cast<const T*>(args.rows[p + 1]) + args.first * args.stride;
-    int64_t lane = 0;
-    if constexpr (requires(typename P::unit u) { P::interleave_two(a, a, &u, &u); })
-      if (b && args.stride == 1)
-        for (; lane + 2 * kLanes <= args.n; lane += 2 * kLanes) {
-          typename P::unit low, high;
-          P::interleave_two(a + lane, b + lane, &low, &high);
-          P::store_units(panel + lane * P::pack, low);
-          P::store_units(panel + (lane + kLanes) * P::pack, high);
-        }
-    for (; lane < args.panel_lanes; lane += kLanes) {
-      const int64_t left = args.n - lane;
-      const int64_t count = left < kLanes ? left : kLanes;
-      typename P::unit v = P::zero_units();
-      if (left > 0) {
-        const T* a_at = gathered(buffer_a, a + lane * args.stride, args.stride, count);
-        const T* b_at = b ? gathered(buffer_b, b + lane * args.stride, args.stride, count) : nullptr;
-        v = P::interleave(a_at, b_at, count);
-      }
-      if (lane + kLanes <= args.panel_lanes)
-        P::store_units(panel + lane * P::pack, v);
-      else
-        P::store_half(panel + lane * P::pack, v);
+    char* to = panel;
+    for (int64_t lane = 0; lane < args.n; lane += args.panel_lanes, to += args.panels_apart) {
+      const int64_t left = args.n - lane, n = left < args.panel_lanes ? left : args.panel_lanes;
+      pack_line<P>(reinterpret_cast<typename P::elem*>(to), a + lane * args.stride,
+                   b ? b + lane * args.stride : nullptr, args.stride, n, args.panel_lanes);
     }
   }
 }

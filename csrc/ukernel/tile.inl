@@ -21,12 +21,15 @@ struct Accumulators {
   typename Op::vec full[MR][kFull > 0 ? kFull : 1];
   typename Half::vec half[MR];
 
-  Accumulators() {
+  explicit Accumulators(const moelora::TileArgs& args) {
+    const auto* c = static_cast<const typename Op::acc_t*>(args.c);
+    const int held = args.start == moelora::Start::resume ? args.rows : 0;
 #pragma GCC unroll 24
     for (int i = 0; i < MR; ++i) {
+      const auto* from = c + i * args.ldc;
 #pragma GCC unroll 4
-      for (int v = 0; v < kFull; ++v) full[i][v] = Op::zero();
-      if constexpr (HasHalf) half[i] = Half::zero();
+      for (int v = 0; v < kFull; ++v) full[i][v] = i < held ? Op::load(from + v * Op::lanes) : Op::zero();
+      if constexpr (HasHalf) half[i] = i < held ? Half::load(from + kFull * Op::lanes) : Half::zero();
     }
   }
 
@@ -62,23 +65,27 @@ struct Accumulators {
   void store(const moelora::TileArgs& args) const {
     using acc_t = typename Op::acc_t;
     acc_t* c = static_cast<acc_t*>(args.c);
+    const bool add = args.start == moelora::Start::add;
 #pragma GCC unroll 24
     for (int i = 0; i < MR; ++i) {
       if (i >= args.rows) return;
       acc_t* to = c + i * args.ldc;
 #pragma GCC unroll 4
       for (int v = 0; v < kFull; ++v, to += Op::lanes)
-        Op::store(to, args.accumulate ? Op::add(full[i][v], Op::load(to)) : full[i][v]);
-      if constexpr (HasHalf) Half::store(to, args.accumulate ? Half::add(half[i], Half::load(to)) : half[i]);
+        Op::store(to, add ? Op::add(full[i][v], Op::load(to)) : full[i][v]);
+      if constexpr (HasHalf) Half::store(to, add ? Half::add(half[i], Half::load(to)) : half[i]);
     }
   }
 };
+
+// Of counts of steps and lines, which are small: half the time of a 64-bit division, which every tile would wait for.
+inline int64_t quotient(int64_t a, int64_t b) { return static_cast<uint32_t>(a) / static_cast<uint32_t>(b); }
 
 // What a tile does beside its products: `turns` times, evenly over its steps.
 struct Turns {
   int64_t every, wait;
 
-  Turns(int64_t steps, int64_t turns) : every(turns > 0 ? steps / turns : steps), wait(every) {}
+  Turns(int64_t steps, int64_t turns) : every(turns > 0 ? quotient(steps, turns) : steps), wait(every) {}
 
   [[gnu::always_inline]] bool next() {
     if (--wait > 0) return false;
@@ -100,8 +107,8 @@ struct Fetcher {
 
   Fetcher(const moelora::Ahead& args, int64_t steps, int64_t n_turns)
       : ahead(args), lines((args.bytes + 63) / 64), left(lines_of(args)), turns(steps, n_turns) {
-    const int64_t n = turns.every > 0 ? steps / turns.every : 0;
-    per_turn = n > 0 ? (left + n - 1) / n : 0;
+    const int64_t n = left > 0 && turns.every > 0 ? quotient(steps, turns.every) : 0;
+    per_turn = n > 0 ? quotient(left + n - 1, n) : 0;
     if (left > 0) start_run();
   }
 
@@ -193,7 +200,7 @@ template <class Op, int MR, int NV, bool HasHalf, class Beside>
 // C: [MR, NV · lanes], L in place.
 template <class Op, int MR, int NV, bool HasHalf>
 void tile_in_place(const moelora::TileArgs& args) {
-  Accumulators<Op, MR, NV, HasHalf> acc;
+  Accumulators<Op, MR, NV, HasHalf> acc(args);
   Fetcher ahead(args.ahead, args.segments[0].depth / Op::pack);
   for (int s = 0; s < args.n_segments; ++s) multiply_packed(acc, args.segments[s], args.panel_lanes, ahead);
   acc.store(args);
@@ -202,7 +209,7 @@ void tile_in_place(const moelora::TileArgs& args) {
 // The same for a tile that weaves for others.
 template <class Op, int MR>
 void tile_beside_weaving(const moelora::TileArgs& args) {
-  Accumulators<Op, MR, 4, false> acc;
+  Accumulators<Op, MR, 4, false> acc(args);
   Weaver<Op> weaver(args, args.segments[0].depth / Op::pack);
   multiply_packed(acc, args.segments[0], args.panel_lanes, weaver);
   if (args.n_segments == 2) multiply_packed(acc, args.segments[1], args.panel_lanes, weaver.ahead);
@@ -215,7 +222,7 @@ constexpr int64_t kWeaveAhead = 32;  // rows
 template <class Op, int MR>
 void tile_weaving(const moelora::TileArgs& args) {
   using elem = typename Op::elem;
-  Accumulators<Op, MR, 4, false> acc;
+  Accumulators<Op, MR, 4, false> acc(args);
   const moelora::Segment& segment = args.segments[0];
   Fetcher ahead(args.ahead, segment.depth / Op::pack);
   const LeftPointers<Op, MR> l(segment);
@@ -251,7 +258,7 @@ void tile_staged(const moelora::TileArgs& args) {
   using elem = typename Op::elem;
   constexpr int kStage = kStageBytes / sizeof(elem);
   alignas(64) elem staged[2][MR][kStage];
-  Accumulators<Op, MR, NV, HasHalf> acc;
+  Accumulators<Op, MR, NV, HasHalf> acc(args);
   Fetcher ahead(args.ahead, args.segments[0].depth / Op::pack);
   for (int s = 0; s < args.n_segments; ++s) {
     const moelora::Segment& segment = args.segments[s];
@@ -315,12 +322,11 @@ template <class Op, int R1, int R2, int R3 = 0, int R4 = 0>
 void tile_any(const moelora::TileArgs& args) {
   if constexpr (Op::weaves)
     if (args.segments[0].rows || args.weave.depth) return weaving_rows<Op, R4>(args);
-  if (args.vecs == 1) return tile_width<Op, R1, 1>(args);
-  if (R3 == 0 || args.vecs == 2) return tile_width<Op, R2, 2>(args);
-  if constexpr (R3 > 0) {
+  if constexpr (R4 > 0)
+    if (args.vecs == 4) return tile_width<Op, R4, 4>(args);
+  if constexpr (R3 > 0)
     if (args.vecs == 3) return tile_width<Op, R3, 3>(args);
-    tile_width<Op, R4, 4>(args);
-  }
+  args.vecs == 2 ? tile_width<Op, R2, 2>(args) : tile_width<Op, R1, 1>(args);
 }
 
 template <class Op, int R1, int R2, int R3 = 0, int R4 = 0>
@@ -330,9 +336,11 @@ void fill_tiles(moelora::Kernels& k) {
   k.lanes = Op::lanes;
   k.halves = Op::has_half;
   k.weaves = Op::weaves;
-  k.vecs = R3 > 0 ? 4 : 2;
   const int rows[moelora::kMaxTileVecs] = {R1, R2, R3, R4};
-  for (int v = 0; v < moelora::kMaxTileVecs; ++v) k.max_rows[v] = rows[v];
+  for (int v = 0; v < moelora::kMaxTileVecs; ++v) {
+    k.max_rows[v] = rows[v];
+    if (rows[v] > 0) k.vecs = v + 1;
+  }
   k.tile = tile_any<Op, R1, R2, R3, R4>;
 }
 

@@ -1,6 +1,6 @@
 // The micro-kernel contract. Every instruction set fills one `Kernels` per compute type; drivers call nothing else.
 //
-//   tile      C[i, j] (+)= Σ_s Σ_p L_s[i][p] · R_s[p][j]        i < rows, j < vecs · lanes
+//   tile      C[i, j] = start + Σ_s Σ_p L_s[i][p] · R_s[p][j]   i < rows, j < vecs · lanes
 //
 // L   `rows` rows, `l_stride` bytes apart; each holds `depth` elements of the compute type with unit stride, in place
 //     wherever the caller's tensor allows it. Not padded: nothing beyond `depth` elements is read.
@@ -10,12 +10,15 @@
 //         p = 2,3      lane 0: p2 p3 | lane 1: p2 p3 | …
 //         …            ceil(depth / pack) such lines; a missing last p is zero, lanes beyond the data are zero
 //
-// C   row-major accumulators (fp32, or fp64 for fp64), `ldc` elements between rows. accumulate = false overwrites C and
-//     never reads it. The whole tile is written: C has room for every lane, whatever the number of valid ones.
+// C   row-major accumulators (fp32, or fp64 for fp64), `ldc` elements between rows. The whole tile is written: C has
+//     room for every lane, whatever the number of valid ones. Start::zero overwrites C and never reads it.
 //
-// Each C element is one chain of fused multiply-adds over p in ascending order, segment after segment, whatever the
-// tile's shape: results do not depend on how a driver cuts its blocks. Any 1 <= rows <= max_rows[vecs - 1] will do;
-// edges in j are zero lanes; edges in p are the kernel's.
+// Each C element is one chain of multiply-adds (fused in all kernels but the portable ones) over p in ascending order,
+// segment after segment, whatever the tile's shape. Start::resume goes on with the chain whose end C holds: results do
+// not depend on how a driver cuts its blocks or passes. Start::add begins a new chain, and adds it to C at the end;
+// fp32 and fp64 compute types only. Any 1 <= rows <= max_rows[vecs - 1] will do; edges in j are zero lanes; edges in p
+// are the kernel's. (AMX: steps of 32 p of all segments first, then what is left of each; resumed at multiples of 32
+// only.)
 //
 // Where a kernel set weaves, the first segment's panel may not exist yet: `rows` then holds what is to be packed, one
 // row of lanes for every p, and the tile writes the panel while it multiplies. Only tiles as wide as they get, without
@@ -26,7 +29,14 @@
 //   dot_tile  C[j, i] (+)= Σ_s Σ_p L_s[i][p] · R_s[j][p]        i < rows, j < cols
 //
 // For few columns: both sides are unpacked rows of unit stride, C is transposed. Each C element sums lanes of p in a
-// fixed order, so that it too does not depend on how blocks are cut (but differs from tile's by rounding).
+// fixed order, so that it too does not depend on how blocks are cut (but differs from tile's by rounding). accumulate
+// adds the call's sum to C, so that where passes are cut does count.
+//
+//   flat_tile C[i, j] = start + Σ_p L[i][p] · R[p][j]           i < rows, j < width, p < depth
+//
+// For few rows and any width: L's rows have unit stride along p, R's along j, both in place; R's are widened on the
+// way. Not padded: nothing beyond `width` elements of C or R is touched. Start::zero or resume: the same chain as
+// tile's.
 //
 // No allocation, no threads, no torch, no standard library here.
 #pragma once
@@ -38,6 +48,9 @@
 namespace moelora {
 
 constexpr int kMaxTileVecs = 4;
+constexpr int64_t kPeakValues = 2048;
+
+enum class Start : uint8_t { zero, resume, add };
 
 struct Segment {
   const void* l;     // [rows][depth], compute type
@@ -76,7 +89,7 @@ struct TileArgs {
   int64_t panel_lanes;  // lanes between two lines of R
   void* c;
   int64_t ldc;
-  bool accumulate;
+  Start start;
   Ahead ahead;
   Weave weave = {};
 };
@@ -101,6 +114,21 @@ struct DotArgs {
   Ahead ahead;
 };
 
+constexpr int kMaxFlatRows = 6;
+
+struct FlatArgs {
+  const void* l;
+  int64_t l_stride;  // bytes between rows
+  const void* r;
+  int64_t r_stride;  // bytes between rows
+  int64_t depth, width;
+  int rows;
+  void* c;
+  int64_t ldc;
+  Start start;
+  int64_t ahead;  // bytes: memory so far behind each element of R will be wanted soon
+};
+
 // Sources of the pack functions are rows: pointers to element `0` of each, `stride` elements between neighbours.
 // Elements [first, first + n) of each row are taken and converted to the compute type.
 struct PackArgs {
@@ -110,6 +138,7 @@ struct PackArgs {
   int64_t stride;
   void* panel;
   int64_t panel_lanes;
+  int64_t panels_apart = 0;  // bytes; pack_depth goes on in the next panel where n is more than panel_lanes
 };
 
 enum class Activation : uint8_t { silu, gelu, gelu_tanh };
@@ -130,11 +159,18 @@ struct Kernels {
   int max_rows[kMaxTileVecs];  // tallest tile of 1, 2, … vecs
   bool weaves;
   void (*tile)(const TileArgs&);
-  int dot_rows[kMaxDotCols];         // tallest dot tile of 1, 2, … columns
-  void (*dot_tile)(const DotArgs&);  // null where there is none
+  int dot_rows[kMaxDotCols];  // tallest dot tile of 1, 2, … columns
+  // Indexed by the storage type of the first segment's L, which is widened on the way; null where there is none.
+  void (*dot_tile[kDTypes])(const DotArgs&);
+  // Indexed by the storage type of R; null where there is none.
+  void (*flat_tile[kDTypes])(const FlatArgs&);
+  bool dots() const { return dot_tile[static_cast<int>(compute)] != nullptr; }
   int lane_step() const { return halves ? lanes / 2 : lanes; }
   int vectors(int64_t panel_lanes) const { return static_cast<int>((panel_lanes + lanes - 1) / lanes); }
   bool ends_in_half(int64_t panel_lanes) const { return panel_lanes % lanes != 0; }
+  // As many multiply-adds as registers allow, on kPeakValues elements of the compute type: `rounds` rounds. Returns the
+  // FLOPs; c: room for one vector of accumulators. What tiles, which load and store as well, are compared with.
+  double (*peak)(void* c, const void* values, int64_t rounds);
   void (*release)();  // gives back per-thread state of the matrix unit once a thread is done; may be null
 
   // Indexed by the storage type of the source or destination; nullptr where this compute type does not take it.

@@ -14,6 +14,7 @@ struct F32x8 {
   using acc_t = float;
   using vec = __m256;
   static constexpr int lanes = 8;
+  static constexpr int dot_rows[] = {6, 4, 3, 3, 2, 2};
 
   static vec zero() { return _mm256_setzero_ps(); }
   static vec set1(float v) { return _mm256_set1_ps(v); }
@@ -68,6 +69,11 @@ struct F32x8 {
     store_16bit(p, _mm256_castsi256_si128(packed), n);
   }
   static void store_n(f16_t* p, vec v, int64_t n) { store_16bit(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), n); }
+
+  static void sum_of_four(vec a, vec b, vec c, vec d, float* sums) {
+    const vec ab = _mm256_hadd_ps(a, b), cd = _mm256_hadd_ps(c, d), v = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
+  }
 
   static void transpose(vec (&v)[8]) {
     vec t[8], q[8];

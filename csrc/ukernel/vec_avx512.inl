@@ -49,6 +49,7 @@ struct F32x16 {
   using acc_t = float;
   using vec = __m512;
   static constexpr int lanes = 16;
+  static constexpr int dot_rows[] = {8, 8, 8, 6, 4, 4};
 
   static __m256 low_half(vec v) { return _mm512_castps512_ps256(v); }
   static vec zero() { return _mm512_setzero_ps(); }

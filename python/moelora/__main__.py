@@ -1,8 +1,10 @@
 """`python -m moelora`."""
 
 import sys
+from importlib import import_module
 
-from moelora import MoeloraError, options
+from moelora import MoeloraError
+from moelora.commands import options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -10,7 +12,8 @@ def main(argv: list[str] | None = None) -> int:
     explicit = vars(options.parser().parse_args(argv))
     command = explicit.pop("command")
     try:
-        _COMMANDS[command](explicit)
+        # Seconds to import, which --help need not wait for.
+        import_module(f"moelora.commands.{command}").main(explicit)
     except (MoeloraError, ImportError) as error:  # ImportError: a missing dependency, or operators not built
         print(f"moelora: error: {error}", file=sys.stderr)
         return 2
@@ -21,31 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _finetune(explicit: dict) -> None:
-    from moelora import finetune  # seconds to import, which --help need not wait for
-
-    finetune.main(explicit)
-
-
-def _inspect(explicit: dict) -> None:
-    from moelora import inspection
-
-    inspection.main(explicit)
-
-
-def _models(explicit: dict) -> None:
-    from moelora import survey
-
-    print(survey.markdown(), end="")
-
-
-_COMMANDS = {"finetune": _finetune, "inspect": _inspect, "models": _models}
-
-
 def _interrupted(explicit: dict) -> str:
     from pathlib import Path
 
-    from moelora.training import last_checkpoint
+    from moelora.commands.training import last_checkpoint
 
     out = explicit.get("output", options.DEFAULTS["output"])
     found = last_checkpoint(Path(out))

@@ -1,62 +1,58 @@
 """PEFT's adapters on expert weights, with the operators in place of the built `W + scaling·B·A`.
 
 PEFT wraps an experts module in one `ParamWrapper` for each adapted parameter; during its forward the
-wrapper replaces the parameter by the sum with its delta (`_activate_lora`). `hook` gives a wrapper instance
-a subclass of its own class that instead lends the operators views of its factors. Everything else (state
-dicts, merging, `isinstance`, adding and switching adapters) stays PEFT's own code.
+wrapper replaces the parameter by the sum with its delta. `hook` gives a wrapper instance a subclass of its
+own class that instead hands views of its factors down to `experts_forward`, as an argument of the call.
+Everything else (state dicts, merging, `isinstance`, adding and switching adapters) stays PEFT's own code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from moelora.errors import warn_once
-from moelora.experts import DTYPES, IMPLEMENTATION, Factors, projections
-from moelora.watch import Watch
+from moelora.experts import DTYPES, IMPLEMENTATION, LORA, Factors, projections
+from moelora.watch import Watch, replaced
+
+# PEFT changes the module for the time of a call, and torch has one cache of parametrizations for all threads.
+_BY_PEFT = threading.RLock()
 
 
 class ParamWrapper(PeftParamWrapper):
-    """PEFT's `ParamWrapper` that lends its LoRA factors to the operators where they can use them."""
+    """PEFT's `ParamWrapper` that hands its LoRA factors to the operators where they can use them."""
 
-    @contextmanager
-    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        present = [name for name in active_adapters if name in self.lora_A]
-        reason = unserved(self, present)
-        binding = getattr(self.get_base_layer(), "_moelora", None)
-        if binding is not None and not torch.compiler.is_compiling():
-            watch(self)
-        if reason is not None:
-            if present and binding is not None:
-                warn_once(f"PEFT adds the LoRA of {self.parameter_name} to a copy of the weights: {reason}")
-                binding.by_peft.add(self.parameter_name)
-            with super()._activate_lora(active_adapters):
-                yield
-            return
-        binding.lora[self.parameter_name] = factors(self, present[0])
-        try:
-            yield
-        finally:
-            del binding.lora[self.parameter_name]
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        present = [name for name in self.active_adapters if name in self.lora_A]
+        enabled = getattr(self.get_base_layer(), "_moelora", None) is not None
+        if not enabled or not present or self.disable_adapters or self.merged or "adapter_names" in kwargs:
+            return super().forward(x, *args, **kwargs)
+        watch(self, running=True)
+        found = served(self, present)
+        if isinstance(found, str):
+            told = f"PEFT adds the LoRA of {self.parameter_name} to a copy of the weights: {found}"
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break(msg=told)  # which PEFT's own code would do, in other words
+            return _by_peft(self, told, x, *args, **kwargs)
+        self._check_forward_args(x, *args, **kwargs)
+        lora = {**kwargs.pop(LORA, {}), self.parameter_name: factors(self, present[0], *found)}
+        return self.base_layer(x, *args, **kwargs, **{LORA: lora})
 
 
-def factors(wrapper: PeftParamWrapper, adapter: str) -> Factors:
-    """One adapter's factors as views. PEFT keeps A as [E·R, K] and B as [N, R·E], the expert fastest."""
-    experts = wrapper.num_experts
-    a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-    return Factors(
-        a.unflatten(0, (experts, -1)),
-        b.unflatten(1, (-1, experts)).permute(2, 0, 1),
-        float(wrapper.scaling[adapter]),
-    )
+@torch.compiler.disable(reason="PEFT changes the module")
+def _by_peft(wrapper: ParamWrapper, told: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    warn_once(told)
+    wrapper.get_base_layer()._moelora.by_peft.add(wrapper.parameter_name)
+    with _BY_PEFT:
+        return PeftParamWrapper.forward(wrapper, x, *args, **kwargs)
 
 
-def unserved(wrapper: PeftParamWrapper, adapters: list[str]) -> str | None:
-    """Why the operators cannot apply `adapters`, this wrapper's active ones, or None if they can."""
+def served(wrapper: PeftParamWrapper, adapters: list[str]) -> tuple[Tensor, Tensor] | str:
+    """A's and B's weights if the operators can apply `adapters`, this wrapper's active ones; else why not."""
     module = wrapper.get_base_layer()
     binding = getattr(module, "_moelora", None)
     if binding is None:
@@ -69,25 +65,35 @@ def unserved(wrapper: PeftParamWrapper, adapters: list[str]) -> str | None:
         return f"{wrapper.parameter_name} is not a projection's weight"
     if len(adapters) != 1:
         return f"{len(adapters)} adapters are active, activate one with set_adapter"
-    return _unusable(wrapper, adapters[0])
+    # Once: a parametrization computes them at each access.
+    a, b = wrapper.lora_A[adapters[0]].weight, wrapper.lora_B[adapters[0]].weight
+    return _unusable(wrapper, adapters[0], a, b) or (a, b)
 
 
-def _unusable(wrapper: PeftParamWrapper, adapter: str) -> str | None:
+def factors(wrapper: PeftParamWrapper, adapter: str, a: Tensor, b: Tensor) -> Factors:
+    """One adapter's factors as views. PEFT keeps A as [E·R, K] and B as [N, R·E], the expert fastest."""
+    experts = wrapper.num_experts
+    return Factors(
+        a.unflatten(0, (experts, -1)),
+        b.unflatten(1, (-1, experts)).permute(2, 0, 1),
+        float(wrapper.scaling[adapter]),
+    )
+
+
+def _unusable(wrapper: PeftParamWrapper, adapter: str, a: Tensor, b: Tensor) -> str | None:
     """What is unusual about one adapter's tensors, or None."""
     module, name = wrapper.get_base_layer(), wrapper.parameter_name
     weight = getattr(module, name)
     if getattr(module, "_is_expert_parallel", False):
         return "its experts are spread over processes, which PEFT's LoRA on them does not support"
-    experts, out, inner = weight.transpose(1, 2).shape if module.is_transposed else weight.shape
-    if experts == 1:
+    if wrapper.num_experts == 1:
         return "a single expert is a plain matrix to PEFT"
-    a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-    rank = wrapper.r[adapter]
-    if (a.shape, b.shape) != ((experts * rank, inner), (out, rank * experts)):
-        return (
-            f"its factors are {list(a.shape)} and {list(b.shape)}, "
-            f"expected {[experts * rank, inner]} and {[out, rank * experts]}"
-        )
+    if (weight.ndim, a.ndim, b.ndim) == (3, 2, 2):  # between calls FSDP1 has them flat
+        experts, out, inner = weight.transpose(1, 2).shape if module.is_transposed else weight.shape
+        rows = experts * wrapper.r[adapter]
+        if (a.shape, b.shape) != ((rows, inner), (out, rows)):
+            shapes = f"{[rows, inner]} and {[out, rows]}"
+            return f"its factors are {list(a.shape)} and {list(b.shape)}, expected {shapes}"
     if b.dtype != a.dtype or a.dtype not in DTYPES:
         return f"its factors are {a.dtype} and {b.dtype}"
     if a.dtype != weight.dtype and not (a.dtype == torch.float32 and weight.dtype.itemsize == 2):
@@ -105,20 +111,24 @@ def wrappers(model: nn.Module) -> dict[int, list[PeftParamWrapper]]:
 
 
 def hook(wrapper: PeftParamWrapper) -> None:
-    """Let a wrapper lend its factors to the operators."""
+    """Let a wrapper hand its factors to the operators."""
     if type(wrapper) is PeftParamWrapper:
         wrapper.__class__ = ParamWrapper
-    watch(wrapper)
+    watch(wrapper, running=False)
 
 
-def watch(wrapper: PeftParamWrapper) -> None:
-    """Look out for gradients of the wrapper's adapters, those that came since the last call too."""
+def watch(wrapper: PeftParamWrapper, running: bool) -> None:
+    """Look out for gradients of the wrapper's adapters, those that came since the last call too.
+
+    `running`: a forward is about to use the active ones.
+    """
     watches = wrapper.get_base_layer()._moelora.watches
     for adapter in wrapper.lora_A:
-        key = wrapper.parameter_name, adapter
-        if key not in watches:
-            watches[key] = Watch()
-        watches[key].follow(wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight)
+        key, factors = (wrapper.parameter_name, adapter), (wrapper.lora_A[adapter], wrapper.lora_B[adapter])
+        if not torch.compiler.is_compiling():
+            watches.setdefault(key, Watch()).follow(*factors, running)
+        elif key in watches and any(map(replaced, factors)):
+            watches[key].blind = True  # no hooks in a graph
 
 
 def unhook(wrapper: PeftParamWrapper) -> None:

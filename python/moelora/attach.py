@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from moelora import adapters, experts
 from moelora.errors import MoeloraError
 from moelora.reporting import AdapterReport, LayerReport, Report
-from moelora.watch import nonzero
+from moelora.watch import held, nonzero
+
+# What wrappers of modules add to the names of what is inside.
+_WRAPPERS = ("base_layer", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
 def enable(model: nn.Module) -> Report:
     """Run a model's experts, and the PEFT adapters on them, on the operators.
 
-    Works on the instance: experts modules get `experts_implementation="moelora"`, PEFT's expert wrappers lend
-    their LoRA factors as views. State dicts, parameters and their names stay as they are. Call it again after
-    adding adapters; undo it with `disable`.
+    Works on the instance: experts modules get `experts_implementation="moelora"`, PEFT's expert wrappers hand
+    them their LoRA factors as views. State dicts, parameters and their names stay as they are. Call it again
+    after adding adapters; undo it with `disable`.
 
     Args:
         model: a transformers model, or a `PeftModel` around one.
@@ -80,11 +83,13 @@ def report(model: nn.Module) -> Report:
 def _layer(name: str, module: nn.Module, wrappers: list[PeftParamWrapper]) -> LayerReport:
     binding = module._moelora
     return LayerReport(
-        name=name.removeprefix("base_model.model.").replace(".base_layer", ""),
+        name=".".join(part for part in name.split(".") if part not in _WRAPPERS).removeprefix(
+            "base_model.model."
+        ),
         kind=type(module).__name__,
         path="transformers" if binding.reason else "operators",
         reason=binding.reason or "",
-        experts=getattr(module, experts.projections(module)[1]).shape[0],
+        experts=binding.experts,
         projections=experts.projections(module),
         gate="module" if "activation" in binding.activation else "fused",
         weights="trainable" if any(p.requires_grad for p in module.parameters()) else "frozen",
@@ -93,7 +98,8 @@ def _layer(name: str, module: nn.Module, wrappers: list[PeftParamWrapper]) -> La
 
 
 def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
-    weights = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    tensors = [*held(wrapper.lora_A[adapter]), *held(wrapper.lora_B[adapter])]
+    parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
     watch = wrapper.get_base_layer()._moelora.watches.get((wrapper.parameter_name, adapter))
     active = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
     if wrapper.merged:
@@ -103,9 +109,9 @@ def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
     elif not isinstance(wrapper, adapters.ParamWrapper):
         reason = f"its wrapper is a {type(wrapper).__name__}"
     elif adapter in active:
-        reason = adapters.unserved(wrapper, active)
+        reason = _reason(adapters.served(wrapper, active))
     else:
-        reason = adapters.unserved(wrapper, [adapter])
+        reason = _reason(adapters.served(wrapper, [adapter]))
     return AdapterReport(
         parameter=wrapper.parameter_name,
         adapter=adapter,
@@ -113,10 +119,14 @@ def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
         path="PEFT" if reason else "operators",
         reason=reason or "",
         active=adapter in active and not wrapper.disable_adapters,
-        trainable=any(weight.requires_grad for weight in weights),
-        gradient=(watch is not None and watch.seen)
-        or any(weight.grad is not None and bool(nonzero(weight.grad)) for weight in weights),
+        trainable=any(tensor.requires_grad for tensor in tensors),
+        gradient=any(bool(nonzero(t.grad)) for t in parameters if t.grad is not None)
+        or (watch.seen if watch is not None else None),
     )
+
+
+def _reason(served: tuple[Tensor, Tensor] | str) -> str | None:
+    return served if isinstance(served, str) else None
 
 
 def _kind(model: nn.Module) -> str:

@@ -17,6 +17,11 @@ class MoeloraError(Exception):
     """A problem with what the user asked for: one line that says what was expected and what came."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def warn_once(message: str) -> None:
     """A warning that each process gives once, however many layers and steps it concerns."""
     if message not in _warned:

@@ -2,8 +2,8 @@
 
 A model class that follows the interface stores its experts as 3-D parameters and calls the function
 registered under `config._experts_implementation`. `experts_forward` is that function: it reads the layout
-from the module (weights, biases, orientation), the gate from a numerical probe, and the LoRA factors from
-the `Binding` that `moelora.enable` left on the module.
+from the module (weights, biases, orientation), the gate from a numerical probe that `moelora.enable` left in
+a `Binding` on the module, and the LoRA factors from its caller, PEFT's wrapper.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from moelora.watch import Watch
 from torch_moelora.functional import glu, moe_mlp
 
 IMPLEMENTATION = "moelora"
+LORA = "lora"  # the argument by which wrappers hand their factors to `experts_forward`
 POST_NORM = "post_expert_norm"  # the module's own, between an expert's output and its routing weight
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda", "meta")
@@ -55,9 +56,9 @@ class Binding:
 
     previous: str | None  # the experts implementation to go back to
     reason: str | None  # why the operators cannot serve this module; None if they can
+    experts: int  # how many it has
     interface: ExpertsInterface  # where its class looks functions up
     activation: dict[str, Any]  # `moe_mlp`'s arguments for what happens between the projections
-    lora: dict[str, Factors] = field(default_factory=dict)  # by parameter, only while its wrapper runs
     by_peft: set[str] = field(default_factory=set)  # parameters whose wrapper leaves its LoRA to PEFT
     watches: dict[tuple[str, str], Watch] = field(default_factory=dict)  # by (parameter, adapter)
 
@@ -112,7 +113,9 @@ def bind(module: nn.Module) -> Binding:
     """A new binding for an experts module, without touching the module."""
     reason = unsupported(module)
     activation = {} if reason else recognise_activation(module)
-    return Binding(module.config._experts_implementation, reason, _interface(module), activation)
+    last = getattr(module, projections(module)[1], None)
+    experts = len(last) if isinstance(last, Tensor) and last.ndim else 0
+    return Binding(module.config._experts_implementation, reason, experts, _interface(module), activation)
 
 
 def recognise_activation(module: nn.Module) -> dict[str, Any]:
@@ -129,19 +132,20 @@ def recognise_activation(module: nn.Module) -> dict[str, Any]:
     if any(name.partition(".")[0] != POST_NORM for name in others):
         return {"activation": own}  # a learned gate can look like a fused one until it is trained
     width = module.gate_up_proj.shape[2 if module.is_transposed else 1]
-    probe = torch.randn(16, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    probe *= torch.logspace(-1, 4, 16).unsqueeze(1)
-    try:
-        expected = _with_gradient(own, probe)
-    except (RuntimeError, ValueError, TypeError):  # a gate that only runs on the model's own device or dtype
-        return {"activation": own}
-    for candidate in _fused_candidates(module):
-        found = _with_gradient(partial(glu, **candidate), probe)
-        if all(
-            f.shape == e.shape and torch.allclose(f, e, 1e-5, 1e-5)
-            for f, e in zip(found, expected, strict=True)
-        ):
-            return candidate
+    with torch.device("cpu"):  # whatever the default is now
+        probe = torch.randn(16, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        probe *= torch.logspace(-1, 4, 16).unsqueeze(1)
+        try:
+            expected = _with_gradient(own, probe)
+        except (RuntimeError, ValueError, TypeError):  # a gate that only runs on its own device or dtype
+            return {"activation": own}
+        for candidate in _fused_candidates(module):
+            found = _with_gradient(partial(glu, **candidate), probe)
+            if all(
+                f.shape == e.shape and torch.allclose(f, e, 1e-5, 1e-5)
+                for f, e in zip(found, expected, strict=True)
+            ):
+                return candidate
     return {"activation": own}
 
 
@@ -170,7 +174,11 @@ def _fused_candidates(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    lora: dict[str, Factors] | None = None,
 ) -> Tensor:
     """transformers' experts function on the operators.
 
@@ -179,6 +187,7 @@ def experts_forward(
         hidden_states: [..., H], floating point.
         top_k_index: [..., top_k] int; an id outside the experts is skipped (expert parallelism).
         top_k_weights: [..., top_k] routing weights.
+        lora: the factors of the adapted parameters, by the parameters' names.
     Returns: [..., H] in the dtype of `hidden_states`.
     """
     binding = getattr(self, "_moelora", None)
@@ -198,9 +207,9 @@ def experts_forward(
     gates = top_k_weights.reshape(ids.shape)
     gates = gates if gates.dtype in (x.dtype, torch.float32) else gates.to(x.dtype)
     if getattr(self, "has_post_expert_norm", False):
-        out = _normalised(self, x, ids, gates, _parameters(self, binding))
+        out = _normalised(self, x, ids, gates, _parameters(self, binding, lora or {}))
     else:
-        out = moe_mlp(x, ids, gates, **_parameters(self, binding))
+        out = moe_mlp(x, ids, gates, **_parameters(self, binding, lora or {}))
     return out.to(hidden_states.dtype).reshape(hidden_states.shape)
 
 
@@ -210,7 +219,7 @@ def _warn_of_late_adapters(module: nn.Module, binding: Binding) -> None:
         warn_once(f"PEFT adds the LoRA of {name} to a copy of the weights: {LATE}")
 
 
-def _parameters(module: nn.Module, binding: Binding) -> dict[str, Any]:
+def _parameters(module: nn.Module, binding: Binding, lora: dict[str, Factors]) -> dict[str, Any]:
     """`moe_mlp`'s arguments other than its inputs and the routing."""
     first, second = projections(module)
     return {
@@ -218,8 +227,8 @@ def _parameters(module: nn.Module, binding: Binding) -> dict[str, Any]:
         "down_weight": _oriented(module, getattr(module, second)),
         "gate_up_bias": getattr(module, f"{first}_bias") if module.has_bias else None,
         "down_bias": getattr(module, f"{second}_bias") if module.has_bias else None,
-        **_lora("gate_up", binding.lora.get(first)),
-        **_lora("down", binding.lora.get(second)),
+        **_lora("gate_up", lora.get(first)),
+        **_lora("down", lora.get(second)),
         **binding.activation,
     }
 

@@ -24,18 +24,24 @@ class AdapterReport:
     reason: str  # why PEFT, or ""
     active: bool
     trainable: bool
-    gradient: bool  # a gradient other than zero has reached it since it was enabled
+    gradient: bool | None  # one other than zero has reached it since it was enabled; None: cannot be told
 
     @property
     def untrained(self) -> bool:
         """Active and meant to learn, but no gradient has come so far."""
-        return self.active and self.trainable and not self.gradient
+        return self.active and self.trainable and self.gradient is False
+
+    @property
+    def unknown(self) -> bool:
+        """Active and meant to learn, but whether a gradient has come cannot be told."""
+        return self.active and self.trainable and self.gradient is None
 
     def __str__(self) -> str:
         notes = [] if self.path == "operators" else [f"by PEFT: {self.reason}"]
         notes += [] if self.active else ["inactive"]
         notes += [] if self.trainable else ["frozen"]
         notes += ["no gradient yet"] if self.untrained else []
+        notes += ["gradient unknown"] if self.unknown else []
         return f"{self.parameter} r={self.rank}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
@@ -108,8 +114,10 @@ class Report:
         own = any(layer.weights == "trainable" for layer in self.layers)
         nothing = "NOTHING ON THE EXPERTS WILL BE TRAINED"
         if self.trainable:
-            seen = self.trainable - len(self.untrained)
-            yield f"{self.trainable} expert parameters train with LoRA, gradients have reached {seen} so far"
+            unknown = sum(a.unknown for layer in self.layers for a in layer.adapters)
+            seen = self.trainable - len(self.untrained) - unknown
+            told = f"{self.trainable} expert parameters train with LoRA, gradients have reached {seen} so far"
+            yield told + (f"; of {unknown} it cannot be told" if unknown else "")
         elif adapted:
             yield f"{nothing}: their LoRA is frozen (load it with is_trainable=True)"
         elif not own:

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.integrations import moe
 
 from moelora.errors import MoeloraError
-from moelora.experts import OUTSIDE, Binding, bind, projections
+from moelora.experts import Binding, bind, projections
 
 # Sizes that all differ, under every name that configurations have for them.
 EXPERTS, HIDDEN, INNER = 5, 24, 20
@@ -135,45 +135,3 @@ def activation(module: nn.Module, binding: Binding) -> str:
         words += ["interleaved"] if found["interleaved"] else []
     words += ["a norm after each expert"] if getattr(module, "has_post_expert_norm", False) else []
     return ", ".join(words)
-
-
-def markdown() -> str:
-    """docs/models.md: the support matrix for the installed transformers, and what is outside it."""
-    rows = matrix()
-    served = sum(row.path == "operators" for row in rows)
-    followers = [f"| {r.model} | `{r.name}` | {r.weights} | {r.activation} | {r.path} |" for r in rows]
-    outside = [f"| `{name}` | {reason} |" for name, reason in OUTSIDE.items()]
-    return _DOCUMENT.format(
-        version=transformers.__version__,
-        classes=len(rows),
-        served=served,
-        followers="\n".join(followers),
-        outside="\n".join(outside),
-    )
-
-
-_DOCUMENT = """# Models
-
-<!-- Generated: python -m moelora models > docs/models.md -->
-
-Experts classes of transformers {version} that follow its experts interface: {classes}.
-On the operators: {served}.
-
-`tests/test_model_sweep.py` compares each of them with transformers' own eager forward and PEFT: output, dX,
-gradients of routing weights and adapters, in fp32 and bf16. The activation is recognised by what it computes;
-a gate that is none of the fused ones is called as it is. A class that is not listed here, your own for one,
-is treated in the same way.
-
-| model | experts class | weights | activation | computed by |
-|---|---|---|---|---|
-{followers}
-
-## Outside the interface
-
-`moelora.enable` says so where a model has nothing else.
-
-| experts class | why |
-|---|---|
-{outside}
-| quantised experts | weights of less than 16 bits stay on transformers' own functions |
-"""

@@ -188,20 +188,24 @@ static const char* move(const Instruction* ins, int to_memory) {
 }
 
 // c[m][n] += Σ_k a[m][k].even · b[k][n].even + Σ_k a[m][k].odd · b[k][n].odd, each sum a chain of fused multiply-adds.
-__attribute__((target("avx512f"))) static void multiply(uint8_t (*c)[kRowBytes], uint8_t (*a)[kRowBytes],
-                                                        uint8_t (*b)[kRowBytes], int rows, int pairs) {
-  const __m512i high = _mm512_set1_epi32((int)0xffff0000);
-  for (int m = 0; m < rows; ++m) {
-    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-    for (int k = 0; k < pairs; ++k) {
-      const __m512i left = _mm512_set1_epi32(read_i32(a[m] + 4 * k)), right = _mm512_load_si512(b[k]);
-      even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(left, 16)),
-                             _mm512_castsi512_ps(_mm512_slli_epi32(right, 16)), even);
-      odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(left, high)),
-                            _mm512_castsi512_ps(_mm512_and_si512(right, high)), odd);
+// AVX2 in halves, as this is for CPUs without AVX-512, too.
+__attribute__((target("avx2,fma"))) static void multiply(uint8_t (*c)[kRowBytes], uint8_t (*a)[kRowBytes],
+                                                         uint8_t (*b)[kRowBytes], int rows, int pairs) {
+  const __m256i high = _mm256_set1_epi32((int)0xffff0000);
+  for (int m = 0; m < rows; ++m)
+    for (int half = 0; half < kRowBytes; half += kRowBytes / 2) {
+      __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
+      for (int k = 0; k < pairs; ++k) {
+        const __m256i left = _mm256_set1_epi32(read_i32(a[m] + 4 * k));
+        const __m256i right = _mm256_load_si256((const __m256i*)(b[k] + half));
+        even = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(left, 16)),
+                               _mm256_castsi256_ps(_mm256_slli_epi32(right, 16)), even);
+        odd = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(left, high)),
+                              _mm256_castsi256_ps(_mm256_and_si256(right, high)), odd);
+      }
+      float* sums = (float*)(c[m] + half);
+      _mm256_store_ps(sums, _mm256_add_ps(_mm256_load_ps(sums), _mm256_add_ps(even, odd)));
     }
-    _mm512_store_ps(c[m], _mm512_add_ps(_mm512_load_ps((float*)c[m]), _mm512_add_ps(even, odd)));
-  }
 }
 
 static const char* product(const Instruction* ins) {

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -19,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from moelora.errors import MoeloraError
-from moelora.experts import is_experts, outside, projections
+from moelora.errors import MoeloraError, first_line
+from moelora.experts import is_experts, outside
 
 
 def inspect(directory: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
@@ -71,7 +70,7 @@ def _loading(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        raise MoeloraError(f"cannot load a language model from {directory}: {_first_line(error)}") from None
+        raise MoeloraError(f"cannot load a language model from {directory}: {first_line(error)}") from None
 
 
 def _check_directory(directory: Path) -> None:
@@ -79,39 +78,6 @@ def _check_directory(directory: Path) -> None:
         raise MoeloraError(f"{directory} is not a directory, expected a local transformers checkpoint")
     if not (directory / "config.json").exists():
         raise MoeloraError(f"{directory} is not a transformers checkpoint: expected a config.json in it")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def adapt(
-    model: PreTrainedModel, rank: int, alpha: float, which: str, target_modules: list[str]
-) -> PeftModel:
-    """`model` with PEFT's LoRA on its experts (`which`: both, gate_up or down) and on `target_modules`."""
-    targets = set()
-    for name, module in model.named_modules():
-        if is_experts(module):
-            first, second = projections(module)
-            chosen = {"both": (first, second), "gate_up": (first,), "down": (second,)}[which]
-            targets |= {f"{name.rpartition('.')[2]}.{projection}" for projection in chosen}
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=target_modules,
-        target_parameters=sorted(targets),
-    )
-    kind = type(model).__name__
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise MoeloraError(f"PEFT cannot adapt {kind}: {_first_line(error)}") from None
-    found = adapted.base_model.targeted_module_names
-    for name in target_modules:
-        if not any(module == name or module.endswith(f".{name}") for module in found):
-            raise MoeloraError(f"--target-modules {name} names no layer of {kind}")
-    return adapted
 
 
 def count(model: nn.Module, trainable: bool = False) -> int:

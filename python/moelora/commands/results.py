@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from moelora.commands.training import STAGING
 from moelora.errors import writing
-from moelora.training import STAGING
 
 SUMMARY, CURVE, ADAPTER = "summary.json", "loss.png", "adapter"
 

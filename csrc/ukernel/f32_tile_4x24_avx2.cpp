@@ -3,9 +3,14 @@
 
 #include "ukernel/f32_kernels.inl"
 #include "ukernel/kernel_sets.h"
+#include "ukernel/peak.inl"
 #include "ukernel/vec_avx2.inl"
 
 const moelora::Kernels& moelora::f32_kernels_avx2() {
-  static const Kernels kernels = f32_kernels<F32x8, void, 12, 6>("f32_tile_6x16_avx2");
+  static const Kernels kernels = [] {
+    Kernels k = f32_kernels<F32x8, void, 12, 6, 4>("f32_tile_4x24_avx2");
+    k.peak = peak<Plain<F32x8, moelora::DType::f32>, 2, 6>;
+    return k;
+  }();
   return kernels;
 }

@@ -23,7 +23,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 import moelora
-from moelora import base, data, models, options, profiling, results, showcase, threads, training
+from moelora import checkpoints
+from moelora.commands import (
+    data,
+    default_model,
+    lora,
+    options,
+    profiling,
+    results,
+    showcase,
+    threads,
+    training,
+)
 from moelora.errors import MoeloraError, writing
 
 OPTIONS = "options.json"
@@ -88,7 +99,7 @@ def prepare(explicit: dict[str, Any]) -> Run:
         )
     documents = data.read_files(chosen.data, chosen.field) if chosen.data else data.language_reference()
     source = _source(chosen)
-    config, tokenizer = models.inspect(source)
+    config, tokenizer = checkpoints.inspect(source)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and chosen.seq_length > limit:
         raise MoeloraError(f"--seq-length is {chosen.seq_length}, the model reads at most {limit} tokens")
@@ -98,16 +109,16 @@ def prepare(explicit: dict[str, Any]) -> Run:
             ("training", "held-out"), data.split(documents, chosen.held_out, chosen.seed), strict=True
         )
     ]
-    model = models.load(source, chosen.dtype)
+    model = checkpoints.load(source, chosen.dtype)
     dtype = str(model.dtype).removeprefix("torch.")
-    size = f"{models.count(model) / 1e6:.1f} M parameters"
+    size = f"{checkpoints.count(model) / 1e6:.1f} M parameters"
     print(f"base     {source}: {type(model).__name__}, {size}, {dtype}")
     print(f"data     {rows[0].numel():,} tokens to train on, {rows[1].numel():,} held out")
     set_seed(chosen.seed)
-    adapted = models.adapt(model, chosen.rank, chosen.alpha, chosen.projections, chosen.target_modules)
+    adapted = lora.adapt(model, chosen.rank, chosen.alpha, chosen.projections, chosen.target_modules)
     report = moelora.enable(adapted)
     _set_threads(chosen, adapted, rows[0])
-    trainable = models.count(adapted, trainable=True) / 1e6
+    trainable = checkpoints.count(adapted, trainable=True) / 1e6
     print(f"adapter  rank {chosen.rank}, alpha {chosen.alpha:g}, {trainable:.2f} M trainable parameters")
     print(f"\n{report}\n")
     return Run(chosen, out, checkpoint, source, tokenizer, *rows, adapted, started)
@@ -181,8 +192,8 @@ def _told(race: dict[str, Any]) -> str:
 def _source(chosen: argparse.Namespace) -> Path:
     if chosen.model:
         return Path(chosen.model)
-    cache = Path(chosen.cache_dir) if chosen.cache_dir else base.default_cache()
-    return base.ensure(cache, fixed_threads=chosen.threads is not None)
+    cache = Path(chosen.cache_dir) if chosen.cache_dir else default_model.default_cache()
+    return default_model.ensure(cache, fixed_threads=chosen.threads is not None)
 
 
 def _set_threads(chosen: argparse.Namespace, model: PeftModel, rows: Tensor) -> None:
@@ -266,7 +277,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "options": vars(run.options),
         "train_tokens": run.train.numel(),
         "held_out_tokens": run.held_out.numel(),
-        "trainable_parameters": models.count(run.model, trainable=True),
+        "trainable_parameters": checkpoints.count(run.model, trainable=True),
         "experts": moelora.report(run.model).to_dict(),
         "versions": {
             "python": platform.python_version(),

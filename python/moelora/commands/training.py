@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from moelora.data import Blocks
+from moelora.commands.data import Blocks
 from moelora.errors import MoeloraError, writing
 
 STAGING = ".incomplete"

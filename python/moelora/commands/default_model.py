@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 
 import moelora
-from moelora import data, threads, training
+from moelora.commands import data, threads, training
 from moelora.errors import MoeloraError, writing
 
 END_OF_TEXT = "<|endoftext|>"

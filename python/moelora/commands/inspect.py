@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from moelora import models
+from moelora import checkpoints
 from moelora.errors import MoeloraError
 from moelora.experts import bind, is_experts, projections
 from moelora.survey import activation, weights
@@ -100,10 +100,10 @@ class Group:
 def main(explicit: dict) -> None:
     """Prints the inspection. MoeloraError tells the user what to mend."""
     directory = Path(explicit["model_dir"])
-    outline, config = models.outline(directory)
+    outline, config = checkpoints.outline(directory)
     groups = list(_groups(outline, config))
     rank, which, tokens = explicit["rank"], explicit["projections"], explicit["tokens"]
-    total, dtype = models.count(outline), groups[0].dtype
+    total, dtype = checkpoints.count(outline), groups[0].dtype
     print(f"{directory}: {type(outline).__name__}, {_count(total)} parameters, {_name(dtype)}")
     print(f"stored   {stored(directory)}\n")
     print(_table(groups, rank, which))

@@ -1,0 +1,69 @@
+// The flat tile over a vector policy, for few rows. Include inside an instruction set's unit only.
+//
+// Op: as for tile.inl with one p a step, and load_whole(T*), load_run(T*, n): a vector of a row of storage type T
+#pragma once
+
+#include "ukernel/tile.inl"
+#include "ukernel/ukernel.h"
+
+namespace {
+
+constexpr int kFlatVecs = 2;
+
+// C: [MR][width], vectors of R's rows in place.
+template <class Op, class T, int MR>
+void flat_tile(const moelora::FlatArgs& args) {
+  using acc_t = typename Op::acc_t;
+  const auto l = [&](int i, int64_t p) {
+    return reinterpret_cast<const typename Op::elem*>(static_cast<const char*>(args.l) + i * args.l_stride) + p;
+  };
+  const auto block = [&]<int NV>(int64_t j, const auto& load, const auto& load_c,
+                                 const auto& store_c) __attribute__((always_inline)) {
+    typename Op::vec acc[MR][NV];
+    acc_t* c = static_cast<acc_t*>(args.c) + j;
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v)
+        acc[i][v] = args.start == moelora::Start::resume ? load_c(c + i * args.ldc + v * Op::lanes) : Op::zero();
+    const T* row = reinterpret_cast<const T*>(static_cast<const char*>(args.r)) + j;
+    for (int64_t p = 0; p < args.depth; ++p) {
+      typename Op::opvec line[NV];
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) line[v] = load(row + v * Op::lanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        const typename Op::opvec a = Op::broadcast(l(i, p));
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) acc[i][v] = Op::fma(a, line[v], acc[i][v]);
+      }
+      // The rows that come next, side by side.
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + args.ahead, 0, 2);
+      row = reinterpret_cast<const T*>(reinterpret_cast<const char*>(row) + args.r_stride);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) store_c(c + i * args.ldc + v * Op::lanes, acc[i][v]);
+  };
+  const auto load_c = [](const acc_t* from) { return Op::load(from); };
+  const auto store_c = [](acc_t* to, typename Op::vec v) { Op::store(to, v); };
+  int64_t j = 0;
+  for (; j + kFlatVecs * Op::lanes <= args.width; j += kFlatVecs * Op::lanes)
+    block.template operator()<kFlatVecs>(j, [](const T* at) { return Op::load_whole(at); }, load_c, store_c);
+  for (; j < args.width; j += Op::lanes) {
+    const int64_t left = args.width - j, n = left < Op::lanes ? left : Op::lanes;
+    block.template operator()<1>(
+        j, [n](const T* at) { return Op::load_run(at, n); }, [n](const acc_t* from) { return Op::load_n(from, n); },
+        [n](acc_t* to, typename Op::vec v) { Op::store_n(to, v, n); });
+  }
+}
+
+template <class Op, class T, int MR = moelora::kMaxFlatRows>
+void flat_any(const moelora::FlatArgs& args) {
+  if constexpr (MR > 1)
+    if (args.rows < MR) return flat_any<Op, T, MR - 1>(args);
+  flat_tile<Op, T, MR>(args);
+}
+
+}  // namespace

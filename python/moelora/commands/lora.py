@@ -1,0 +1,38 @@
+"""LoRA on a model's experts, as the options ask for it."""
+
+from __future__ import annotations
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from moelora.errors import MoeloraError, first_line
+from moelora.experts import is_experts, projections
+
+
+def adapt(
+    model: PreTrainedModel, rank: int, alpha: float, which: str, target_modules: list[str]
+) -> PeftModel:
+    """`model` with PEFT's LoRA on its experts (`which`: both, gate_up or down) and on `target_modules`."""
+    targets = set()
+    for name, module in model.named_modules():
+        if is_experts(module):
+            first, second = projections(module)
+            chosen = {"both": (first, second), "gate_up": (first,), "down": (second,)}[which]
+            targets |= {f"{name.rpartition('.')[2]}.{projection}" for projection in chosen}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=target_modules,
+        target_parameters=sorted(targets),
+    )
+    kind = type(model).__name__
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise MoeloraError(f"PEFT cannot adapt {kind}: {first_line(error)}") from None
+    found = adapted.base_model.targeted_module_names
+    for name in target_modules:
+        if not any(module == name or module.endswith(f".{name}") for module in found):
+            raise MoeloraError(f"--target-modules {name} names no layer of {kind}")
+    return adapted

@@ -1,0 +1,69 @@
+"""Threads that share one enabled model: each call is what it would be alone."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import moelora
+import pytest
+import torch
+from model_tiny import (
+    adapt,
+    build,
+    fill,
+    one_thread,  # noqa: F401  (autouse)
+)
+from peft import LoraConfig, PeftModel
+
+THREADS, CALLS, BATCHES = 8, 240, 30
+
+
+@pytest.fixture(autouse=True)
+def _switch_often():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def _model(*active: str) -> PeftModel:
+    """With two adapters, `active` ones of them."""
+    torch.manual_seed(3)
+    model = adapt(build("qwen3_moe"))
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=5, target_modules=[], target_parameters=names))
+    fill(model, seed=4)
+    model.base_model.set_adapter(list(active))
+    moelora.enable(model)
+    return model.train()
+
+
+def _step(model: PeftModel, batch: int) -> list[torch.Tensor]:
+    """The logits of a batch, and the gradients of what is trained."""
+    ids = torch.randint(1, 64, (2, 8), generator=torch.Generator().manual_seed(batch))
+    out = model(input_ids=ids, labels=ids)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [out.logits.detach(), *torch.autograd.grad(out.loss, trained)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "active",
+    [[("default",)], [("default",), ("second",)], [("default", "second")]],
+    ids=["one model", "a copy for each adapter", "two active adapters"],
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_concurrent_calls_equal_serial_ones(active, recompute):
+    models = [_model(*names) for names in active]
+    for model in models:
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    jobs = [(models[call % len(models)], call % BATCHES) for call in range(CALLS)]
+    serial = {(id(model), batch): _step(model, batch) for model, batch in {*jobs}}
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda job: _step(*job), jobs))
+    assert len(serial) == BATCHES
+    for (model, batch), tensors in zip(jobs, found, strict=True):
+        expected = serial[id(model), batch]
+        assert len(tensors) == 1 + 8 * len(active[0])
+        assert all(torch.equal(one, other) for one, other in zip(tensors, expected, strict=True))
+    assert all(not moelora.report(model).untrained for model in models)
