@@ -129,6 +129,37 @@ def test_only_inputs_are_saved(needed):
     assert y.requires_grad
 
 
+SAVED_OF_MLP = {
+    "x": {"gate_up", "h", "down", "down_a", "down_b", "gates"},
+    "down": {"h", "gates"},
+    "down_a": {"h", "down_a", "down_b", "gates"},
+    "bias": {"gates"},
+    "gates": {"h", "down", "down_a", "down_b", "bias", "gates"},
+}
+
+
+@pytest.mark.parametrize("needed", SAVED_OF_MLP)
+def test_moe_mlp_saves_by_the_same_rule(needed):
+    """With h [S, 2I] for glu(h) [S, I], and nothing that has the size of glu(h)."""
+    shapes = {"x": (4, 6), "gate_up": (3, 10, 6), "down": (3, 6, 5), "down_a": (3, 2, 5), "down_b": (3, 6, 2)}
+    t = {n: torch.randn(s) for n, s in (shapes | {"bias": (3, 6), "gates": (4, 2)}).items()}
+    t[needed].requires_grad_()
+    ids = torch.tensor([[0, 1], [2, 0], [1, 1], [0, 2]])
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: saved.append(s) or s, lambda s: s):
+        functional.moe_mlp(
+            t["x"], ids, t["gates"], t["gate_up"], t["down"], down_lora_a=t["down_a"],
+            down_lora_b=t["down_b"], down_bias=t["bias"],
+        )  # fmt: skip
+    pointers = {tensor.data_ptr(): name for name, tensor in t.items()}
+    names = {
+        pointers.get(s.data_ptr(), "h" if s.shape == (8, 10) else f"new {list(s.shape)}")
+        for s in saved
+        if s.is_floating_point()
+    }
+    assert names == SAVED_OF_MLP[needed]
+
+
 def test_no_graph_without_need():
     p = problems.build(SMALL)
     assert not call(p).requires_grad
@@ -237,3 +268,66 @@ def test_checkpoint_recomputes_the_same():
         y.square().sum().backward()
         grads.append([t.grad for t in args])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def mlp_and_arguments() -> tuple:
+    """moe_mlp as a function of x, gates and LoRA, and those."""
+    torch.manual_seed(0)
+    x, gates, a = torch.randn(3, 4), torch.rand(3, 1), torch.randn(2, 3, 4)
+    gate_up, down, b = torch.randn(2, 8, 4), torch.randn(2, 4, 4), torch.randn(2, 4, 3)
+    ids = torch.tensor([[0], [1], [0]])
+
+    def mlp(x, gates, a) -> Tensor:
+        return functional.moe_mlp(x, ids, gates, gate_up, down, down_lora_a=a, down_lora_b=b)
+
+    return mlp, (x, gates, a)
+
+
+def scatter_lora_and_arguments() -> tuple:
+    p = problems.build(SMALL)
+    names = ("x", "weight", "lora_b", "gates")
+    return lambda *args: call(p, dict(zip(names, args, strict=True))), tuple(getattr(p, n) for n in names)
+
+
+def glu_and_arguments() -> tuple:
+    return functional.glu, (torch.randn(3, 8, generator=torch.Generator().manual_seed(0)),)
+
+
+TRANSFORMED = [mlp_and_arguments, scatter_lora_and_arguments, glu_and_arguments]
+
+
+@pytest.mark.parametrize("make", TRANSFORMED)
+def test_torch_func(make):
+    """grad, vjp and vmap over grad, to the bit what autograd gives."""
+    f, args = make()
+    loss = lambda *args: f(*args).square().sum()  # noqa: E731
+    every = tuple(range(len(args)))
+    tracked = [t.clone().requires_grad_() for t in args]
+    expected = torch.autograd.grad(loss(*tracked), tracked)
+    y, backward = torch.func.vjp(f, *args)
+    batched = [torch.stack((t, t)) for t in args]
+    for got in (
+        torch.func.grad(loss, argnums=every)(*args),
+        backward(2 * y),
+        [t[1] for t in torch.vmap(torch.func.grad(loss, argnums=every))(*batched)],
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("make", TRANSFORMED)
+def test_torch_func_twice_raises(make):
+    f, (x, *rest) = make()
+    once = torch.func.grad(lambda x: f(x, *rest).square().sum())
+    with pytest.raises(RuntimeError, match="moelora operators can be differentiated once only"):
+        torch.func.grad(lambda x: once(x).sum())(x)
+
+
+@pytest.mark.parametrize("make", TRANSFORMED)
+def test_forward_mode_raises(make):
+    """And gives no zeros for a tangent."""
+    f, (x, *rest) = make()
+    message = r"(scatter_lora|glu): moelora operators have no forward-mode derivative, got a tensor with"
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.jvp(lambda x: f(x, *rest), (x,), (x,))
+    with pytest.raises(RuntimeError, match=message), torch.autograd.forward_ad.dual_level():
+        f(torch.autograd.forward_ad.make_dual(x, x), *rest)

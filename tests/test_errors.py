@@ -14,6 +14,7 @@ import torch
 from cases import BF16, FP16, FP32, FP64, Case
 
 from torch_moelora import checks, functional, nn
+from torch_moelora.calls import ScatterLora
 from torch_moelora.schemas import SCHEMAS
 
 # T=6, top_k=2, S=12, E=3, K=8, N=5, R=4, everything bf16.
@@ -77,6 +78,10 @@ def routing(lead: str) -> list[tuple[dict, str]]:
         ({idxs: to(INT)}, f"{idxs} must have dtype torch.int64, got torch.int32"),
         ({idxs: to(FP32)}, f"{idxs} must have dtype torch.int64, got torch.float32"),
         ({idxs: e(13, dtype=LONG)}, f"{idxs} must have a length that is a multiple of top_k=2, got 13"),
+        (
+            {idxs: torch.zeros(1, dtype=LONG).expand(2**31)},  # one element of memory
+            f"{idxs} must have a length of at most 2147483647, got 2147483648",
+        ),
         ({offsets: e(3, 1, dtype=INT)}, f"{offsets} must be a 1-D tensor [E], got shape [3, 1]"),
         ({offsets: to(LONG)}, f"{offsets} must have dtype torch.int32, got torch.int64"),
         ({offsets: e(0, dtype=INT)}, f"{offsets} must have a length of at least 1, got 0"),
@@ -188,6 +193,10 @@ TABLE: dict[str, list[tuple[dict, str]]] = {
             "expert_idxs must have dtype torch.int32 or torch.int64, got torch.bool",
         ),
         ({"expert_idxs": e(4, 0, dtype=LONG)}, "expert_idxs must have at least 1 column, got shape [4, 0]"),
+        (
+            {"expert_idxs": torch.zeros(1, 2, dtype=LONG).expand(2**30, 2)},
+            "expert_idxs must have at most 2147483647 elements, got 2147483648",
+        ),
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
     ],
     "scatter_lora": [
@@ -329,7 +338,7 @@ def test_devices(name, lead):
     args[name] = args[name].to("meta")
     message = f"scatter_lora: {name} must be on device cpu (that of {lead}), got meta"
     with pytest.raises(RuntimeError, match=exactly(message)):
-        checks.scatter_lora(*args.values())
+        checks.scatter_lora(ScatterLora(**args))
 
 
 def test_every_check_has_a_row():
@@ -353,7 +362,7 @@ def test_every_check_has_a_row():
     for name, _ in DEVICE_ROWS:
         args = arguments("scatter_lora")
         args[name] = args[name].to("meta")
-        record(lambda args=args: checks.scatter_lora(*args.values()))
+        record(lambda args=args: checks.scatter_lora(ScatterLora(**args)))
     assert sites <= failed, f"checks.py lines without a test: {sorted(sites - failed)}"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import torch_moelora
-from torch_moelora import checks, fake, reference, schemas
+from torch_moelora import backends, calls, checks, fake, reference, schemas
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(torch_moelora.__file__).parent
@@ -28,11 +28,13 @@ def arguments(op: str) -> list[tuple[str, object]]:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta", "Autograd"])
 def test_kernels(op, key):
-    """Meta is the fake; an operator without an Autograd kernel would give wrong zeros instead of an error."""
-    if key == "Autograd" and op == "flatten_sort_count":
-        pytest.skip("takes and gives integers")
+    """Meta is the fake; an operator without an Autograd kernel would give wrong zeros instead of an error.
+
+    The CUDA kernels look theirs up in the first call: `test_triton_has_every_operator` sees what they find.
+    """
     found = torch._C._dispatch_has_kernel_for_dispatch_key(f"moelora::{op}", key)
-    assert found, f"{op} has no {key} kernel"
+    integers_only = op == "flatten_sort_count" and key == "Autograd"
+    assert found != integers_only, f"{op} has {'a' if found else 'no'} {key} kernel"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -42,9 +44,10 @@ def test_schema_is_functional(op):
     assert not any(r.alias_info for r in schema.returns)
 
 
-def test_reference_fakes_and_checks_are_complete():
+def test_reference_calls_fakes_and_checks_are_complete():
     assert set(reference.REFERENCE) == set(OPS)
     assert set(fake.FAKES) == set(OPS)
+    assert set(calls.CALLS) == set(OPS)
     for op in OPS:
         assert callable(getattr(checks, op))
 
@@ -57,26 +60,52 @@ def test_reference_takes_the_schemas_arguments(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_fake_takes_the_schemas_arguments(op):
+def test_calls_have_the_schemas_arguments(op):
     """In order and with its defaults: the dispatcher leaves out arguments that equal theirs."""
-    parameters = inspect.signature(fake.FAKES[op]).parameters.values()
-    assert [p.default for p in parameters] == [default for _, default in arguments(op)]
+    kind = calls.CALLS[op]
+    missing = inspect.Parameter.empty
+    assert [(name, kind._field_defaults.get(name, missing)) for name in kind._fields] == arguments(op)
+
+
+TESTED_WITH = {"glu_backward": "glu"}
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_has_a_test_file(op):
-    """glu_backward is tested with glu."""
-    assert (TESTS / f"test_{op.removesuffix('_backward')}.py").exists()
+    """Of its own name, or of the operator that it is tested with; and there it is called by name."""
+    path = TESTS / f"test_{TESTED_WITH.get(op, op)}.py"
+    tree = ast.parse(path.read_text())
+    names = {getattr(node, "value", None) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert op in names, f"{path.name} never calls {op}"
+
+
+def triton_implementations() -> dict[str, ast.FunctionDef]:
+    """The functions that triton/register.py lists. From the source: Triton need not be installed."""
+    folder = PACKAGE / "triton"
+    register = ast.parse((folder / "register.py").read_text())
+    nodes = list(ast.walk(register))
+    ours = {a.name for n in nodes if isinstance(n, ast.ImportFrom) and n.level == 1 for a in n.names}
+    listed = [n for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", None) in ours]
+    defined = {
+        (path.stem, node.name): node
+        for path in folder.glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    return {node.attr: defined[node.value.id, node.attr] for node in listed}
 
 
 def test_triton_has_every_operator():
-    if not (PACKAGE / "triton" / "register.py").exists():
-        pytest.skip("this tree has no Triton kernels")
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    from torch_moelora.triton import register
+    functions = triton_implementations()
+    assert set(functions) == set(OPS)
+    for op, function in functions.items():
+        (argument,) = function.args.args
+        assert ast.unparse(argument.annotation) == calls.CALLS[op].__name__, op
 
-    assert set(register.IMPLEMENTATIONS) == set(OPS)
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_what_cuda_calls_find():
+    assert set(backends._triton_implementations()) == set(OPS)
 
 
 def imports(path: Path) -> set[str]:

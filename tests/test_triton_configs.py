@@ -117,21 +117,76 @@ def test_errors_of_the_kernel_are_not_swallowed():
 
 def test_finds_survive_on_disk(tmp_path):
     path = tmp_path / "sub" / "configs.json"
-    kinds = {"gemm": Gemm, "outer": configs.Outer}
-    found = Found(path, kinds)
-    key = Key("gemm", "sm_90", "half", 1000, 1000, 16, 64)
-    found.rows["/".join(map(str, key))] = asdict(configs.FLAT)
+    found = Found(path, KINDS)
+    found.rows[NAME] = asdict(configs.FLAT)
     found.save()
     assert [p.name for p in path.parent.iterdir()] == ["configs.json"]
-    assert Found(path, kinds).get(key, pytest.fail) == configs.FLAT
+    assert Found(path, KINDS).get(KEY, pytest.fail) == configs.FLAT
     json.loads(path.read_text())
 
 
-def test_a_damaged_file_is_reported_and_ignored(tmp_path):
+KINDS = {"gemm": Gemm, "outer": configs.Outer}
+KEY = Key("gemm", "sm_90", "half", 1000, 1000, 16, 64)
+NAME = "/".join(map(str, KEY))
+
+
+@pytest.fixture
+def search(monkeypatch):
+    """A search that finds FLAT; its calls."""
+    calls = []
+    monkeypatch.setattr(configs, "fastest", lambda options, run: calls.append(1) or configs.FLAT)
+    return calls
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null"])
+def test_a_damaged_file_is_reported_and_ignored(text, tmp_path):
     path = tmp_path / "configs.json"
-    path.write_text("{")
+    path.write_text(text)
     with pytest.warns(UserWarning, match="ignoring the configurations in"):
         assert Found(path, {}).rows == {}
+
+
+FLAT_ROW = asdict(configs.FLAT)
+NO_ROWS = {
+    "a field that is no more": FLAT_ROW | {"swizzle": 1},
+    "a field that was not yet": {"block_m": 64},
+    "not a number": FLAT_ROW | {"block_m": "64"},
+    "not a row": [64, 128],
+}
+
+
+@pytest.mark.parametrize("row", NO_ROWS.values(), ids=NO_ROWS)
+def test_an_old_row_is_searched_again_and_rewritten(row, tmp_path, search, recwarn):
+    path = tmp_path / "configs.json"
+    path.write_text(json.dumps({NAME: row, "other": FLAT_ROW}))
+    found = Found(path, KINDS)
+    assert found.get(KEY, None) == configs.FLAT
+    assert found.get(KEY, None) == configs.FLAT
+    assert len(search) == 1
+    assert ["no Gemm of this version" in str(w.message) for w in recwarn] == [True]
+    assert json.loads(path.read_text()) == {NAME: FLAT_ROW, "other": FLAT_ROW}
+
+
+def refused(*args, **kwargs):
+    raise PermissionError(f"not {args}")
+
+
+UNWRITABLE = {
+    "no folder": lambda patch: patch.setattr(Path, "mkdir", refused),
+    "no file": lambda patch: patch.setattr(configs.tempfile, "NamedTemporaryFile", refused),
+    "no replacement": lambda patch: patch.setattr(configs.os, "replace", refused),
+}
+
+
+@pytest.mark.parametrize("refuse", UNWRITABLE.values(), ids=UNWRITABLE)
+def test_an_unwritable_cache_keeps_finds_for_the_process(refuse, tmp_path, search, monkeypatch, recwarn):
+    found = Found(tmp_path / "configs.json", KINDS)
+    refuse(monkeypatch)
+    for key in (KEY, KEY._replace(rows=128), KEY):
+        assert found.get(key, None) == configs.FLAT
+    assert len(search) == 2
+    assert ["for this process only" in str(w.message) for w in recwarn] == [True]
+    assert not list(tmp_path.iterdir())
 
 
 def test_cache_dir(monkeypatch):

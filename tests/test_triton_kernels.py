@@ -18,7 +18,7 @@ import triton.language as tl
 import triton_interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from torch_moelora.triton import configs, route, tiles
+from torch_moelora.triton import configs, route, tiles, weights
 
 pytestmark = pytest.mark.operators
 
@@ -56,7 +56,7 @@ def tile_list(offsets: list[int], rows: int, block: int) -> list[tuple[int, int,
 def test_tiles(offsets, block):
     """No tile straddles experts, every row is in one, and the list fits its bound."""
     rows = max(100, offsets[-1])
-    routing = route.routing(torch.arange(rows), torch.tensor(offsets, dtype=torch.int32), 1)
+    routing = route.Routing(torch.arange(rows), torch.tensor(offsets, dtype=torch.int32), 1)
     made = routing.tiles(block)
     expected = tile_list(offsets, rows, block)
     assert len(expected) <= made.bound
@@ -117,9 +117,9 @@ def test_the_check_of_accesses_sees_one():
 
 def described(weight: torch.Tensor) -> str:
     config = configs.Gemm(16, 64, 64, warps=1, stages=1, descriptor=True)
-    kind, w = tiles.describe(weight, config)
-    assert isinstance(w, TensorDescriptor) == (kind != "")
-    return kind
+    described = weights.describe(weight, config)
+    assert isinstance(described.data, TensorDescriptor) == (described.kind != "")
+    return described.kind
 
 
 def test_descriptors_where_legal():
@@ -133,7 +133,7 @@ def test_descriptors_where_legal():
     assert described(torch.zeros(4, 64, 33, dtype=FP16)) == "", "row stride"
     assert described(w[:1].expand(4, 64, 96)) == "", "stride of 0"
     assert described(w[:, :, ::2]) == "", "no contiguous dimension"
-    assert tiles.describe(w, configs.Gemm(16, 64, 64, warps=1, stages=1))[0] == "", "not asked for"
+    assert weights.describe(w, configs.Gemm(16, 64, 64, warps=1, stages=1)).kind == "", "not asked for"
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -143,7 +143,7 @@ def test_descriptors_and_pointers_agree(layout, monkeypatch):
     results = {}
     for descriptor in (False, True):
         config = configs.Gemm(16, 64, 64, warps=1, stages=1, descriptor=descriptor)
-        monkeypatch.setattr(configs, "choose", lambda *args, config=config: config)
+        monkeypatch.setattr(configs, "choose", lambda *args, config=config, **_: config)
         p = problems.build(case)
         p.lora_a, p.lora_b = p.lora_a.to(FP16), p.lora_b.to(FP16)
         results[descriptor] = [problems.call("scatter_lora", *p.forward_args())]

@@ -12,6 +12,7 @@ from . import backends as _backends
 from . import fake as _fake
 from .schemas import NAMESPACE as _NAMESPACE
 from .schemas import SCHEMAS as _SCHEMAS
+from .switches import SWITCHES as _SWITCHES
 
 # Kept for the life of the process: the registrations go away with it.
 _LIBRARY = _torch.library.Library(_NAMESPACE, "DEF")
@@ -23,8 +24,22 @@ _autograd.register(_LIBRARY)
 _autocast.register(_LIBRARY)
 
 from . import functional, nn  # noqa: E402
+from .batch_invariance import is_batch_invariant, set_batch_invariant  # noqa: E402
 from .functional import flatten_sort_count, glu, moe_mlp, scatter_lora  # noqa: E402
 from .report import info, version  # noqa: E402
 
+if _SWITCHES.batch_invariant:
+    set_batch_invariant(True)
+
 __version__ = version()
-__all__ = ["flatten_sort_count", "functional", "glu", "info", "moe_mlp", "nn", "scatter_lora"]
+__all__ = [
+    "flatten_sort_count",
+    "functional",
+    "glu",
+    "info",
+    "is_batch_invariant",
+    "moe_mlp",
+    "nn",
+    "scatter_lora",
+    "set_batch_invariant",
+]

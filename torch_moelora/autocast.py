@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .calls import ScatterLora
+
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def follow(
-    device_type: str, x: Tensor, weight: Tensor, lora_a, lora_b, bias, gates
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The arguments as `scatter_lora` takes them inside `torch.autocast(device_type)`.
+def follow(device_type: str, call: ScatterLora) -> ScatterLora:
+    """The call as `scatter_lora` takes it inside `torch.autocast(device_type)`.
 
     A half LoRA parameter or gate of another dtype than autocast's would be refused by the operator, so it
     follows too. fp64 is left alone, as everywhere under autocast.
@@ -27,26 +27,21 @@ def follow(
         return t if t is None or t.dtype not in eligible else t.to(dtype)
 
     everything = (*HALVES, torch.float32)
-    return (
-        cast(x, everything),
-        cast(weight, everything),
-        cast(lora_a, HALVES),
-        cast(lora_b, HALVES),
-        cast(bias, everything),
-        cast(gates, HALVES),
+    return call._replace(
+        x=cast(call.x, everything),
+        weight=cast(call.weight, everything),
+        lora_a=cast(call.lora_a, HALVES),
+        lora_b=cast(call.lora_b, HALVES),
+        bias=cast(call.bias, everything),
+        gates=cast(call.gates, HALVES),
     )
 
 
 def _kernel(device_type: str, key: torch._C.DispatchKey):
-    def scatter_lora(
-        x, weight, slots, offsets, top_k, lora_a=None, lora_b=None, scaling=1.0, bias=None, gates=None,
-        x_grouped=False, y_grouped=False,
-    ) -> Tensor:  # fmt: skip
-        x, weight, lora_a, lora_b, bias, gates = follow(device_type, x, weight, lora_a, lora_b, bias, gates)
+    def scatter_lora(*args) -> Tensor:
+        call = follow(device_type, ScatterLora(*args))
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return torch.ops.moelora.scatter_lora(
-                x, weight, slots, offsets, top_k, lora_a, lora_b, scaling, bias, gates, x_grouped, y_grouped
-            )
+            return torch.ops.moelora.scatter_lora(*call)
 
     return scatter_lora
 

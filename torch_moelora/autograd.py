@@ -1,15 +1,35 @@
 """Gradients of the operators.
 
-Saved for the backward are the arguments themselves (x, weight, LoRA, gates, indices), never the output. What
-no argument asks for (`ctx.needs_input_grad`) is neither saved nor computed.
+Saved for the backward are arguments themselves (x, weight, LoRA, gates, indices), never the output. What no
+argument asks for (`ctx.needs_input_grad`) is neither saved nor computed, with two exceptions that come out of
+one pass: dA and dB, of which either brings the other, and dX, which comes with the gates' gradients.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+from .batch_invariance import as_in_forward, flag_for_backward
+from .calls import (
+    CALLS,
+    Call,
+    Glu,
+    GluBackward,
+    ScatterLora,
+    ScatterLoraBackward,
+    ScatterLoraDab,
+    ScatterLoraDbias,
+    ScatterLoraDw,
+    ScatterLoraDx,
+    derive,
+)
 
 
 class Needs(NamedTuple):
@@ -37,119 +57,167 @@ class Needs(NamedTuple):
         return self.weight or self.lora or self.gates
 
 
-class Call(NamedTuple):
-    """The arguments of one `scatter_lora` call, in the order of its schema."""
-
-    x: Tensor | None
-    weight: Tensor | None
-    slots: Tensor
-    offsets: Tensor
-    top_k: int
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    scaling: float
-    bias: Tensor | None
-    gates: Tensor | None
-    x_grouped: bool
-    y_grouped: bool
+def needs_of(needs_input_grad: tuple[bool, ...]) -> Needs:
+    """From one flag an argument of `scatter_lora`; the dispatcher leaves out trailing arguments that equal
+    their defaults, and none of those needs a gradient.
+    """
+    asked = dict(zip(ScatterLora._fields, needs_input_grad, strict=False))
+    return Needs(*(asked.get(name, False) for name in Needs._fields))
 
 
-def scatter_lora_gradients(dy: Tensor, call: Call, needs: Needs, bias_dtype: torch.dtype | None) -> Needs:
-    """Gradients of the arguments that `needs` names (None for the others), as a `Needs` of tensors.
+def read_by_gradients(call: ScatterLora, needs: Needs) -> ScatterLora:
+    """`call` with None for the tensors that none of the gradients reads."""
+    read = {
+        "x": needs.rows,
+        "weight": needs.dx,
+        "lora_a": needs.dx or needs.lora,
+        "lora_b": needs.dx or needs.lora,
+        "bias": needs.gates,
+    }
+    return call._replace(**{name: None for name, is_read in read.items() if not is_read})
 
-    x may be None unless `needs.rows`, weight unless `needs.dx`.
+
+def scatter_lora_gradients(
+    dy: Tensor, call: ScatterLora, needs: Needs, bias_dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Argument → gradient, of the arguments that `needs` names. What `read_by_gradients` leaves of `call` is
+    enough. bias_dtype: the dtype of the bias, which is not there itself unless the gates need it.
     """
     ops = torch.ops.moelora
-    dx = dgates = dw = da = db = dbias = None
-    routing = (call.slots, call.offsets, call.top_k)
-    lora = (call.lora_a, call.lora_b, call.scaling)
-    orders = (call.x_grouped, call.y_grouped)
+    grads = {}
     if needs.dx and needs.lora:
-        dx, dgates, da, db = ops.scatter_lora_backward(
-            dy, call.x, call.weight, *routing, *lora, call.bias, call.gates, *orders, needs.gates
-        )
+        joint = derive(ScatterLoraBackward, call, dy=dy, with_dgates=needs.gates)
+        grads["x"], grads["gates"], grads["lora_a"], grads["lora_b"] = ops.scatter_lora_backward(*joint)
     elif needs.dx:
-        x = call.x if needs.gates else None
-        dx, dgates = ops.scatter_lora_dx(dy, call.weight, *routing, *lora, call.bias, call.gates, x, *orders)
+        dx = derive(ScatterLoraDx, call, dy=dy, x=call.x if needs.gates else None)
+        grads["x"], grads["gates"] = ops.scatter_lora_dx(*dx)
     elif needs.lora:
-        da, db = ops.scatter_lora_dab(dy, call.x, *routing, *lora, call.gates, *orders)
+        grads["lora_a"], grads["lora_b"] = ops.scatter_lora_dab(*derive(ScatterLoraDab, call, dy=dy))
     if needs.weight:
-        dw = ops.scatter_lora_dw(dy, call.x, *routing, call.gates, *orders)
+        grads["weight"] = ops.scatter_lora_dw(*derive(ScatterLoraDw, call, dy=dy))
     if needs.bias:
-        dbias = ops.scatter_lora_dbias(dy, *routing, call.gates, call.y_grouped).to(bias_dtype)
-    return Needs(
-        x=dx if needs.x else None,
-        weight=dw,
-        lora_a=da if needs.lora_a else None,
-        lora_b=db if needs.lora_b else None,
-        bias=dbias,
-        gates=dgates.to(call.gates.dtype) if needs.gates else None,
-    )
+        dbias = ops.scatter_lora_dbias(*derive(ScatterLoraDbias, call, dy=dy))
+        grads["bias"] = dbias.to(bias_dtype)
+    if needs.gates:
+        grads["gates"] = grads["gates"].to(call.gates.dtype)
+    return {name: grad for name, grad in grads.items() if getattr(needs, name)}
 
 
-def _scatter_lora_setup(ctx, inputs, output) -> None:
-    call = Call(*inputs)
-    # The dispatcher leaves out trailing arguments that equal their defaults; none of those needs a gradient.
-    need = (*ctx.needs_input_grad, *[False] * len(inputs))
-    needs = Needs(*(need[Call._fields.index(name)] for name in Needs._fields))
-    with_lora = needs.dx or needs.lora
-    ctx.save_for_backward(
-        call.x if needs.rows else None,
-        call.weight if needs.dx else None,
-        call.slots,
-        call.offsets,
-        call.lora_a if with_lora else None,
-        call.lora_b if with_lora else None,
-        call.bias if needs.gates else None,
-        call.gates,
-    )
-    ctx.needs = needs
-    ctx.scalars = (call.top_k, call.scaling, call.x_grouped, call.y_grouped)
+def save(ctx, call: NamedTuple) -> None:
+    """Keeps `call` for the backward: its tensors where autograd watches them, the rest beside."""
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in call))
+    ctx.rest = type(call)(*(None if isinstance(value, Tensor) else value for value in call))
+
+
+def saved(ctx) -> Call:
+    """The call that `save` kept."""
+    pairs = zip(ctx.saved_tensors, ctx.rest, strict=True)
+    return type(ctx.rest)(*(value if tensor is None else tensor for tensor, value in pairs))
+
+
+def in_order(kind: type[NamedTuple], grads: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    """One gradient an argument of `kind`, None for those that have none."""
+    return tuple(grads.get(name) for name in kind._fields)
+
+
+def _scatter_lora_setup(ctx, call: ScatterLora, needs_input_grad: tuple[bool, ...]) -> None:
+    ctx.needs = needs_of(needs_input_grad)
     ctx.bias_dtype = None if call.bias is None else call.bias.dtype
+    save(ctx, read_by_gradients(call, ctx.needs))
 
 
 def _scatter_lora_backward(ctx, dy):
-    x, weight, slots, offsets, lora_a, lora_b, bias, gates = ctx.saved_tensors
-    top_k, scaling, *orders = ctx.scalars
-    call = Call(x, weight, slots, offsets, top_k, lora_a, lora_b, scaling, bias, gates, *orders)
-    d = scatter_lora_gradients(dy, call, ctx.needs, ctx.bias_dtype)
-    return d.x, d.weight, None, None, None, d.lora_a, d.lora_b, None, d.bias, d.gates, None, None
+    return in_order(ScatterLora, scatter_lora_gradients(dy, saved(ctx), ctx.needs, ctx.bias_dtype))
 
 
-def _glu_setup(ctx, inputs, output) -> None:
-    h, *ctx.options = inputs
-    ctx.save_for_backward(h)
+def _glu_setup(ctx, call: Glu, needs_input_grad: tuple[bool, ...]) -> None:
+    save(ctx, call)
 
 
 def _glu_backward(ctx, dy):
-    (h,) = ctx.saved_tensors
-    return torch.ops.moelora.glu_backward(dy, h, *ctx.options), *(None for _ in ctx.options)
+    dh = torch.ops.moelora.glu_backward(*derive(GluBackward, saved(ctx), dy=dy))
+    return in_order(Glu, {"h": dh})
 
 
-def _first_order_only(name: str):
+def _first_order_only(name: str) -> tuple[Callable, Callable]:
+    def setup(ctx, call, needs_input_grad) -> None:
+        pass
+
     def backward(ctx, *grads):
         raise RuntimeError(
             f"{name}: moelora operators can be differentiated once only, and this is a second time "
             "(a gradient taken with create_graph=True was differentiated)"
         )
 
-    return backward
+    return setup, backward
+
+
+FORMULAS: dict[str, tuple[Callable, Callable]] = {
+    "scatter_lora": (_scatter_lora_setup, _scatter_lora_backward),
+    "glu": (_glu_setup, _glu_backward),
+    **{
+        name: _first_order_only(name)
+        for name in (
+            "scatter_lora_dx",
+            "scatter_lora_dab",
+            "scatter_lora_backward",
+            "scatter_lora_dw",
+            "scatter_lora_dbias",
+            "glu_backward",
+        )
+    },
+}
+
+
+def _has_tangent(call: NamedTuple) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in call)
+
+
+def _kernel(name: str) -> Callable:
+    """The operator for tensors that autograd watches, as `torch.library.register_autograd` makes it, but for
+    torch.func's transforms, too: they do not take the `torch.autograd.Function` that torch makes there. Each
+    transform is one level of autograd, and the call below it goes on to the next one.
+    """
+    op, kind = getattr(torch.ops.moelora, name).default, CALLS[name]
+    setup, gradients = FORMULAS[name]
+
+    class Formula(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, *args):
+            # Autograd turns recording off in here; the next transform's own is below and must stay on.
+            nested = torch._C._are_functorch_transforms_active()
+            with torch.enable_grad() if nested else contextlib.nullcontext():
+                out = below(keyset, *args)
+            ctx.batch_invariant = flag_for_backward()
+            setup(ctx, kind(*args), ctx.needs_input_grad[1:])
+            return out
+
+        @staticmethod
+        def backward(ctx, *grads):
+            with as_in_forward(ctx.batch_invariant):
+                return None, *gradients(ctx, *grads)
+
+    def below(keyset, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def kernel(keyset, *args):
+        call = kind(*args)
+        if _has_tangent(call):
+            raise RuntimeError(
+                f"{name}: moelora operators have no forward-mode derivative, got a tensor with a tangent"
+            )
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*call)):
+            return below(keyset, *call)
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, Formula).apply(keyset, *call)
+
+    return kernel
 
 
 def register(lib: torch.library.Library) -> None:
     """Registers the backward formulas, and the error of the backward operators' own backward, with `lib`."""
-    formulas = {
-        "scatter_lora": (_scatter_lora_backward, _scatter_lora_setup),
-        "glu": (_glu_backward, _glu_setup),
-    }
-    for name, (backward, setup) in formulas.items():
-        torch.library.register_autograd(f"{lib.ns}::{name}", backward, setup_context=setup, lib=lib)
-    for name in (
-        "scatter_lora_dx",
-        "scatter_lora_dab",
-        "scatter_lora_backward",
-        "scatter_lora_dw",
-        "scatter_lora_dbias",
-        "glu_backward",
-    ):
-        torch.library.register_autograd(f"{lib.ns}::{name}", _first_order_only(name), lib=lib)
+    for name in FORMULAS:
+        lib.impl(name, _kernel(name), "Autograd", with_keyset=True)

@@ -18,18 +18,18 @@ import torch
 from .schemas import SCHEMAS
 from .switches import SWITCHES
 
+LIBRARY = Path(__file__).parent / "libmoelora_ops.so"
 REGISTER_MODULE = f"{__package__}.triton.register"
 
 
 def load_cpu() -> None:
     """Loads the CPU implementations. Raises ImportError, with what to do, where they were not built."""
-    library = Path(__file__).parent / "libmoelora_ops.so"
-    if not library.exists():
+    if not LIBRARY.exists():
         raise ImportError(
-            f"the compiled operators are missing: {library} must exist. "
+            f"the compiled operators are missing: {LIBRARY} must exist. "
             "Run `make setup`, or `pip install --no-build-isolation -e .`, in the source tree."
         )
-    torch.ops.load_library(str(library))
+    torch.ops.load_library(str(LIBRARY))
 
 
 def triton_unavailable() -> str | None:

@@ -10,11 +10,27 @@ Nothing here reads a tensor's contents: on CUDA that would synchronise, and a fa
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from .calls import (
+    FlattenSortCount,
+    Glu,
+    GluBackward,
+    ScatterLora,
+    ScatterLoraBackward,
+    ScatterLoraDab,
+    ScatterLoraDbias,
+    ScatterLoraDw,
+    ScatterLoraDx,
+)
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ACTS = ("silu", "gelu", "gelu_tanh")
+# Rows are counted in int32: expert_offsets.
+MOST_ROWS = 2**31 - 1
 
 
 def text(t: Tensor) -> str:
@@ -73,7 +89,16 @@ def _index(op: str, name: str, t: Tensor, letter: str, dtype: torch.dtype) -> No
     torch._check(t.dtype == dtype, lambda: f"{op}: {name} must have dtype {dtype}, got {t.dtype}")
 
 
-def _routing(op: str, lead_name: str, lead: Tensor, slots: Tensor, offsets: Tensor, top_k: int) -> None:
+def _countable(rows: int | torch.SymInt) -> bool:
+    """Not asked of a symbolic size, which it would bound in an exported program: the operator asks when it
+    runs.
+    """
+    return not isinstance(rows, int) or rows <= MOST_ROWS
+
+
+def _routing(op: str, call: NamedTuple, lead_name: str) -> None:
+    lead, top_k = getattr(call, lead_name), call.top_k
+    slots, offsets = call.sorted_scattered_idxs, call.expert_offsets
     torch._check(top_k >= 1, lambda: f"{op}: top_k must be at least 1, got {top_k}")
     _index(op, "sorted_scattered_idxs", slots, "S", torch.int64)
     torch._check(
@@ -81,6 +106,12 @@ def _routing(op: str, lead_name: str, lead: Tensor, slots: Tensor, offsets: Tens
         lambda: (
             f"{op}: sorted_scattered_idxs must have a length that is a multiple of top_k={top_k}, "
             f"got {slots.shape[0]}"
+        ),
+    )
+    torch._check(
+        _countable(slots.shape[0]),
+        lambda: (
+            f"{op}: sorted_scattered_idxs must have a length of at most {MOST_ROWS}, got {slots.shape[0]}"
         ),
     )
     _index(op, "expert_offsets", offsets, "E", torch.int32)
@@ -97,9 +128,9 @@ def _routing(op: str, lead_name: str, lead: Tensor, slots: Tensor, offsets: Tens
         )
 
 
-def _rows(op: str, name: str, t: Tensor, slots: Tensor, top_k: int, per_slot: bool, flag: str) -> None:
+def _rows(op: str, call: NamedTuple, name: str, per_slot: bool, flag: str) -> None:
     """The first dimension is S where `per_slot`, else T = S / top_k; `flag` says what decided it."""
-    total = slots.shape[0]
+    t, total, top_k = getattr(call, name), call.sorted_scattered_idxs.shape[0], call.top_k
 
     def message() -> str:
         letter, rows = ("S", total) if per_slot else ("T", total // top_k)
@@ -108,24 +139,26 @@ def _rows(op: str, name: str, t: Tensor, slots: Tensor, top_k: int, per_slot: bo
     torch._check(t.shape[0] * (1 if per_slot else top_k) == total, message)
 
 
-def _x(op: str, x: Tensor, slots: Tensor, top_k: int, x_grouped: bool) -> None:
-    _dim(op, "x", x, 2, "S, K" if x_grouped else "T, K")
-    _rows(op, "x", x, slots, top_k, x_grouped, f"x_grouped is {x_grouped}")
+def _x(op: str, call: NamedTuple) -> None:
+    _dim(op, "x", call.x, 2, "S, K" if call.x_grouped else "T, K")
+    _rows(op, call, "x", call.x_grouped, f"x_grouped is {call.x_grouped}")
 
 
-def _dy(op: str, dy: Tensor, slots: Tensor, top_k: int, gates: Tensor | None) -> None:
-    _dim(op, "dy", dy, 2, "S, N" if gates is None else "T, N")
-    flag = "gates is None" if gates is None else "gates is given"
-    _rows(op, "dy", dy, slots, top_k, gates is None, flag)
+def _dy(op: str, call: NamedTuple) -> None:
+    per_slot = call.gates is None
+    _dim(op, "dy", call.dy, 2, "S, N" if per_slot else "T, N")
+    _rows(op, call, "dy", per_slot, "gates is None" if per_slot else "gates is given")
+    _float(op, "dy", call.dy)
 
 
-def _weight(op: str, weight: Tensor, lead_name: str, lead: Tensor, offsets: Tensor) -> None:
+def _weight(op: str, call: NamedTuple, lead_name: str) -> None:
+    weight, experts = call.weight, call.expert_offsets.shape[0]
     _dim(op, "weight", weight, 3, "E, N, K")
-    _like(op, "weight", weight, lead_name, lead)
+    _like(op, "weight", weight, lead_name, getattr(call, lead_name))
     torch._check(
-        weight.shape[0] == offsets.shape[0],
+        weight.shape[0] == experts,
         lambda: (
-            f"{op}: weight must have {offsets.shape[0]} experts (the length of expert_offsets), "
+            f"{op}: weight must have {experts} experts (the length of expert_offsets), "
             f"got shape {text(weight)}"
         ),
     )
@@ -135,29 +168,29 @@ def _weight(op: str, weight: Tensor, lead_name: str, lead: Tensor, offsets: Tens
         )
 
 
-def _columns(op: str, name: str, t: Tensor, letter: str, size: int, owner: str) -> None:
+def _columns(op: str, name: str, t: Tensor, letter: str, size: int) -> None:
     torch._check(
         t.shape[1] == size,
-        lambda: f"{op}: {name} must have {size} columns ({letter} of {owner}), got shape {text(t)}",
+        lambda: f"{op}: {name} must have {size} columns ({letter} of weight), got shape {text(t)}",
     )
 
 
-def _lora(op: str, a: Tensor, b: Tensor, lead_name: str, lead: Tensor, sizes: tuple) -> None:
+def _lora(op: str, call: NamedTuple, lead_name: str, sizes: tuple) -> None:
     """`sizes` is (E, N, K)."""
+    a, b = call.lora_a, call.lora_b
     e, n, k = sizes
     _shape(op, "lora_a", a, (e, "R", k), f"E={e}, K={k}")
     torch._check(
         a.shape[1] >= 1, lambda: f"{op}: lora_a must have a rank R of at least 1, got shape {text(a)}"
     )
-    _like(op, "lora_a", a, lead_name, lead, or_float32=True)
+    _like(op, "lora_a", a, lead_name, getattr(call, lead_name), or_float32=True)
     r = a.shape[1]
     _shape(op, "lora_b", b, (e, n, r), f"E={e}, N={n}, R={r} of lora_a")
     _like(op, "lora_b", b, "lora_a", a)
 
 
-def _lora_pair(
-    op: str, a: Tensor | None, b: Tensor | None, lead_name: str, lead: Tensor, sizes: tuple
-) -> None:
+def _lora_pair(op: str, call: NamedTuple, lead_name: str, sizes: tuple) -> None:
+    a, b = call.lora_a, call.lora_b
     torch._check(
         (a is None) == (b is None),
         lambda: (
@@ -165,35 +198,34 @@ def _lora_pair(
         ),
     )
     if a is not None:
-        _lora(op, a, b, lead_name, lead, sizes)
+        _lora(op, call, lead_name, sizes)
 
 
-def _bias(op: str, bias: Tensor | None, lead_name: str, lead: Tensor, e: int, n: int) -> None:
-    if bias is None:
+def _bias(op: str, call: NamedTuple, lead_name: str, e: int, n: int) -> None:
+    if call.bias is None:
         return
-    _shape(op, "bias", bias, (e, n), f"E={e}, N={n}")
-    _like(op, "bias", bias, lead_name, lead, or_float32=True)
+    _shape(op, "bias", call.bias, (e, n), f"E={e}, N={n}")
+    _like(op, "bias", call.bias, lead_name, getattr(call, lead_name), or_float32=True)
 
 
-def _gates(
-    op: str, gates: Tensor | None, lead_name: str, lead: Tensor, slots: Tensor, top_k: int, y_grouped: bool
-) -> None:
+def _gates(op: str, call: NamedTuple, lead_name: str) -> None:
+    gates, top_k, total = call.gates, call.top_k, call.sorted_scattered_idxs.shape[0]
     if gates is None:
         return
     torch._check(
-        not y_grouped, lambda: f"{op}: gates must be None when y_grouped is True, got shape {text(gates)}"
+        not call.y_grouped,
+        lambda: f"{op}: gates must be None when y_grouped is True, got shape {text(gates)}",
     )
 
     def message() -> str:
         return (
-            f"{op}: gates must have shape [{slots.shape[0] // top_k}, {top_k}] (T=S/top_k, top_k), "
-            f"got {text(gates)}"
+            f"{op}: gates must have shape [{total // top_k}, {top_k}] (T=S/top_k, top_k), got {text(gates)}"
         )
 
     torch._check(gates.dim() == 2, message)
     torch._check(gates.shape[1] == top_k, message)
-    torch._check(gates.shape[0] * top_k == slots.shape[0], message)
-    _like(op, "gates", gates, lead_name, lead, or_float32=True)
+    torch._check(gates.shape[0] * top_k == total, message)
+    _like(op, "gates", gates, lead_name, getattr(call, lead_name), or_float32=True)
 
 
 def _finite(op: str, name: str, value: float) -> None:
@@ -204,9 +236,10 @@ def _finite(op: str, name: str, value: float) -> None:
     )
 
 
-def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> None:
+def flatten_sort_count(call: FlattenSortCount) -> None:
     """expert_idxs [T, top_k] int32/int64, top_k ≥ 1, num_experts ≥ 1."""
     op = "flatten_sort_count"
+    expert_idxs, num_experts = call
     _dim(op, "expert_idxs", expert_idxs, 2, "T, top_k")
     torch._check(
         expert_idxs.dtype in (torch.int32, torch.int64),
@@ -216,99 +249,87 @@ def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> None:
         expert_idxs.shape[1] >= 1,
         lambda: f"{op}: expert_idxs must have at least 1 column, got shape {text(expert_idxs)}",
     )
+    torch._check(
+        _countable(expert_idxs.numel()),
+        lambda: f"{op}: expert_idxs must have at most {MOST_ROWS} elements, got {expert_idxs.numel()}",
+    )
     torch._check(num_experts >= 1, lambda: f"{op}: num_experts must be at least 1, got {num_experts}")
 
 
-def scatter_lora(
-    x, weight, slots, offsets, top_k, lora_a, lora_b, scaling, bias, gates, x_grouped, y_grouped
-) -> None:  # fmt: skip
-    """All arguments of `scatter_lora`, in the order of its schema."""
+def scatter_lora(call: ScatterLora) -> None:
     op = "scatter_lora"
-    _routing(op, "x", x, slots, offsets, top_k)
-    _x(op, x, slots, top_k, x_grouped)
-    _float(op, "x", x)
-    _weight(op, weight, "x", x, offsets)
-    e, n, k = weight.shape
-    _columns(op, "x", x, "K", k, "weight")
-    _lora_pair(op, lora_a, lora_b, "x", x, (e, n, k))
-    _finite(op, "scaling", scaling)
-    _bias(op, bias, "x", x, e, n)
-    _gates(op, gates, "x", x, slots, top_k, y_grouped)
+    _routing(op, call, "x")
+    _x(op, call)
+    _float(op, "x", call.x)
+    _weight(op, call, "x")
+    e, n, k = call.weight.shape
+    _columns(op, "x", call.x, "K", k)
+    _lora_pair(op, call, "x", (e, n, k))
+    _finite(op, "scaling", call.scaling)
+    _bias(op, call, "x", e, n)
+    _gates(op, call, "x")
 
 
-def scatter_lora_dx(
-    dy, weight, slots, offsets, top_k, lora_a, lora_b, scaling, bias, gates, x, x_grouped, y_grouped
-) -> None:  # fmt: skip
-    """All arguments of `scatter_lora_dx`, in the order of its schema."""
+def scatter_lora_dx(call: ScatterLoraDx) -> None:
     op = "scatter_lora_dx"
-    _routing(op, "dy", dy, slots, offsets, top_k)
-    _dy(op, dy, slots, top_k, gates)
-    _float(op, "dy", dy)
-    _weight(op, weight, "dy", dy, offsets)
-    e, n, k = weight.shape
-    _columns(op, "dy", dy, "N", n, "weight")
-    _lora_pair(op, lora_a, lora_b, "dy", dy, (e, n, k))
-    _finite(op, "scaling", scaling)
-    _bias(op, bias, "dy", dy, e, n)
-    _gates(op, gates, "dy", dy, slots, top_k, y_grouped)
-    if x is not None:
-        _x(op, x, slots, top_k, x_grouped)
-        _like(op, "x", x, "dy", dy)
-        _columns(op, "x", x, "K", k, "weight")
+    _routing(op, call, "dy")
+    _dy(op, call)
+    _weight(op, call, "dy")
+    e, n, k = call.weight.shape
+    _columns(op, "dy", call.dy, "N", n)
+    _lora_pair(op, call, "dy", (e, n, k))
+    _finite(op, "scaling", call.scaling)
+    _bias(op, call, "dy", e, n)
+    _gates(op, call, "dy")
+    if call.x is not None:
+        _x(op, call)
+        _like(op, "x", call.x, "dy", call.dy)
+        _columns(op, "x", call.x, "K", k)
 
 
-def _dy_and_x(op, dy, x, slots, offsets, top_k, gates, x_grouped) -> None:
-    _routing(op, "dy", dy, slots, offsets, top_k)
-    _dy(op, dy, slots, top_k, gates)
-    _float(op, "dy", dy)
-    _x(op, x, slots, top_k, x_grouped)
-    _like(op, "x", x, "dy", dy)
+def _dy_and_x(op: str, call: NamedTuple) -> None:
+    _routing(op, call, "dy")
+    _dy(op, call)
+    _x(op, call)
+    _like(op, "x", call.x, "dy", call.dy)
 
 
-def scatter_lora_dab(
-    dy, x, slots, offsets, top_k, lora_a, lora_b, scaling, gates, x_grouped, y_grouped
-) -> None:
-    """All arguments of `scatter_lora_dab`, in the order of its schema."""
+def scatter_lora_dab(call: ScatterLoraDab) -> None:
     op = "scatter_lora_dab"
-    _dy_and_x(op, dy, x, slots, offsets, top_k, gates, x_grouped)
-    _lora(op, lora_a, lora_b, "dy", dy, (offsets.shape[0], dy.shape[1], x.shape[1]))
-    _finite(op, "scaling", scaling)
-    _gates(op, gates, "dy", dy, slots, top_k, y_grouped)
+    _dy_and_x(op, call)
+    _lora(op, call, "dy", (call.expert_offsets.shape[0], call.dy.shape[1], call.x.shape[1]))
+    _finite(op, "scaling", call.scaling)
+    _gates(op, call, "dy")
 
 
-def scatter_lora_backward(
-    dy, x, weight, slots, offsets, top_k, lora_a, lora_b, scaling, bias, gates, x_grouped, y_grouped
-) -> None:  # fmt: skip
-    """The arguments of `scatter_lora_backward` that can be wrong, in the order of its schema."""
+def scatter_lora_backward(call: ScatterLoraBackward) -> None:
     op = "scatter_lora_backward"
-    _dy_and_x(op, dy, x, slots, offsets, top_k, gates, x_grouped)
-    _weight(op, weight, "dy", dy, offsets)
-    e, n, k = weight.shape
-    _columns(op, "dy", dy, "N", n, "weight")
-    _columns(op, "x", x, "K", k, "weight")
-    _lora(op, lora_a, lora_b, "dy", dy, (e, n, k))
-    _finite(op, "scaling", scaling)
-    _bias(op, bias, "dy", dy, e, n)
-    _gates(op, gates, "dy", dy, slots, top_k, y_grouped)
+    _dy_and_x(op, call)
+    _weight(op, call, "dy")
+    e, n, k = call.weight.shape
+    _columns(op, "dy", call.dy, "N", n)
+    _columns(op, "x", call.x, "K", k)
+    _lora(op, call, "dy", (e, n, k))
+    _finite(op, "scaling", call.scaling)
+    _bias(op, call, "dy", e, n)
+    _gates(op, call, "dy")
 
 
-def scatter_lora_dw(dy, x, slots, offsets, top_k, gates, x_grouped, y_grouped) -> None:
-    """All arguments of `scatter_lora_dw`, in the order of its schema."""
+def scatter_lora_dw(call: ScatterLoraDw) -> None:
     op = "scatter_lora_dw"
-    _dy_and_x(op, dy, x, slots, offsets, top_k, gates, x_grouped)
-    _gates(op, gates, "dy", dy, slots, top_k, y_grouped)
+    _dy_and_x(op, call)
+    _gates(op, call, "dy")
 
 
-def scatter_lora_dbias(dy, slots, offsets, top_k, gates, y_grouped) -> None:
-    """All arguments of `scatter_lora_dbias`, in the order of its schema."""
+def scatter_lora_dbias(call: ScatterLoraDbias) -> None:
     op = "scatter_lora_dbias"
-    _routing(op, "dy", dy, slots, offsets, top_k)
-    _dy(op, dy, slots, top_k, gates)
-    _float(op, "dy", dy)
-    _gates(op, gates, "dy", dy, slots, top_k, y_grouped)
+    _routing(op, call, "dy")
+    _dy(op, call)
+    _gates(op, call, "dy")
 
 
-def _glu(op: str, h: Tensor, act: str, alpha: float, limit: float | None, up_shift: float) -> None:
+def _glu(op: str, call: Glu | GluBackward) -> None:
+    h, act, alpha, limit = call.h, call.act, call.alpha, call.limit
     _dim(op, "h", h, 2, "rows, 2I")
     _float(op, "h", h)
     torch._check(
@@ -325,18 +346,18 @@ def _glu(op: str, h: Tensor, act: str, alpha: float, limit: float | None, up_shi
         limit is None or limit > 0,
         lambda: f"{op}: limit must be None or greater than 0, got {float(limit):g}",
     )
-    _finite(op, "up_shift", up_shift)
+    _finite(op, "up_shift", call.up_shift)
 
 
-def glu(h, act, alpha, limit, up_shift) -> None:
-    """h [rows, 2I]; the arguments of `glu` that can be wrong."""
-    _glu("glu", h, act, alpha, limit, up_shift)
+def glu(call: Glu) -> None:
+    """h [rows, 2I]."""
+    _glu("glu", call)
 
 
-def glu_backward(dy, h, act, alpha, limit, up_shift) -> None:
+def glu_backward(call: GluBackward) -> None:
     """dy [rows, I] beside the arguments of `glu`."""
     op = "glu_backward"
-    _glu(op, h, act, alpha, limit, up_shift)
-    rows, columns = h.shape
-    _shape(op, "dy", dy, (rows, columns // 2), "the rows and half the columns of h")
-    _like(op, "dy", dy, "h", h)
+    _glu(op, call)
+    rows, columns = call.h.shape
+    _shape(op, "dy", call.dy, (rows, columns // 2), "the rows and half the columns of h")
+    _like(op, "dy", call.dy, "h", call.h)

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import checks
+from .calls import (
+    CALLS,
+    FlattenSortCount,
+    Glu,
+    GluBackward,
+    ScatterLora,
+    ScatterLoraBackward,
+    ScatterLoraDab,
+    ScatterLoraDbias,
+    ScatterLoraDw,
+    ScatterLoraDx,
+)
 from .layouts import empty_gradient
 
 
@@ -14,85 +28,65 @@ def gate_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    checks.flatten_sort_count(expert_idxs, num_experts)
-    slots = expert_idxs.new_empty(expert_idxs.shape[0] * expert_idxs.shape[1], dtype=torch.int64)
-    return slots, expert_idxs.new_empty(num_experts, dtype=torch.int32)
+def flatten_sort_count(call: FlattenSortCount) -> tuple[Tensor, Tensor]:
+    checks.flatten_sort_count(call)
+    ids = call.expert_idxs
+    slots = ids.new_empty(ids.shape[0] * ids.shape[1], dtype=torch.int64)
+    return slots, ids.new_empty(call.num_experts, dtype=torch.int32)
 
 
-def scatter_lora(
-    x, weight, slots, offsets, top_k, lora_a=None, lora_b=None, scaling=1.0, bias=None, gates=None,
-    x_grouped=False, y_grouped=False,
-) -> Tensor:  # fmt: skip
-    checks.scatter_lora(
-        x, weight, slots, offsets, top_k, lora_a, lora_b, scaling, bias, gates, x_grouped, y_grouped
-    )
-    rows = slots.shape[0] if gates is None else gates.shape[0]
-    return x.new_empty(rows, weight.shape[1])
+def scatter_lora(call: ScatterLora) -> Tensor:
+    checks.scatter_lora(call)
+    rows = call.sorted_scattered_idxs.shape[0] if call.gates is None else call.gates.shape[0]
+    return call.x.new_empty(rows, call.weight.shape[1])
 
 
-def _input_gradients(dy, weight, slots, top_k, gates, x_grouped, with_dgates) -> tuple[Tensor, Tensor]:
-    rows = slots.shape[0] if x_grouped else slots.shape[0] // top_k
-    dgates = tuple(gates.shape) if with_dgates else (0,)
+def _input_gradients(call: ScatterLoraDx | ScatterLoraBackward, with_dgates: bool) -> tuple[Tensor, Tensor]:
+    slots = call.sorted_scattered_idxs.shape[0]
+    dgates = tuple(call.gates.shape) if with_dgates else (0,)
     return (
-        dy.new_empty(rows, weight.shape[2]),
-        dy.new_empty(dgates, dtype=gate_gradient_dtype(dy.dtype)),
+        call.dy.new_empty(slots if call.x_grouped else slots // call.top_k, call.weight.shape[2]),
+        call.dy.new_empty(dgates, dtype=gate_gradient_dtype(call.dy.dtype)),
     )
 
 
-def scatter_lora_dx(
-    dy, weight, slots, offsets, top_k, lora_a=None, lora_b=None, scaling=1.0, bias=None, gates=None, x=None,
-    x_grouped=False, y_grouped=False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    checks.scatter_lora_dx(
-        dy, weight, slots, offsets, top_k, lora_a, lora_b, scaling, bias, gates, x, x_grouped, y_grouped
-    )
-    with_dgates = gates is not None and x is not None
-    return _input_gradients(dy, weight, slots, top_k, gates, x_grouped, with_dgates)
+def scatter_lora_dx(call: ScatterLoraDx) -> tuple[Tensor, Tensor]:
+    checks.scatter_lora_dx(call)
+    return _input_gradients(call, call.gates is not None and call.x is not None)
 
 
-def scatter_lora_dab(
-    dy, x, slots, offsets, top_k, lora_a, lora_b, scaling=1.0, gates=None, x_grouped=False, y_grouped=False
-) -> tuple[Tensor, Tensor]:
-    checks.scatter_lora_dab(
-        dy, x, slots, offsets, top_k, lora_a, lora_b, scaling, gates, x_grouped, y_grouped
-    )
-    return lora_a.new_empty(lora_a.shape), empty_gradient(lora_b)
+def scatter_lora_dab(call: ScatterLoraDab) -> tuple[Tensor, Tensor]:
+    checks.scatter_lora_dab(call)
+    return call.lora_a.new_empty(call.lora_a.shape), empty_gradient(call.lora_b)
 
 
-def scatter_lora_backward(
-    dy, x, weight, slots, offsets, top_k, lora_a, lora_b, scaling=1.0, bias=None, gates=None,
-    x_grouped=False, y_grouped=False, with_dgates=True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    checks.scatter_lora_backward(
-        dy, x, weight, slots, offsets, top_k, lora_a, lora_b, scaling, bias, gates, x_grouped, y_grouped
-    )
-    with_dgates = with_dgates and gates is not None
+def scatter_lora_backward(call: ScatterLoraBackward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.scatter_lora_backward(call)
     return (
-        *_input_gradients(dy, weight, slots, top_k, gates, x_grouped, with_dgates),
-        lora_a.new_empty(lora_a.shape),
-        empty_gradient(lora_b),
+        *_input_gradients(call, call.gates is not None and call.with_dgates),
+        call.lora_a.new_empty(call.lora_a.shape),
+        empty_gradient(call.lora_b),
     )
 
 
-def scatter_lora_dw(dy, x, slots, offsets, top_k, gates=None, x_grouped=False, y_grouped=False) -> Tensor:
-    checks.scatter_lora_dw(dy, x, slots, offsets, top_k, gates, x_grouped, y_grouped)
-    return x.new_empty(offsets.shape[0], dy.shape[1], x.shape[1])
+def scatter_lora_dw(call: ScatterLoraDw) -> Tensor:
+    checks.scatter_lora_dw(call)
+    return call.x.new_empty(call.expert_offsets.shape[0], call.dy.shape[1], call.x.shape[1])
 
 
-def scatter_lora_dbias(dy, slots, offsets, top_k, gates=None, y_grouped=False) -> Tensor:
-    checks.scatter_lora_dbias(dy, slots, offsets, top_k, gates, y_grouped)
-    return dy.new_empty(offsets.shape[0], dy.shape[1])
+def scatter_lora_dbias(call: ScatterLoraDbias) -> Tensor:
+    checks.scatter_lora_dbias(call)
+    return call.dy.new_empty(call.expert_offsets.shape[0], call.dy.shape[1])
 
 
-def glu(h, act="silu", alpha=1.0, limit=None, up_shift=0.0, interleaved=False) -> Tensor:
-    checks.glu(h, act, alpha, limit, up_shift)
-    return h.new_empty(h.shape[0], h.shape[1] // 2)
+def glu(call: Glu) -> Tensor:
+    checks.glu(call)
+    return call.h.new_empty(call.h.shape[0], call.h.shape[1] // 2)
 
 
-def glu_backward(dy, h, act="silu", alpha=1.0, limit=None, up_shift=0.0, interleaved=False) -> Tensor:
-    checks.glu_backward(dy, h, act, alpha, limit, up_shift)
-    return h.new_empty(h.shape)
+def glu_backward(call: GluBackward) -> Tensor:
+    checks.glu_backward(call)
+    return call.h.new_empty(call.h.shape)
 
 
 FAKES = {
@@ -108,7 +102,16 @@ FAKES = {
 }
 
 
+def _takes_arguments(name: str) -> Callable:
+    fake, kind = FAKES[name], CALLS[name]
+
+    def implementation(*args, **kwargs):
+        return fake(kind(*args, **kwargs))
+
+    return implementation
+
+
 def register(lib: torch.library.Library) -> None:
     """Registers the fake of every operator with `lib`."""
-    for name, fake in FAKES.items():
-        torch.library.register_fake(f"{lib.ns}::{name}", fake, lib=lib)
+    for name in FAKES:
+        torch.library.register_fake(f"{lib.ns}::{name}", _takes_arguments(name), lib=lib)

@@ -19,7 +19,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._moe_mlp import glu_then_scatter_lora, plain_activation
+from .activations import plain_activation
+from .calls import ScatterLora
+from .glu_scatter_lora import glu_scatter_lora
 
 
 def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -83,19 +85,9 @@ def scatter_lora(
             covers the contents of the index tensors.
     """
     return torch.ops.moelora.scatter_lora(
-        x,
-        weight,
-        sorted_scattered_idxs,
-        expert_offsets,
-        top_k,
-        lora_a,
-        lora_b,
-        scaling,
-        bias,
-        gates,
-        x_grouped,
-        y_grouped,
-    )
+        x, weight, sorted_scattered_idxs, expert_offsets, top_k, lora_a=lora_a, lora_b=lora_b,
+        scaling=scaling, bias=bias, gates=gates, x_grouped=x_grouped, y_grouped=y_grouped,
+    )  # fmt: skip
 
 
 def glu(
@@ -203,7 +195,7 @@ def moe_mlp(
 ) -> Tensor:
     """The experts of a mixture-of-experts layer: route → gate_up → activation → down, weighted by `gates`.
 
-    Kept for the backward: the arguments, the indices and h = gate_up(x) [S, 2I]. The gated unit's output is
+    Kept for the backward: arguments, the indices and h = gate_up(x) [S, 2I]. The gated unit's output is
     recomputed from h. Differentiable in x, gates and every parameter; once only.
 
     Args:
@@ -212,11 +204,9 @@ def moe_mlp(
         gate_up_weight, down_weight: [E, 2I, H] ([E, I, H] if not `gated`), [E, H, I], any strides, in place.
         gate_up_lora_a, gate_up_lora_b: [E, R, H], [E, 2I, R]; both or neither.
         down_lora_a, down_lora_b: [E, R', I], [E, H, R']; both or neither.
-        gate_up_scaling, down_scaling: factors of the LoRA terms.
-        gate_up_bias, down_bias: [E, 2I], [E, H].
+        gate_up_scaling, down_scaling: factors of the LoRA terms. gate_up_bias, down_bias: [E, 2I], [E, H].
         act, alpha, limit, up_shift, interleaved: those of `glu`.
-        gated: False for experts with one plain activation: `act` is then "silu" (with alpha), "gelu",
-            "gelu_tanh", "relu" or "relu2" (relu squared).
+        gated: False: one plain `act`: "silu" (with alpha), "gelu", "gelu_tanh", "relu", "relu2" (its square).
         activation: replaces the activation: a function of h [S, 2I] in grouped order that gives [S, I].
 
     Returns:
@@ -227,14 +217,16 @@ def moe_mlp(
     """
     _check_moe_mlp(x, expert_idxs, gates, gate_up_weight, down_weight, gated, activation)
     _check_ungated(gated, activation, act, alpha, limit, up_shift, interleaved)
-    top_k = expert_idxs.shape[1]
-    slots, offsets = flatten_sort_count(expert_idxs, gate_up_weight.shape[0])
-    h = torch.ops.moelora.scatter_lora(
-        x, gate_up_weight, slots, offsets, top_k, gate_up_lora_a, gate_up_lora_b, gate_up_scaling,
-        gate_up_bias, None, False, True,
+    routing = (*flatten_sort_count(expert_idxs, gate_up_weight.shape[0]), expert_idxs.shape[1])
+    h = scatter_lora(
+        x, gate_up_weight, *routing, lora_a=gate_up_lora_a, lora_b=gate_up_lora_b, scaling=gate_up_scaling,
+        bias=gate_up_bias, y_grouped=True,
     )  # fmt: skip
-    down = (down_weight, slots, offsets, top_k, down_lora_a, down_lora_b, down_scaling, down_bias, gates)
+    down = ScatterLora(
+        h, down_weight, *routing, lora_a=down_lora_a, lora_b=down_lora_b, scaling=down_scaling,
+        bias=down_bias, gates=gates, x_grouped=True,
+    )  # fmt: skip
     if gated and activation is None:
-        return glu_then_scatter_lora(h, (act, alpha, limit, up_shift, interleaved), *down)
+        return glu_scatter_lora(down, (act, alpha, limit, up_shift, interleaved))
     inner = plain_activation(h, act, alpha) if activation is None else activation(h)
-    return torch.ops.moelora.scatter_lora(inner, *down, True, False)
+    return torch.ops.moelora.scatter_lora(*down._replace(x=inner))

@@ -8,6 +8,7 @@ import platform
 import torch
 
 from . import _C, backends
+from .batch_invariance import is_batch_invariant
 from .switches import SWITCHES
 
 
@@ -48,7 +49,8 @@ def info() -> dict:
 
     `cpu` holds `built`, `detected`, `permitted` and `usable` (lists of instruction sets), `chosen` (dtype →
     the set its kernels use), `override` (MOELORA_ISA or None) and `reasons` (set → why it is not usable).
-    `cuda` and `triton` hold `available` and, where that is False, a `reason`.
+    `cuda` and `triton` hold `available` and, where that is False, a `reason`. `batch_invariant` is what is
+    set now.
     """
     return {
         "versions": {
@@ -59,9 +61,14 @@ def info() -> dict:
         },
         "cpu": _C.isa_report(),
         "threads": torch.get_num_threads(),
+        "batch_invariant": is_batch_invariant(),
         "cuda": _cuda(),
         "triton": _triton(),
-        "switches": {"MOELORA_BACKEND": SWITCHES.backend, "MOELORA_AUTOTUNE": SWITCHES.autotune},
+        "switches": {
+            "MOELORA_BACKEND": SWITCHES.backend,
+            "MOELORA_AUTOTUNE": SWITCHES.autotune,
+            "MOELORA_BATCH_INVARIANT": SWITCHES.batch_invariant,
+        },
     }
 
 
@@ -70,6 +77,7 @@ def rows(report: dict) -> list[tuple[str, str]]:
     cpu, cuda, triton = report["cpu"], report["cuda"], report["triton"]
     lines = [(name, text) for name, text in report["versions"].items()]
     lines.append(("threads", str(report["threads"])))
+    lines.append(("batch invariant", "yes" if report["batch_invariant"] else "no"))
     for name in ("built", "detected", "permitted", "usable"):
         lines.append((f"instruction sets {name}", ", ".join(cpu[name]) or "none"))
     lines.append(("chosen", ", ".join(f"{dtype}: {isa}" for dtype, isa in cpu["chosen"].items())))
@@ -78,6 +86,6 @@ def rows(report: dict) -> list[tuple[str, str]]:
     where = ", ".join(cuda["devices"])
     lines.append(("CUDA", where if cuda["available"] else f"unavailable: {cuda['reason']}"))
     lines.append(("Triton", triton["version"] if triton["available"] else f"unavailable: {triton['reason']}"))
-    lines.append(("MOELORA_BACKEND", report["switches"]["MOELORA_BACKEND"] or "unset"))
-    lines.append(("MOELORA_AUTOTUNE", "1" if report["switches"]["MOELORA_AUTOTUNE"] else "unset"))
+    for name, value in report["switches"].items():
+        lines.append((name, "1" if value is True else value or "unset"))
     return lines

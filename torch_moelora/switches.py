@@ -16,12 +16,13 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Switches:
     """backend: "triton", or None for the C++ kernels on CPU tensors. autotune: search Triton
-    configurations.
+    configurations. batch_invariant: what `set_batch_invariant` is called with at import.
     """
 
     backend: str | None
     autotune: bool
     triton_interpret: bool
+    batch_invariant: bool = False
 
 
 def read(environ: Mapping[str, str]) -> Switches:
@@ -30,7 +31,7 @@ def read(environ: Mapping[str, str]) -> Switches:
     if backend not in (None, "triton"):
         raise ImportError(f"MOELORA_BACKEND must be triton or unset, got {backend}")
     flags = {}
-    for name in ("MOELORA_AUTOTUNE", "TRITON_INTERPRET"):
+    for name in ("MOELORA_AUTOTUNE", "MOELORA_BATCH_INVARIANT", "TRITON_INTERPRET"):
         value = environ.get(name) or "0"
         if name.startswith("MOELORA") and value not in ("0", "1"):
             raise ImportError(f"{name} must be 0, 1 or unset, got {value}")
@@ -39,7 +40,9 @@ def read(environ: Mapping[str, str]) -> Switches:
         raise ImportError(
             "MOELORA_BACKEND=triton must come with TRITON_INTERPRET=1, got TRITON_INTERPRET unset"
         )
-    return Switches(backend, flags["MOELORA_AUTOTUNE"], flags["TRITON_INTERPRET"])
+    return Switches(
+        backend, flags["MOELORA_AUTOTUNE"], flags["TRITON_INTERPRET"], flags["MOELORA_BATCH_INVARIANT"]
+    )
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:

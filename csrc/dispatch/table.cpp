@@ -1,5 +1,6 @@
 #include "dispatch/table.h"
 
+#include <array>
 #include <stdexcept>
 
 #include "ukernel/kernel_sets.h"
@@ -196,10 +197,17 @@ KernelChoice choose(DType dtype) {
 
 }  // namespace
 
-const KernelChoice& kernels_for(DType dtype) {
-  static const KernelChoice choices[kDTypes] = {choose(DType::bf16), choose(DType::f16), choose(DType::f32),
-                                                choose(DType::f64)};
-  return choices[static_cast<int>(dtype)];
+const KernelChoice& kernels_for(DType dtype, bool batch_invariant) {
+  static const auto all = [] {
+    std::array<std::array<KernelChoice, kDTypes>, 2> choices;
+    for (int t = 0; t < kDTypes; ++t) {
+      choices[0][t] = choices[1][t] = choose(static_cast<DType>(t));
+      // Dot products add up in another order than tiles.
+      choices[1][t].blocking.dot_rows = choices[1][t].blocking.odd_rows = 0;
+    }
+    return choices;
+  }();
+  return all[batch_invariant][static_cast<int>(dtype)];
 }
 
 std::vector<KernelChoice> usable_kernels() {

@@ -37,7 +37,9 @@ struct KernelChoice {
 };
 
 // Kernels for tensors of `dtype`: the chosen instruction set where it has that type, else the best below it.
-const KernelChoice& kernels_for(DType dtype);
+// batch_invariant: one family of kernels for all numbers of rows, so that the bits of a row do not depend on the
+// others.
+const KernelChoice& kernels_for(DType dtype, bool batch_invariant = false);
 
 // Every kernel set that can run on this machine, whatever MOELORA_ISA says; for tests.
 std::vector<KernelChoice> usable_kernels();

@@ -48,7 +48,6 @@ void flat_orientation_block(const KernelChoice& choice, const GroupedLinear& op,
   const Steps base{x_rows(k, op, range, arena), w.flat_rows(range.out0, 0), rows, width, size};
   char* c = static_cast<char*>(arena.take(bytes));
   char* total = depth > chain ? static_cast<char*>(arena.take(bytes)) : nullptr;
-  if (total) std::memset(total, 0, static_cast<size_t>(bytes));
   for (int64_t p = 0; p < depth; p += chain) {
     const int64_t end = min64(depth, p + chain);
     base.add(p, end, Start::zero, c);
@@ -58,7 +57,10 @@ void flat_orientation_block(const KernelChoice& choice, const GroupedLinear& op,
       const Steps lora{u, lora_rows(k, b, range.out0, width, arena), rows, width, size};
       lora.add(0, b.depth(), Start::resume, c);
     }
-    if (total) k.add(total, c, nullptr, 1.0, rows * width);
+    if (total && p == 0)
+      std::memcpy(total, c, static_cast<size_t>(bytes));
+    else if (total)
+      k.add(total, c, nullptr, 1.0, rows * width);
   }
   for (int64_t j = 0; j < width; j += piece) {
     const int64_t outputs = min64(piece, width - j);

@@ -99,24 +99,70 @@ std::pair<int64_t, int64_t> rows_of_tokens(const Routing& routing, int64_t e, in
   return {first - slots, last - slots};
 }
 
-// Few rows in all: every row by itself first, in slot order, then each token's rows are added in that order.
+// Few rows in all: every row by itself first, then each token's are added up as SummedJobs does, experts ascending.
+class CombinedRows {
+ public:
+  CombinedRows(const KernelChoice& choice, const GroupedLinear& op, Arena& arena)
+      : op_(op), k_(*choice.kernels), acc_(accumulator_size(k_)), outputs_(op.w.rows()) {
+    const Routing& routing = *op.routing;
+    rows_ = static_cast<char*>(arena.take(routing.slots * outputs_ * acc_));
+    position_of_ = arena.take_array<int64_t>(routing.slots);
+    for (int64_t i = 0; i < routing.slots; ++i) position_of_[routing.sorted_scattered_idxs[i]] = i;
+    if (op.bias.data == nullptr) return;
+    bias_ = static_cast<char*>(arena.take(routing.experts * outputs_ * acc_));
+    std::memset(bias_, 0, static_cast<size_t>(routing.experts * outputs_ * acc_));
+    for (int64_t e = 0; e < routing.experts; ++e)
+      k_.add_row[static_cast<int>(op.bias.dtype)](bias_ + e * outputs_ * acc_, op.bias.at(e, 0), op.bias.col_stride,
+                                                  1.0, outputs_);
+  }
+
+  // The contraction alone, into rows by position.
+  GroupedLinear apart() const {
+    GroupedLinear apart = op_;
+    apart.bias = {};
+    apart.gates = nullptr;
+    apart.scale = 1.0;
+    apart.out = rows_;
+    apart.out_dtype = accumulator_type(k_);
+    apart.out_order = RowOrder::grouped;
+    return apart;
+  }
+
+  void sum(int64_t token, Arena& arena) const {
+    const Routing& routing = *op_.routing;
+    int64_t* positions = arena.take_array<int64_t>(routing.top_k);
+    std::copy_n(position_of_ + token * routing.top_k, routing.top_k, positions);
+    std::sort(positions, positions + routing.top_k);
+    char* total = static_cast<char*>(arena.take(outputs_ * acc_));
+    std::memset(total, 0, static_cast<size_t>(outputs_ * acc_));
+    for (int64_t j = 0; j < routing.top_k && positions[j] < routing.routed(); ++j) {
+      const int64_t slot = routing.sorted_scattered_idxs[positions[j]];
+      k_.add(total, rows_ + positions[j] * outputs_ * acc_, bias_of(positions[j]),
+             op_.gates ? op_.scale * op_.gates[slot] : op_.scale, outputs_);
+    }
+    k_.store[static_cast<int>(op_.out_dtype)](static_cast<char*>(op_.out) + token * outputs_ * size_of(op_.out_dtype),
+                                              total, nullptr, 1.0, outputs_);
+  }
+
+ private:
+  const char* bias_of(int64_t position) const {
+    if (bias_ == nullptr) return nullptr;
+    const int32_t* ends = op_.routing->expert_offsets;
+    return bias_ + (std::upper_bound(ends, ends + op_.routing->experts, position) - ends) * outputs_ * acc_;
+  }
+
+  const GroupedLinear& op_;
+  const Kernels& k_;
+  const int64_t acc_, outputs_;
+  char *rows_, *bias_ = nullptr;
+  int64_t* position_of_;
+};
+
 void run_combined(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime) {
-  const Kernels& k = *choice.kernels;
-  const int64_t outputs = op.w.rows(), top_k = op.routing->top_k, pitch = outputs * accumulator_size(k);
-  Arena& arena = runtime.arena();
-  Arena::Scope scope(arena);
-  char* rows = static_cast<char*>(arena.take(op.routing->slots * pitch));
-  GroupedLinear apart = op;
-  apart.out = rows;
-  apart.out_dtype = accumulator_type(k);
-  apart.out_order = RowOrder::scattered;
-  run_apart(choice, apart, runtime);
-  for_each_task(runtime, op.routing->tokens(), [&](int64_t token, Arena&) {
-    char* sum = rows + token * top_k * pitch;
-    for (int64_t j = 1; j < top_k; ++j) k.add(sum, sum + j * pitch, nullptr, 1.0, outputs);
-    k.store[static_cast<int>(op.out_dtype)](static_cast<char*>(op.out) + token * outputs * size_of(op.out_dtype), sum,
-                                            nullptr, 1.0, outputs);
-  });
+  Arena::Scope scope(runtime.arena());
+  const CombinedRows rows(choice, op, runtime.arena());
+  run_apart(choice, rows.apart(), runtime);
+  for_each_task(runtime, op.routing->tokens(), [&](int64_t token, Arena& arena) { rows.sum(token, arena); });
 }
 
 // Rows of a token are summed: all experts' rows for a range of tokens × a range of outputs, in order. Such a job is

@@ -10,7 +10,8 @@ namespace moelora {
 // row(position) = x[position] · W[e]ᵀ + u[position] · B[e]ᵀ,   position in grouped order, e its expert
 //
 // out_order grouped or scattered: out[that row] = factor · (row + bias[e])
-// out_order token:                out[t] = Σ of factor · (row + bias[e]) over the token's slots, experts ascending
+// out_order token:                out[t] = Σ of factor · (row + bias[e]) over the token's slots, experts ascending,
+//                                 whatever the size of the problem
 // factor = scale · gates[slot]
 struct GroupedLinear {
   const Routing* routing;

@@ -54,13 +54,16 @@ class StripBlock {
     const int64_t depth = w_.depth();
     for (int64_t out = range_.out0; out < range_.out1; out += cut_.width) {
       Region now{range_.expert, out, min64(cut_.width, range_.out1 - out), 0, 0};
-      if (total_) std::memset(total_, 0, static_cast<size_t>(c_bytes()));
       for (; now.p < depth; now.p += cut_.pass) {
         now.steps = min64(cut_.pass, depth - now.p);
         if (now.p + now.steps == depth) epilogue.expect(range_.row0, rows_, out, min64(piece, now.width));
         multiply(now, after(now), arena);
         const int64_t end = now.p + now.steps;
-        if (total_ && (end == depth || end % chain_ == 0)) k_.add(total_, c_, nullptr, 1.0, rows_ * pitch_);
+        if (!total_ || (end < depth && end % chain_ != 0)) continue;
+        if (end <= chain_)
+          std::memcpy(total_, c_, static_cast<size_t>(c_bytes()));
+        else
+          k_.add(total_, c_, nullptr, 1.0, rows_ * pitch_);
       }
       const int64_t acc = accumulator_size(k_);
       for (int64_t j = 0; j < now.width; j += piece)

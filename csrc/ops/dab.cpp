@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> scatter_lora_dab(Tensor dy, Tensor x, Tensor sorted_s
   std::vector<double> by_slot;
   const GradientArgs args{r, dy, gates_of(gates, by_slot), x_grouped, y_grouped};
   const auto result = new_lora_gradient(args, x, lora_a, lora_b, scaling);
-  lora_gradient(kernels_for(dtype_of(dy)), result.op, runtime());
+  lora_gradient(kernels_for(dtype_of(dy), batch_invariant()), result.op, runtime());
   return {result.da, result.db};
 }
 

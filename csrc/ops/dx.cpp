@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> scatter_lora_dx(Tensor dy, Tensor weight, Tensor sort
   std::vector<double> by_slot;
   const GradientArgs args{r, dy, gates_of(gates, by_slot), x_grouped, y_grouped};
   const auto result = new_input_gradient(args, weight, lora_of(lora_a, lora_b, scaling), bias, x, gates && x);
-  input_gradient(kernels_for(dtype_of(dy)), result.op, runtime());
+  input_gradient(kernels_for(dtype_of(dy), batch_invariant()), result.op, runtime());
   return {result.dx, result.dgates};
 }
 
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_lora_backward(Tensor dy, Tens
   const GradientArgs args{r, dy, gates_of(gates, by_slot), x_grouped, y_grouped};
   const auto rows = new_input_gradient(args, weight, lora_of(lora_a, lora_b, scaling), bias, x, gates && with_dgates);
   const auto lora = new_lora_gradient(args, x, lora_a, lora_b, scaling);
-  input_and_lora_gradient(kernels_for(dtype_of(dy)), rows.op, lora.op, runtime());
+  input_and_lora_gradient(kernels_for(dtype_of(dy), batch_invariant()), rows.op, lora.op, runtime());
   return {rows.dx, rows.dgates, lora.da, lora.db};
 }
 

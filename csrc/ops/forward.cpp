@@ -22,7 +22,7 @@ Tensor scatter_lora(Tensor x, Tensor weight, Tensor sorted_scattered_idxs, Tenso
   Tensor y = new_tensor(x, {gates ? r.tokens() : r.slots, weight.size(1)}, x.scalar_type());
   std::vector<double> by_slot;
   const RowOrder order = gates ? RowOrder::token : y_grouped ? RowOrder::grouped : RowOrder::scattered;
-  forward(kernels_for(dtype_of(x)),
+  forward(kernels_for(dtype_of(x), batch_invariant()),
           {.routing = r,
            .x = {matrix_of(x), x_grouped ? RowOrder::grouped : RowOrder::token},
            .weight = {experts_of(weight)},

@@ -55,6 +55,10 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   return made;
 }
 
+// Whether calls of this thread are to be batch invariant: `moelora_set_batch_invariant` of the process, unless
+// `moelora_override_batch_invariant` of the thread says otherwise.
+bool batch_invariant();
+
 // Torch's threads, and this thread's scratch.
 const Runtime& runtime();
 

@@ -205,29 +205,45 @@ def shipped(key: Key, rank: int, rows: int) -> tuple[Gemm | Outer, bool]:
 
 def choose(
     kernel: str, device: torch.device, dtype: torch.dtype, k: int, n: int, rank: int, rows: int,
-    run: Callable,
+    run: Callable, *, search: bool = True,
 ):  # fmt: skip
-    """The configuration for this shape at `rows` rows an expert; `run(config)` does the work, for timing."""
+    """The configuration for this shape at `rows` rows an expert; `run(config)` does the work, for timing.
+
+    search: whether one may be searched for that the tables do not name. What it finds sums in another order
+    than what ran before it.
+    """
     where = machine(device)
     key = Key(kernel, where.arch, dtype_class(dtype), k, n, bucket(rank, 16, 128), bucket(rows, 16, 4096))
     config, exact = shipped(key, rank, rows)
-    if exact or not switches.SWITCHES.autotune or device.type != "cuda":
+    if exact or not search or not switches.SWITCHES.autotune or device.type != "cuda":
         return config
     return Found.of(where).get(key, run) or config
 
 
 class Found:
-    """Configurations that the search found on one kind of device, in memory and on disk."""
+    """Configurations that the search found on one kind of device, in memory and on disk.
+
+    The file is a convenience: what cannot be read or written is warned of, once, and costs a search.
+    """
 
     def __init__(self, path: Path, kinds: dict[str, type]) -> None:
-        self.path, self.kinds = path, kinds
+        self.path, self.kinds, self.warned = path, kinds, set()
+        self.rows = {}
         try:
-            self.rows = json.loads(path.read_text())
+            rows = json.loads(path.read_text())
+            if not isinstance(rows, dict):
+                raise ValueError(f"an object of rows must be in it, got {type(rows).__name__}")
+            self.rows = rows
         except FileNotFoundError:
-            self.rows = {}
+            pass
         except (OSError, ValueError) as error:
-            warnings.warn(f"ignoring the configurations in {path}: {error}", stacklevel=2)
-            self.rows = {}
+            self.warn("file", f"ignoring the configurations in {path}: {error}")
+
+    def warn(self, about: str, message: str) -> None:
+        """Once `about` the same."""
+        if about not in self.warned:
+            self.warned.add(about)
+            warnings.warn(message, stacklevel=3)
 
     @staticmethod
     @functools.cache
@@ -239,22 +255,44 @@ class Found:
     def get(self, key: Key, run: Callable) -> Gemm | Outer | None:
         """What was found for `key`, searching if it is new; None if nothing ran or nothing may be timed."""
         name = "/".join(map(str, key))
-        if name not in self.rows:
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                return None
-            best = fastest(candidates(key), run)
-            if best is None:
-                return None
+        found = self.read(name, self.kinds[key.kernel])
+        if found is not None:
+            return found
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None
+        best = fastest(candidates(key), run)
+        if best is not None:
             self.rows[name] = asdict(best)
             self.save()
-        return self.kinds[key.kernel](**self.rows[name])
+        return best
+
+    def read(self, name: str, kind: type) -> Gemm | Outer | None:
+        """The row `name`; None if there is none, or one of other fields than today's."""
+        row = self.rows.get(name)
+        if row is None:
+            return None
+        try:
+            found = kind(**row)
+        except TypeError:
+            found = None
+        if found is None or not all(isinstance(value, int) for value in row.values()):
+            self.warn("row", f"ignoring rows in {self.path} that are no {kind.__name__} of this version")
+            return None
+        return found
 
     def save(self) -> None:
         """Replaces the file in one step, so that no process reads half of it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".json", delete=False) as file:
-            json.dump(self.rows, file, indent=1)
-        os.replace(file.name, self.path)
+        part = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".json", delete=False) as file:
+                part = Path(file.name)
+                json.dump(self.rows, file, indent=1)
+            os.replace(part, self.path)
+        except OSError as error:
+            self.warn("save", f"keeping configurations for this process only, not in {self.path}: {error}")
+            if part is not None:
+                part.unlink(missing_ok=True)
 
 
 def fastest(options: Iterable[Gemm | Outer], run: Callable, bench: Callable | None = None):

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks
+from ..calls import ScatterLoraDab, ScatterLoraDbias, ScatterLoraDw
 from ..layouts import empty_gradient
 from . import configs, tiles
 from .route import Routing, Tiles, edge, routing
@@ -145,95 +146,84 @@ def _products(
     run(configs.choose("outer", out.device, dtype, columns_q, columns_p, 0, per_expert, run))
 
 
-def scatter_lora_dab(
-    dy, x, sorted_scattered_idxs, expert_offsets, top_k, lora_a, lora_b, scaling=1.0, gates=None,
-    x_grouped=False, y_grouped=False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def scatter_lora_dab(call: ScatterLoraDab) -> tuple[Tensor, Tensor]:
     """dA = Σ (scaling·gate·dy·B)ᵀ·x and dB = Σ dyᵀ·(scaling·gate·x·Aᵀ)."""
-    checks.scatter_lora_dab(
-        dy, x, sorted_scattered_idxs, expert_offsets, top_k, lora_a, lora_b, scaling, gates, x_grouped,
-        y_grouped,
-    )  # fmt: skip
-    route = routing(sorted_scattered_idxs, expert_offsets, top_k)
-    return lora_gradient(dy, x, route, lora_a, lora_b, scaling, gates, x_grouped, y_grouped)
+    checks.scatter_lora_dab(call)
+    return lora_gradient(call, routing(call))
 
 
-def dy_times_b(dy, route, lora_b, scaling, gates, y_grouped) -> Tensor:
+def dy_times_b(call: ScatterLoraDab, route: Routing) -> Tensor:
     """scaling·gate·dy·B in grouped order, rounded once."""
-    rows = tiles.rows_of_dy(dy, gates, y_grouped)
-    tile_list = _rank_tiles(dy, route)
-    b = tiles.packed(lora_b, dy.dtype, 2).transpose(1, 2)
+    dy, gates = call.dy, call.gates
+    b = tiles.packed(call.lora_b, dy.dtype, 2).transpose(1, 2)
     gates = None if gates is None else gates.contiguous()
-    return tiles.rank_product(rows, b, lora_b.shape[2], route, tile_list, scaling, gates)
+    rank, tile_list = call.lora_b.shape[2], _rank_tiles(dy, route)
+    return tiles.rank_product(tiles.rows_of_dy(call), b, rank, route, tile_list, call.scaling, gates)
 
 
 def _rank_tiles(rows: Tensor, route: Routing) -> Tiles:
-    per_expert = route.rows // route.experts
-    return route.tiles(configs.rank_rows(configs.machine(rows.device), rows.dtype, per_expert))
+    machine = configs.machine(rows.device)
+    return route.tiles(configs.rank_rows(machine, rows.dtype, route.per_expert))
 
 
-def lora_gradient(
-    dy, x, route, lora_a, lora_b, scaling, gates, x_grouped, y_grouped, dyb=None
-) -> tuple[Tensor, Tensor]:
+def lora_gradient(call: ScatterLoraDab, route: Routing, dyb: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(da, db). scaling and gate are in the rank-sized factors, before their one rounding.
 
-    dyb: what `dy_times_b` gives with the same gates, if it is there.
+    dyb: what `dy_times_b` gives, if it is there.
     """
+    x, lora_a, lora_b = call.x, call.lora_a, call.lora_b
     if dyb is None and route.rows:
-        dyb = dy_times_b(dy, route, lora_b, scaling, gates, y_grouped)
+        dyb = dy_times_b(call, route)
     da = torch.empty(lora_a.shape, dtype=lora_a.dtype, device=lora_a.device)
     db = empty_gradient(lora_b)
     if route.rows == 0:
         return da.zero_(), db.zero_()
     (_, rank, k), n = lora_a.shape, lora_b.shape[1]
-    wide_x, wide_dy = tiles.rows_of_x(x, x_grouped), tiles.rows_of_dy(dy, gates, y_grouped)
-    gates = None if gates is None else gates.contiguous()
+    wide_x, wide_dy = tiles.rows_of_x(call), tiles.rows_of_dy(call)
+    gates = None if call.gates is None else call.gates.contiguous()
     a = tiles.packed(lora_a, x.dtype, 1)
-    xa = Rows(tiles.rank_product(wide_x, a, rank, route, _rank_tiles(x, route), scaling, gates), "position")
+    xa = tiles.rank_product(wide_x, a, rank, route, _rank_tiles(x, route), call.scaling, gates)
     chunks = _chunks(route)
     parts = torch.empty((chunks.bound, rank, k), dtype=tiles.accumulator(x.dtype), device=x.device)
     _products(Rows(dyb, "position"), wide_x, parts, route, chunks)
     _sum_chunks(parts, chunks, da)
     parts = torch.empty((chunks.bound, n, rank), dtype=tiles.accumulator(x.dtype), device=x.device)
-    _products(xa, wide_dy, parts.transpose(1, 2), route, chunks)
+    _products(Rows(xa, "position"), wide_dy, parts.transpose(1, 2), route, chunks)
     by_expert = db if db.is_contiguous() else torch.empty(db.shape, dtype=db.dtype, device=db.device)
     _sum_chunks(parts, chunks, by_expert)
     return da, db if db is by_expert else db.copy_(by_expert)
 
 
-def scatter_lora_dw(
-    dy, x, sorted_scattered_idxs, expert_offsets, top_k, gates=None, x_grouped=False, y_grouped=False
-) -> Tensor:
+def scatter_lora_dw(call: ScatterLoraDw) -> Tensor:
     """dW[e] = Σ (gate·dy)ᵀ·x: one program a tile of dW and all rows of its expert."""
-    checks.scatter_lora_dw(dy, x, sorted_scattered_idxs, expert_offsets, top_k, gates, x_grouped, y_grouped)
-    route = routing(sorted_scattered_idxs, expert_offsets, top_k)
-    shape = (route.experts, dy.shape[1], x.shape[1])
+    checks.scatter_lora_dw(call)
+    route = routing(call)
+    x, gates = call.x, call.gates
+    shape = (route.experts, call.dy.shape[1], x.shape[1])
     if route.rows == 0:
         return x.new_zeros(shape)
     dw = torch.empty(shape, dtype=x.dtype, device=x.device)
-    wide_x, wide_dy = tiles.rows_of_x(x, x_grouped), tiles.rows_of_dy(dy, gates, y_grouped)
+    wide_x, wide_dy = tiles.rows_of_x(call), tiles.rows_of_dy(call)
     _products(wide_dy, wide_x, dw, route, None, None if gates is None else gates.contiguous())
     return dw
 
 
-def scatter_lora_dbias(
-    dy, sorted_scattered_idxs, expert_offsets, top_k, gates=None, y_grouped=False
-) -> Tensor:
+def scatter_lora_dbias(call: ScatterLoraDbias) -> Tensor:
     """dbias[e] = Σ gate·dy, by chunks as dA and dB."""
-    checks.scatter_lora_dbias(dy, sorted_scattered_idxs, expert_offsets, top_k, gates, y_grouped)
-    route = routing(sorted_scattered_idxs, expert_offsets, top_k)
-    n = dy.shape[1]
+    checks.scatter_lora_dbias(call)
+    route = routing(call)
+    dy, gates, n = call.dy, call.gates, call.dy.shape[1]
     dbias = torch.empty((route.experts, n), dtype=dy.dtype, device=dy.device)
     if route.rows == 0:
         return dbias.zero_()
     chunks = _chunks(route)
     parts = torch.empty((chunks.bound, n), dtype=tiles.accumulator(dy.dtype), device=dy.device)
-    rows = tiles.rows_of_dy(dy, gates, y_grouped)
     block = configs.bucket(n, 16, 128)
     blocks = triton.cdiv(n, block)
     row_sums[(chunks.bound * blocks,)](
         dy, None if gates is None else gates.contiguous(), parts, route.slots, chunks.map, chunks.starts,
-        route.offsets, route.rows, route.experts, n, chunks.bound, top_k, blocks, *dy.stride(),
-        DY_ROWS=rows.by, BLOCK_S=32, BLOCK_N=block, num_warps=4, maxnreg=configs.registers(8),
+        route.offsets, route.rows, route.experts, n, chunks.bound, route.top_k, blocks, *dy.stride(),
+        DY_ROWS=tiles.rows_of_dy(call).by, BLOCK_S=32, BLOCK_N=block,
+        num_warps=4, maxnreg=configs.registers(8),
     )  # fmt: skip
     return _sum_chunks(parts, chunks, dbias)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks
+from ..calls import ScatterLoraDx
 from . import configs, tiles
 from .route import Routing, Tiles, routing
 from .tiles import Rows, row_of, slots_of
@@ -62,58 +63,48 @@ def _dgates(partial: Tensor, dy: Rows, bias: Tensor | None, route: Routing, tile
     return out
 
 
-def scatter_lora_dx(
-    dy, weight, sorted_scattered_idxs, expert_offsets, top_k, lora_a=None, lora_b=None, scaling=1.0,
-    bias=None, gates=None, x=None, x_grouped=False, y_grouped=False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def scatter_lora_dx(call: ScatterLoraDx) -> tuple[Tensor, Tensor]:
     """dx = gate·(dy·W + (scaling·dy·B)·A): `grouped_gemm` with W, A and B transposed by their strides."""
-    checks.scatter_lora_dx(
-        dy, weight, sorted_scattered_idxs, expert_offsets, top_k, lora_a, lora_b, scaling, bias, gates, x,
-        x_grouped, y_grouped,
-    )  # fmt: skip
-    route = routing(sorted_scattered_idxs, expert_offsets, top_k)
-    return input_gradient(dy, weight, route, lora_a, lora_b, scaling, bias, gates, x, x_grouped, y_grouped)
+    checks.scatter_lora_dx(call)
+    return input_gradient(call, routing(call))
 
 
-def input_gradient(
-    dy, weight, route, lora_a, lora_b, scaling, bias, gates, x, x_grouped, y_grouped, dyb=None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def input_gradient(call: ScatterLoraDx, route: Routing, dyb: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(dx, dgates). dyb: scaling·dy·B in grouped order, as `tiles.rank_product` gives it, if it is there."""
-    n, k = weight.shape[1:]
+    dy, lora_a = call.dy, call.lora_a
+    n, k = call.weight.shape[1:]
     top_k, given_dyb = route.top_k, dyb
     accumulators = tiles.accumulator(dy.dtype)
-    with_dgates = gates is not None and x is not None
+    with_dgates = call.gates is not None and call.x is not None
     if route.rows == 0:
         return dy.new_zeros(0, k), dy.new_zeros((0, top_k) if with_dgates else 0, dtype=accumulators)
     rank = 0 if lora_a is None else lora_a.shape[1]
-    rows = tiles.rows_of_dy(dy, gates, y_grouped)
-    flat_gates = None if gates is None else gates.contiguous()
-    sums = not x_grouped and top_k > 1
+    rows = tiles.rows_of_dy(call)
+    flat_gates = None if call.gates is None else call.gates.contiguous()
+    sums = not call.x_grouped and top_k > 1
 
     def run(config: configs.Gemm) -> tuple[Tensor, Tensor]:
         tile_list = route.tiles(config.block_m)
         dyb, a, other, partial = given_dyb, None, None, None
         if lora_a is not None:
             if dyb is None:
-                b = tiles.packed(lora_b, dy.dtype, 2).transpose(1, 2)
-                dyb = tiles.rank_product(rows, b, rank, route, tile_list, scaling)
+                b = tiles.packed(call.lora_b, dy.dtype, 2).transpose(1, 2)
+                dyb = tiles.rank_product(rows, b, rank, route, tile_list, call.scaling)
             a = tiles.packed(lora_a, dy.dtype, 1).transpose(1, 2)
         if with_dgates:
-            other = tiles.rows_of_x(x, x_grouped)
+            other = tiles.rows_of_x(call)
             blocks = triton.cdiv(k, config.block_n)
             partial = torch.empty((blocks, route.rows), dtype=accumulators, device=dy.device)
         dtype = accumulators if sums else dy.dtype
-        dx = Rows(
-            torch.empty((route.rows, k), dtype=dtype, device=dy.device), "position" if x_grouped else "slot"
-        )
+        out = torch.empty((route.rows, k), dtype=dtype, device=dy.device)
         tiles.gemm(
-            rows, weight.transpose(1, 2), dx, route, tile_list, config,
-            xa=dyb, b=a, gates=flat_gates, other=other, partial=partial,
+            rows, call.weight.transpose(1, 2), Rows(out, "position" if call.x_grouped else "slot"),
+            route, tile_list, config, xa=dyb, b=a, gates=flat_gates, other=other, partial=partial,
         )  # fmt: skip
-        out = tiles.summed(dx.tensor, route.rows // top_k, top_k, dy.dtype) if sums else dx.tensor
+        dx = tiles.summed(out, route.rows // top_k, top_k, dy.dtype) if sums else out
         if not with_dgates:
-            return out, dy.new_empty(0, dtype=accumulators)
-        return out, _dgates(partial, rows, bias, route, tile_list)
+            return dx, dy.new_empty(0, dtype=accumulators)
+        return dx, _dgates(partial, rows, call.bias, route, tile_list)
 
-    per_expert = route.rows // route.experts
-    return run(configs.choose("gemm", dy.device, dy.dtype, n, k, rank, per_expert, run))
+    shape = (dy.device, dy.dtype, n, k, rank)
+    return run(configs.choose("gemm", *shape, route.per_expert, run, search=not route.invariant))

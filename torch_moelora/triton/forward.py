@@ -6,45 +6,40 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..calls import ScatterLora
 from . import configs, tiles
 from .route import routing
 from .tiles import Rows
 
 
-def scatter_lora(
-    x, weight, sorted_scattered_idxs, expert_offsets, top_k, lora_a=None, lora_b=None, scaling=1.0,
-    bias=None, gates=None, x_grouped=False, y_grouped=False,
-) -> Tensor:  # fmt: skip
+def scatter_lora(call: ScatterLora) -> Tensor:
     """A rank-sized product, the grouped GEMM with the LoRA as more steps, and with gates a sum over top_k.
 
     A token's rows stay in the accumulators' dtype until they are summed, so that y is rounded once.
     """
-    checks.scatter_lora(
-        x, weight, sorted_scattered_idxs, expert_offsets, top_k, lora_a, lora_b, scaling, bias, gates,
-        x_grouped, y_grouped,
-    )  # fmt: skip
-    route = routing(sorted_scattered_idxs, expert_offsets, top_k)
-    n = weight.shape[1]
+    checks.scatter_lora(call)
+    route = routing(call)
+    x, weight, lora_a, lora_b = call.x, call.weight, call.lora_a, call.lora_b
+    _, n, k = weight.shape
     if route.rows == 0:
         return x.new_zeros(0, n)
     rank = 0 if lora_a is None else lora_a.shape[1]
-    rows = tiles.rows_of_x(x, x_grouped)
-    gates = None if gates is None else gates.contiguous()
-    sums = gates is not None and top_k > 1
+    rows = tiles.rows_of_x(call)
+    gates = None if call.gates is None else call.gates.contiguous()
+    sums = gates is not None and route.top_k > 1
 
     def run(config: configs.Gemm) -> Tensor:
         tile_list = route.tiles(config.block_m)
         xa = b = None
         if lora_a is not None:
             a = tiles.packed(lora_a, x.dtype, 1)
-            xa = tiles.rank_product(rows, a, rank, route, tile_list, scaling)
+            xa = tiles.rank_product(rows, a, rank, route, tile_list, call.scaling)
             b = tiles.packed(lora_b, x.dtype, 2)
         dtype = tiles.accumulator(x.dtype) if sums else x.dtype
-        y = Rows(
-            torch.empty((route.rows, n), dtype=dtype, device=x.device), "position" if y_grouped else "slot"
-        )
-        tiles.gemm(rows, weight, y, route, tile_list, config, xa=xa, b=b, bias=bias, gates=gates)
-        return tiles.summed(y.tensor, route.rows // top_k, top_k, x.dtype) if sums else y.tensor
+        out = torch.empty((route.rows, n), dtype=dtype, device=x.device)
+        y = Rows(out, "position" if call.y_grouped else "slot")
+        tiles.gemm(rows, weight, y, route, tile_list, config, xa=xa, b=b, bias=call.bias, gates=gates)
+        return tiles.summed(out, route.rows // route.top_k, route.top_k, x.dtype) if sums else out
 
-    per_expert = route.rows // route.experts
-    return run(configs.choose("gemm", x.device, x.dtype, weight.shape[2], n, rank, per_expert, run))
+    shape = (x.device, x.dtype, k, n, rank)
+    return run(configs.choose("gemm", *shape, route.per_expert, run, search=not route.invariant))

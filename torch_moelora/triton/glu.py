@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks
+from ..calls import Glu, GluBackward
 from . import configs
 
 
@@ -99,32 +100,34 @@ def glu_gradient(
     tl.store(at + up, du.to(dh.dtype.element_ty), mask=kept)
 
 
-def _launch(kernel: Callable, tensors: tuple, strides: tuple, h: Tensor, options: tuple) -> None:
-    act, alpha, limit, up_shift, interleaved = options
+def _launch(kernel: Callable, tensors: tuple, strides: tuple, call: Glu | GluBackward) -> None:
+    h, limit = call.h, call.limit
     rows, inner = h.shape[0], h.shape[1] // 2
     if rows == 0:
         return
     block_m, block_n = configs.elementwise(configs.machine(h.device), inner, h.dtype)
     grid = (triton.cdiv(rows, block_m) * triton.cdiv(inner, block_n),)
+    step, up = (2, 1) if call.interleaved else (1, inner)
     kernel[grid](
-        *tensors, rows, inner, *strides, 1 if interleaved else inner, STEP=2 if interleaved else 1, ACT=act,
-        ALPHA=alpha, LIMIT=None if limit is None or math.isinf(limit) else limit, SHIFT=up_shift,
+        *tensors, rows, inner, *strides, up, STEP=step, ACT=call.act, ALPHA=call.alpha,
+        LIMIT=None if limit is None or math.isinf(limit) else limit, SHIFT=call.up_shift,
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
 
 
-def glu(h, act="silu", alpha=1.0, limit=None, up_shift=0.0, interleaved=False) -> Tensor:
+def glu(call: Glu) -> Tensor:
     """f(min(g, limit))·(clamp(u, ±limit) + up_shift): [rows, 2I] → [rows, I]."""
-    checks.glu(h, act, alpha, limit, up_shift)
+    checks.glu(call)
+    h = call.h
     y = torch.empty((h.shape[0], h.shape[1] // 2), dtype=h.dtype, device=h.device)
-    _launch(glu_forward, (h, y), h.stride(), h, (act, alpha, limit, up_shift, interleaved))
+    _launch(glu_forward, (h, y), h.stride(), call)
     return y
 
 
-def glu_backward(dy, h, act="silu", alpha=1.0, limit=None, up_shift=0.0, interleaved=False) -> Tensor:
+def glu_backward(call: GluBackward) -> Tensor:
     """dh [rows, 2I]."""
-    checks.glu_backward(dy, h, act, alpha, limit, up_shift)
+    checks.glu_backward(call)
+    dy, h = call.dy, call.h
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    strides = (*dy.stride(), *h.stride())
-    _launch(glu_gradient, (dy, h, dh), strides, h, (act, alpha, limit, up_shift, interleaved))
+    _launch(glu_gradient, (dy, h, dh), (*dy.stride(), *h.stride()), call)
     return dh

@@ -7,24 +7,26 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
+from ..calls import CALLS
 from . import backward, dab, dx, forward, glu, route
 
 
-def _on_its_device(function: Callable) -> Callable:
+def _takes_arguments(function: Callable) -> Callable:
     """Launches go to the current device's current stream: the first argument's device becomes current."""
+    kind = CALLS[function.__name__]
 
     @functools.wraps(function)
-    def implementation(lead: Tensor, *args):
-        with torch.cuda.device(lead.device) if lead.is_cuda else contextlib.nullcontext():
-            return function(lead, *args)
+    def implementation(*args):
+        call = kind(*args)
+        with torch.cuda.device(call[0].device) if call[0].is_cuda else contextlib.nullcontext():
+            return function(call)
 
     return implementation
 
 
 IMPLEMENTATIONS: dict[str, Callable] = {
-    function.__name__: _on_its_device(function)
+    function.__name__: _takes_arguments(function)
     for function in (
         route.flatten_sort_count,
         forward.scatter_lora,

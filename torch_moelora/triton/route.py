@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks
+from ..batch_invariance import is_batch_invariant
+from ..calls import FlattenSortCount
 from . import configs
 
 
@@ -75,9 +77,10 @@ def place_slots(
             tl.store(offsets + expert, tl.load(ends + last, mask=expert < E), mask=expert < E)
 
 
-def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def flatten_sort_count(call: FlattenSortCount) -> tuple[Tensor, Tensor]:
     """Stable counting sort: count per block, scan, place. No synchronisation, no atomics."""
-    checks.flatten_sort_count(expert_idxs, num_experts)
+    checks.flatten_sort_count(call)
+    expert_idxs, num_experts = call
     top_k = expert_idxs.shape[1]
     rows = expert_idxs.shape[0] * top_k
     slots = expert_idxs.new_empty(rows, dtype=torch.int64)
@@ -141,12 +144,19 @@ class Tiles(NamedTuple):
     rows: int
 
 
+# Rows an expert that configurations go by where results must not depend on the batch: tiles of 128 rows.
+INVARIANT_ROWS = 128
+
+
 class Routing(NamedTuple):
-    """slots [S] int64 and offsets [E] int32, contiguous, as every kernel takes them."""
+    """slots [S] int64 and offsets [E] int32, contiguous, as every kernel takes them. invariant: whether a
+    row's results may not depend on S and on what else is in the batch.
+    """
 
     slots: Tensor
     offsets: Tensor
     top_k: int
+    invariant: bool = False
 
     @property
     def rows(self) -> int:
@@ -158,6 +168,11 @@ class Routing(NamedTuple):
         """E."""
         return self.offsets.shape[0]
 
+    @property
+    def per_expert(self) -> int:
+        """Rows an expert, as configurations are chosen by."""
+        return INVARIANT_ROWS if self.invariant else self.rows // self.experts
+
     def tiles(self, rows: int) -> Tiles:
         """Tiles of at most `rows` rows. Their number is known on the device only; the bound is static."""
         bound = min(triton.cdiv(self.rows, rows) + self.experts + 1, self.rows)
@@ -168,6 +183,7 @@ class Routing(NamedTuple):
         return Tiles(tiles, starts, bound, rows)
 
 
-def routing(slots: Tensor, offsets: Tensor, top_k: int) -> Routing:
-    """The index tensors, made contiguous if they are not."""
-    return Routing(slots.contiguous(), offsets.contiguous(), top_k)
+def routing(call: NamedTuple) -> Routing:
+    """The index tensors of a call, made contiguous if they are not, and what is set now."""
+    slots, offsets = call.sorted_scattered_idxs.contiguous(), call.expert_offsets.contiguous()
+    return Routing(slots, offsets, call.top_k, is_batch_invariant())

@@ -13,9 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs
+from . import configs, weights
 from .route import Routing, Tiles
 
 # Ranks are padded to a multiple: the least that a matrix instruction contracts, and whole 32-byte lines.
@@ -29,12 +28,13 @@ class Rows(NamedTuple):
     by: str
 
 
-def rows_of_x(x: Tensor, x_grouped: bool) -> Rows:
-    return Rows(x, "position" if x_grouped else "token")
+def rows_of_x(call: NamedTuple) -> Rows:
+    return Rows(call.x, "position" if call.x_grouped else "token")
 
 
-def rows_of_dy(dy: Tensor, gates: Tensor | None, y_grouped: bool) -> Rows:
-    return Rows(dy, "token" if gates is not None else "position" if y_grouped else "slot")
+def rows_of_dy(call: NamedTuple) -> Rows:
+    grouped = "position" if call.y_grouped else "slot"
+    return Rows(call.dy, grouped if call.gates is None else "token")
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -91,8 +91,8 @@ def against(acc, start, end, row_at, real, stride):
 
 @triton.jit
 def finish(
-    acc, start, expert, y_row, o_row, real, gate, y, bias, other, scale,
-    N, y_m, bias_e, bias_n, other_m, other_n, SCALED: tl.constexpr,
+    acc, start, expert, y_row, o_row, real, gate, y, bias, other, scale, N, y_m, bias_strides, other_strides,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     """Accumulators [BM, BN] of columns start.. → y. Returns ⟨row, other⟩ [BM], before scale, bias, gate."""
     n = start + tl.arange(0, acc.shape[1])
@@ -100,11 +100,12 @@ def finish(
     end = tl.where(expert < 0, 0, N)  # for the rows of sentinels nothing is read
     product = tl.zeros((acc.shape[0],), dtype=acc.dtype)
     if other is not None:
-        product += against(acc, start, end, other + o_row * other_m, real, other_n)
+        product += against(acc, start, end, other + o_row * other_strides[0], real, other_strides[1])
     if SCALED:
         acc *= tl.full((), scale, acc.dtype)
     if bias is not None:
-        bias_at = bias + tl.maximum(expert, 0).to(tl.int64) * bias_e + n_at * bias_n  # int64: E·stride
+        bias_at = bias + tl.maximum(expert, 0).to(tl.int64) * bias_strides[0]  # int64: E·stride
+        bias_at += n_at * bias_strides[1]
         acc += tl.load(bias_at, mask=n < end, other=0.0).to(acc.dtype)[None, :]
     if gate is not None:
         acc *= gate.to(acc.dtype)[:, None]
@@ -117,9 +118,9 @@ def finish(
 def grouped_gemm(
     x, w, y, xa, b, bias, gates, other, partial, slots, tiles, starts,
     S, E, K, N, R, bound, top_k, y_m, scale: "fp64",  # noqa: F821, UP037
-    x_m, x_k, w_e, w_n, w_k, b_e, b_n, b_r, bias_e, bias_n, other_m, other_n,
+    x_strides, w_strides, b_strides, bias_strides, other_strides,
     X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, OTHER_ROWS: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, WHOLE_K: tl.constexpr,
+    WEIGHT: tl.constexpr, PRECISION: tl.constexpr, WHOLE_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +130,7 @@ def grouped_gemm(
     scale counts where SCALED: the rank-sized products, which leave their accumulators scaled.
 
     x       [rows by X_ROWS, K]
-    w       [E, N, K], or a descriptor of it: DESCRIPTOR "NK" as it is, "KN" of its transpose, "" a pointer
+    w       [E, N, K], as `weights.describe` gives it; WEIGHT is its kind
     y       [S by Y_ROWS, N], rows y_m apart
     xa      [S by position, R] contiguous, or None; BLOCK_R divides R
     b       [E, N, R], or None
@@ -153,47 +154,36 @@ def grouped_gemm(
         block_n = within // height
 
         expert = tl.load(tiles + tile)
+        start = block_n * BLOCK_N
         # 0 for the rows of sentinels, of which nothing is read or multiplied.
         steps_k, steps_r = tl.where(expert < 0, 0, K), tl.where(expert < 0, 0, R)
         last = tl.load(tiles + 2 * bound + tile)
         position = tl.load(tiles + bound + tile) + tl.arange(0, BLOCK_M)
         slot, real = slots_of(slots, position, last, S)
-        n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        # Columns past the end wrap around: read without a mask, never stored. A minimum would hide from the
-        # compiler that they are contiguous.
-        n_read = (n % N).to(tl.int64)  # int64: N·stride
-        e_read = tl.maximum(expert, 0).to(tl.int64)  # int64: E·N·K
         k = tl.arange(0, BLOCK_K)
         x_row = row_of(position, last, slot, top_k, X_ROWS)
-        x_at = x + x_row[:, None] * x_m + k[None, :].to(tl.int64) * x_k  # int64: K·stride
-        if DESCRIPTOR == "":
-            w_at = w + e_read * w_e + n_read[None, :] * w_n + k[:, None].to(tl.int64) * w_k  # as above
+        # int64: K·stride
+        x_at = x + x_row[:, None] * x_strides[0] + k[None, :].to(tl.int64) * x_strides[1]
+        w_at = weights.first_tile(w, w_strides, expert, start, N, WEIGHT, BLOCK_N, BLOCK_K)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         for done in range(0, steps_k, BLOCK_K):
             if WHOLE_K:  # noqa: SIM108
                 x_tile = tl.load(x_at)  # [BM, BK]
             else:
                 x_tile = tl.load(x_at, mask=k[None, :] < K - done, other=0.0)  # [BM, BK]
-            if DESCRIPTOR == "NK":
-                w_tile = w.load([expert, block_n * BLOCK_N, done]).reshape(BLOCK_N, BLOCK_K).T  # [BK, BN]
-            elif DESCRIPTOR == "KN":
-                w_tile = w.load([expert, done, block_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)  # [BK, BN]
-            elif WHOLE_K:
-                w_tile = tl.load(w_at)  # [BK, BN]
-            else:
-                w_tile = tl.load(w_at, mask=k[:, None] < K - done, other=0.0)  # [BK, BN]
+            # [BK, BN]
+            w_tile = weights.tile(w_at, w_strides, expert, start, done, K, WEIGHT, WHOLE_K, BLOCK_N, BLOCK_K)
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)
-            x_at += step * x_k
-            if DESCRIPTOR == "":
-                w_at += step * w_k
+            x_at += step * x_strides[1]
         if xa is not None:
+            r = tl.arange(0, BLOCK_R)
+            # int64: S·R
+            xa_at = xa + tl.minimum(position, last - 1)[:, None].to(tl.int64) * R + r[None, :]
+            b_at = weights.first_tile(b, b_strides, expert, start, N, "", BLOCK_N, BLOCK_R)
             for done in tl.range(0, steps_r, BLOCK_R, num_stages=1):
-                r = done + tl.arange(0, BLOCK_R)
-                # int64: S·R, and E·N·R
-                xa_at = xa + tl.minimum(position, last - 1)[:, None].to(tl.int64) * R + r[None, :]
-                b_at = b + e_read * b_e + n_read[None, :] * b_n + r[:, None].to(tl.int64) * b_r
-                xa_tile, b_tile = tl.load(xa_at), tl.load(b_at)  # [BM, BR], [BR, BN]
-                acc = tl.dot(xa_tile, b_tile, acc, input_precision=PRECISION, out_dtype=ACC)
+                b_tile = weights.tile(b_at, b_strides, expert, start, done, R, "", True, BLOCK_N, BLOCK_R)
+                # [BM, BR], [BR, BN]
+                acc = tl.dot(tl.load(xa_at + done), b_tile, acc, input_precision=PRECISION, out_dtype=ACC)
 
         # A quarter of the columns at a time: addresses and operands need registers, too.
         q0, q1, q2, q3 = quarters(acc)
@@ -206,9 +196,8 @@ def grouped_gemm(
         product = tl.zeros((BLOCK_M,), dtype=ACC)
         for part in tl.static_range(4):
             product += finish(
-                (q0, q1, q2, q3)[part], block_n * BLOCK_N + part * (BLOCK_N // 4), expert,
-                y_row, o_row, real, gate, y, bias, other, scale,
-                N, y_m, bias_e, bias_n, other_m, other_n, SCALED,
+                (q0, q1, q2, q3)[part], start + part * (BLOCK_N // 4), expert,
+                y_row, o_row, real, gate, y, bias, other, scale, N, y_m, bias_strides, other_strides, SCALED,
             )  # fmt: skip
         if partial is not None:
             tl.store(partial + block_n.to(tl.int64) * S + slot, product, mask=real)  # int64: blocks·S
@@ -249,18 +238,6 @@ def sum_chunks(parts, starts, out, size, blocks, BLOCK: tl.constexpr):
     tl.store(out + expert * wide + i, acc.to(out.dtype.element_ty), mask=i < size)
 
 
-def describe(w: Tensor, config: configs.Gemm) -> tuple[str, Tensor | TensorDescriptor]:
-    """DESCRIPTOR and w as `grouped_gemm` takes them: a descriptor where the configuration asks for one and
-    the copy engine can follow the strides.
-    """
-    for kind, t in (("NK", w), ("KN", w.transpose(1, 2))):
-        aligned = t.data_ptr() % 16 == 0 and all(s > 0 and s * t.itemsize % 16 == 0 for s in t.stride()[:2])
-        if config.descriptor and aligned and t.stride(2) == 1:
-            block = (config.block_n, config.block_k) if kind == "NK" else (config.block_k, config.block_n)
-            return kind, TensorDescriptor.from_tensor(t, [1, *block])
-    return "", w
-
-
 def gemm(
     x: Rows, w: Tensor, y: Rows, routing: Routing, tiles: Tiles, config: configs.Gemm, *,
     scale: float | None = None, xa: Tensor | None = None, b: Tensor | None = None, bias: Tensor | None = None,
@@ -271,18 +248,16 @@ def gemm(
     rank = 0 if b is None else b.shape[2]
     block_r = 32 if rank and rank % 32 == 0 else RANK_STEP
     programs = configs.machine(w.device).processors * config.per_sm
-    descriptor, w_in = describe(w, config)
-    none = (None,) * 3
+    weight = weights.describe(w, config)
     grouped_gemm[(min(programs, tiles.bound * triton.cdiv(n, config.block_n)),)](
-        x.tensor, w_in, y.tensor, xa, b, bias, gates, other and other.tensor, partial,
+        x.tensor, weight.data, y.tensor, xa, b, bias, gates, other and other.tensor, partial,
         routing.slots, tiles.map, tiles.starts,
         routing.rows, experts, k, n, rank, tiles.bound, routing.top_k, y.tensor.stride(0),
         1.0 if scale is None else scale,
-        *x.tensor.stride(), *w.stride(), *(none if b is None else b.stride()),
-        *(none[:2] if bias is None else bias.stride()),
-        *(none[:2] if other is None else other.tensor.stride()),
+        x.tensor.stride(), weight.strides, None if b is None else b.stride(),
+        None if bias is None else bias.stride(), None if other is None else other.tensor.stride(),
         X_ROWS=x.by, Y_ROWS=y.by, OTHER_ROWS=other.by if other else "",
-        DESCRIPTOR=descriptor, PRECISION=configs.precision(w.dtype),
+        WEIGHT=weight.kind, PRECISION=configs.precision(w.dtype),
         WHOLE_K=k % config.block_k == 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r,
         GROUP_M=config.group_m, SCALED=scale is not None,
