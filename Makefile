@@ -25,6 +25,7 @@ help: ## this list
 	@echo
 	@echo "  make setup TORCH='torch==2.13.0'   the torch to build and run against"
 	@echo "  make test RUNS='suite triton'      some of the runs; python tests/run.py --list names them"
+	@echo "  make test RUNS=long                the long ones: leaks, real sizes, new examples"
 	@echo "  make demo ARGS='--help'            arguments of the command behind demo and bench"
 
 setup: $(READY) ## .venv with everything, the extension built in place
@@ -32,7 +33,7 @@ setup: $(READY) ## .venv with everything, the extension built in place
 demo: $(READY) ## LoRA fine-tuning of a mixture-of-experts model, from scratch, in minutes
 	$(BIN)/python -m moelora finetune $(ARGS)
 
-test: $(READY) ## the whole suite, each instruction set, the sanitizers, Triton's interpreter
+test: $(READY) ## the whole suite, each instruction set, the sanitizers, Triton, side by side
 	$(BIN)/python tests/run.py $(RUNS)
 
 bench: $(READY) ## the operators beside what else there is

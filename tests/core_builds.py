@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from amx_emulator import build as amx_emulator
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZERS = "address,undefined"
+RACES = "thread"
 
 
 def build(name: str, *options: str, targets: tuple[str, ...] = ()) -> dict[str, str]:
@@ -31,9 +33,12 @@ def build(name: str, *options: str, targets: tuple[str, ...] = ()) -> dict[str, 
         f"-DMOELORA_OUTPUT_DIR={folder}", f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options,
     ]  # fmt: skip
-    subprocess.run(configure, check=True, env=environ, stdout=subprocess.DEVNULL)
     chosen = ["--target", *targets] if targets else []
-    subprocess.run(["cmake", "--build", folder, *chosen], check=True, env=environ)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # runs side by side may share a build
+        subprocess.run(configure, check=True, env=environ, stdout=subprocess.DEVNULL)
+        subprocess.run(["cmake", "--build", folder, *chosen], check=True, env=environ)
     return {"MOELORA_TEST_CORE": str(folder)}
 
 
@@ -44,10 +49,14 @@ def _library(compiler: str, name: str) -> str | None:
     return found if os.path.isabs(found) else None
 
 
-def no_sanitizers() -> str | None:
+def _lacks(library: str) -> str | None:
     if not shutil.which("g++"):
         return "there is no g++"
-    return None if _library("g++", "libasan.so") else "g++ comes without libasan"
+    return None if _library("g++", library) else f"g++ comes without {library.removesuffix('.so')}"
+
+
+def no_sanitizers() -> str | None:
+    return _lacks("libasan.so")
 
 
 def sanitized() -> dict[str, str]:
@@ -60,6 +69,26 @@ def sanitized() -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "MOELORA_TEST_SANITIZERS": SANITIZERS,
+    }
+
+
+def no_race_detector() -> str | None:
+    """It needs its share of the address space free, which random addresses can take from it."""
+    if reason := _lacks("libtsan.so"):
+        return reason
+    environ = os.environ | {"LD_PRELOAD": _library("g++", "libtsan.so")}
+    command = [sys.executable, "-c", "import numpy"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    last = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+    return f"ThreadSanitizer cannot run Python here: {last}" if done.returncode else None
+
+
+def race_checked() -> dict[str, str]:
+    environ = build("races", "-DCMAKE_CXX_COMPILER=g++", f"-DMOELORA_SANITIZE={RACES}")
+    return environ | {
+        "LD_PRELOAD": _library("g++", "libtsan.so"),
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "MOELORA_TEST_SANITIZERS": RACES,
     }
 
 

@@ -1,4 +1,4 @@
-"""AMX on this machine: the report, the override, and the kernels' tests, emulated where there is no AMX."""
+"""AMX on this machine: the report, the override, and the emulator."""
 
 import json
 import os
@@ -12,7 +12,6 @@ from amx_emulator import build
 
 import torch_moelora
 
-TESTS = Path(__file__).resolve().parent
 CPU = torch_moelora.info()["cpu"]
 
 emulated = pytest.mark.skipif(
@@ -37,17 +36,6 @@ def run(*args: str, timeout: int = 120, **environ: str) -> subprocess.CompletedP
 @pytest.fixture(scope="module")
 def probe() -> Path:
     return build.compile_c("probe.c", "probe")
-
-
-@emulated
-@with_kernels
-@pytest.mark.slow
-@pytest.mark.skipif(CPU["chosen"]["bf16"] == "amx_bf16", reason="they run in this very process")
-def test_kernels():
-    """test_amx_kernels.py on AMX instructions: the shipped binary's, performed by the emulator."""
-    done = run("-m", "pytest", "-rs", str(TESTS / "test_amx_kernels.py"), timeout=900, **build.environment())
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout, done.stdout
 
 
 @emulated

@@ -1,6 +1,6 @@
 """The AMX kernels: exact results at every shape, nothing read beyond the data, economy, tile state.
 
-They need a process in which bf16 runs on AMX: a CPU with it, or the emulator (test_amx.py starts one).
+They need a process in which bf16 runs on AMX: a CPU with it, or the emulator (the run `amx` has it).
 """
 
 import ctypes
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.operators,
     pytest.mark.skipif(
         torch_moelora.info()["cpu"]["chosen"]["bf16"] != "amx_bf16",
-        reason="bf16 does not run on AMX here; test_amx.py runs these tests with the emulator",
+        reason="bf16 does not run on AMX here; where it can be emulated, the run amx has these tests",
     ),
 ]
 counted = pytest.mark.skipif(not counts.available(), reason="counts come from the emulator")

@@ -58,6 +58,7 @@ GRADCHECK = {
 
 
 @pytest.mark.operators
+@pytest.mark.long_interpreted
 @pytest.mark.parametrize("case", GRADCHECK.values(), ids=GRADCHECK)
 def test_gradcheck(case):
     p = problems.build(case)

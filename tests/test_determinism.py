@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import BF16, FP16, FP32, FP64, Case
 
+from torch_moelora import _C
 from torch_moelora.switches import SWITCHES
 
 pytestmark = pytest.mark.operators
@@ -30,6 +31,12 @@ CASES = {
     ),
     "fp64": Case(tokens=60, top_k=2, experts=4, k=48, n=40, rank=4, dtype=FP64, gates="same"),
 }  # fmt: skip
+LONG_INTERPRETED = ("one expert with all rows", "fp16", "fp64")
+
+
+def case_of(name: str):
+    marks = pytest.mark.long_interpreted if name in LONG_INTERPRETED else ()
+    return pytest.param(CASES[name], id=name, marks=marks)
 
 
 @pytest.fixture
@@ -67,7 +74,7 @@ def everything(p: problems.Problem) -> list[torch.Tensor]:
     return [*results, problems.call("glu_backward", results[-1], h)]
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", map(case_of, CASES))
 def test_same_bits(case, threads):
     p = problems.build(case)
     threads(1)
@@ -76,6 +83,30 @@ def test_same_bits(case, threads):
         threads(count)
         for i, (a, b) in enumerate(zip(expected, everything(p), strict=True)):
             assert torch.equal(a, b), f"result {i} differs with {count} threads"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's kernels sum alike whatever the size")
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("name", ["scatter_lora", "scatter_lora_dx"])
+def test_wide_sums(name, dtype, threads):
+    """More rows, and wider ones, than the CPU's drivers keep apart before they are added by token."""
+    wide, case = 3200, Case(tokens=520, top_k=4, experts=6, k=40, n=40, rank=8, dtype=dtype, gates="same")
+    kept_apart = max(kernels.blocking["combine_bytes"] for kernels in _C.kernel_sets())
+    assert case.rows * wide * torch.float32.itemsize > kept_apart
+    if name == "scatter_lora":
+        case = case.with_(n=wide)
+        args, dtypes = problems.build(case).forward_args(), (dtype,)
+    else:
+        case = case.with_(k=wide)
+        args, dtypes = problems.build(case).dx_args(), (dtype, FP32)
+    threads(1)
+    problems.check(name, args, case, dtypes)
+    expected = problems.call(name, *args)
+    for count in (2, 3):
+        threads(count)
+        found = problems.call(name, *args)
+        for a, b in zip(expected, found, strict=True):
+            assert torch.equal(a, b), f"{count} threads"
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])

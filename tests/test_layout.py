@@ -102,15 +102,69 @@ def test_functions_stay_short(path):
             assert lines <= (120 if kernel else 60), f"{node.name} has {lines} lines"
 
 
+# Comments, strings and preprocessor lines: their braces are none.
+NO_CODE = re.compile(
+    r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\'|//[^\n]*|/\*.*?\*/|^ *#(?:[^\n]*\\\n)*[^\n]*',
+    re.DOTALL | re.MULTILINE,
+)
+MEMBER_INITIALIZER = re.compile(r"([:,]\s*\w+)\{([^{};]*)\}(?=\s*[,{])")
+SCOPE = re.compile(r"\b(namespace|class|struct|union|extern)\b[^()]*$")
+LABELS = re.compile(r"(\s*(public|private|protected):)*\s*")
+
+
 def native_functions(text: str) -> list[tuple[str, int]]:
-    """(first line, number of lines) of every free function: in our format its body alone is indented."""
-    found, start, lines = [], 0, text.splitlines()
-    for number, line in enumerate(lines):
-        if line == "}":
-            found.append((lines[start], number - start + 1))
-        elif re.match(r"[A-Za-z\[]", line):
-            start = number
+    """(first line, number of lines) of every function, members too. What is inside of one, such as a lambda,
+    is part of it.
+    """
+    text = NO_CODE.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), text)
+    text = MEMBER_INITIALIZER.sub(r"\1(\2)", text)
+    found, first, depth, start = [], None, 0, 0
+    for mark in re.finditer(r"[{};]", text):
+        head = text[start : mark.start()]
+        if mark.group() == "{" and first is None and "(" in head and not SCOPE.search(head):
+            first = start + LABELS.match(head).end()
+        if first is not None and mark.group() != ";":
+            depth += 1 if mark.group() == "{" else -1
+            if depth == 0:
+                lines = text[first : mark.end()].splitlines()
+                found.append((lines[0], len(lines)))
+                first = None
+        start = mark.end()
     return found
+
+
+def test_members_are_functions_too():
+    text = """
+namespace n {
+// A brace in a comment: {
+#define OPEN {
+struct S : public Base {
+ public:
+  explicit S(int n)
+      : a_{n},
+        b_(n) {
+    if (n) start();
+  }
+  int get() const { return '{'; }
+  template <class T>
+  auto later(T t) -> decltype(t()) {
+    return [&] {
+      return "}";
+    };
+  }
+  int a_ = int{1}, b_;
+};
+int table[] = {1, 2};
+extern "C" void free_one(void) {
+}
+}
+"""
+    assert native_functions(text) == [
+        ("explicit S(int n)", 5),
+        ("int get() const { return    ; }", 1),
+        ("template <class T>", 6),
+        ("extern     void free_one(void) {", 2),
+    ]
 
 
 @pytest.mark.parametrize("path", NATIVE, ids=name)

@@ -98,7 +98,7 @@ def results(m, function, x, ids, gates):
 
 @pytest.mark.operators
 @pytest.mark.parametrize("options", ACTIVATIONS.values(), ids=ACTIVATIONS)
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [pytest.param(False, marks=pytest.mark.long_interpreted), True])
 def test_forward_and_gradients(options, bias):
     m = module(bias=bias, **options)
     args = inputs()

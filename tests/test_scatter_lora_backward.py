@@ -19,6 +19,8 @@ def check(case: Case, with_dgates: bool = True) -> None:
     problems.check("scatter_lora_backward", args, case, dtypes)
 
 
+# Triton's is made of dx's and dab's kernels, which have these tests too.
+@pytest.mark.long_interpreted
 @pytest.mark.parametrize("case", [c for c in ROWS if c.rank], ids=lambda case: case.reason)
 def test_rows(case):
     check(case)
@@ -29,18 +31,21 @@ def test_matches_reference(case, with_dgates):
     check(case, with_dgates)
 
 
+@pytest.mark.long_interpreted
 @pytest.mark.parametrize("gates", ["none", "fp32"])
 @pytest.mark.parametrize("layout", WEIGHT_LAYOUTS)
 def test_weight_layouts(layout, gates):
     check(Case(dtype=BF16, weight_layout=layout, tokens=50, k=70, n=52, rank=5, gates=gates))
 
 
+@pytest.mark.long_interpreted
 @pytest.mark.parametrize("gates", ["none", "same"])
 @pytest.mark.parametrize("layout", LORA_LAYOUTS)
 def test_lora_layouts(layout, gates):
     check(Case(dtype=BF16, lora="fp32", lora_layout=layout, tokens=50, k=70, n=52, rank=5, gates=gates))
 
 
+@pytest.mark.long_interpreted
 def test_real_size():
     check(REAL_SIZE.with_(gates="fp32"))
 

@@ -26,13 +26,23 @@ MATRIX_INSTRUCTIONS = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 EXPERTS, TOP_K = 16, 8
 
 
+def marks(arch: str) -> tuple:
+    """For all but one of the architectures, half precision at one rank is enough for a short run."""
+    return () if arch == "sm_90" else (pytest.mark.long,)
+
+
 def rows(table: tuple) -> list:
     """(architecture, row): every row for every architecture that takes it, that is all but those that have
     rows of their own for its dtype.
     """
     own = {row[:2] for row in table}
     return [
-        pytest.param(arch, row, id=f"{arch}: " + " ".join(map(str, row[1:4])) + f" {number}")
+        pytest.param(
+            arch,
+            row,
+            id=f"{arch}: " + " ".join(map(str, row[1:4])) + f" {number}",
+            marks=() if row[1] == "half" else marks(arch),
+        )
         for arch in triton_aot.TARGETS
         for number, row in enumerate(table)
         if row[0] == arch or (row[0] is None and (arch, row[1]) not in own)
@@ -139,7 +149,11 @@ def test_sums_over_rows(arch, row, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arch", "rank"), [*((arch, rank) for arch in triton_aot.TARGETS for rank in (8, 64)), ("sm_90", 200)]
+    ("arch", "rank"),
+    [
+        *(pytest.param(arch, rank, marks=marks(arch)) for arch in triton_aot.TARGETS for rank in (8, 64)),
+        pytest.param("sm_90", 200, marks=pytest.mark.long),
+    ],
 )
 def test_ranks(arch, rank, monkeypatch):
     """Ranks beside 32, with weights stored [E, K, N] and, at rank 8, a K that is no multiple of the step."""
@@ -152,7 +166,7 @@ def test_ranks(arch, rank, monkeypatch):
         check(arch, kernel, "half")
 
 
-@pytest.mark.parametrize("arch", triton_aot.TARGETS)
+@pytest.mark.parametrize("arch", [pytest.param(arch, marks=marks(arch)) for arch in triton_aot.TARGETS])
 def test_the_rest(arch, monkeypatch):
     """Routing and GLU."""
     ops, meta = register.IMPLEMENTATIONS, triton_aot.meta
