@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import glu_range
 import numpy as np
 import pytest
 import torch
@@ -213,6 +214,23 @@ def test_glu(k, rows):
         ref = reference.REFERENCE[driver](*args, *options)
         tol = {BF16: 4e-3, FP32: 1e-6, FP64: 1e-13}[dtype]
         assert_close(tensor(out.check(), dtype), ref, ref.abs() + 1, tol, driver)
+
+
+@pytest.mark.parametrize("options", glu_range.OPTIONS.values(), ids=glu_range.OPTIONS)
+@pytest.mark.parametrize(
+    ("k", "dtype"),
+    [(k, dtype) for k in KERNEL_SETS for dtype in DTYPES if NAMES[dtype] in k.storage],
+    ids=lambda v: NAMES[v] if isinstance(v, torch.dtype) else v.name,
+)
+def test_glu_over_the_whole_range(k, dtype, options):
+    """Subnormal f and f' count, with what makes them normal numbers again."""
+    h, dy = glu_range.inputs(dtype, options[4])
+    y, dh = Output(dy.shape, NAMES[dtype]), Output(h.shape, NAMES[dtype])
+    core.glu(k, y.array, array(h), *options, threads=2)
+    core.glu_backward(k, dh.array, array(dy), array(h), *options, threads=2)
+    computed = glu_range.COMPUTED[dtype]
+    losses = 2.0**-1070 if computed == FP64 else 2.0**-148, glu_range.LAST[computed]
+    glu_range.compare(tensor(y.check(), dtype), tensor(dh.check(), dtype), h, dy, options, *losses)
 
 
 def test_indices_are_checked():
