@@ -26,7 +26,12 @@ REPORTS = ROOT / "build" / "reports"
 # The kernels' own AMX tests emulate for themselves, within the first run.
 OPERATORS = ("tests", "-m", "operators", "--ignore=tests/test_amx_kernels.py")
 QUICK, SPARSE = "--hypothesis-profile=quick", "--hypothesis-profile=sparse"
-CORE = ("tests/test_ukernel.py", "tests/test_ukernel_tiles.py", "tests/test_drivers_numpy.py")
+CORE = (
+    "tests/test_core.py",
+    "tests/test_ukernel.py",
+    "tests/test_ukernel_tiles.py",
+    "tests/test_drivers_numpy.py",
+)
 # What a run may set: it starts without what the caller's shell has of these.
 OURS = ("MOELORA_ISA", "MOELORA_BACKEND", "MOELORA_AUTOTUNE", "MOELORA_TEST_CORE", "TRITON_INTERPRET")
 

@@ -91,8 +91,16 @@ double measure_dot_rate(const std::string& dtype, int threads, double seconds) {
     auto l = operand(k, rows * kDepth), r = operand(k, lanes * kDepth);
     auto c = operand(k, rows * lanes * 2);
     return [=, &k] {
-      const TileArgs args{
-          {{l.get(), kDepth * size, r.get(), kDepth}, {}}, 1, rows, k.vecs, false, lanes, c.get(), lanes, Start::zero, {}};
+      const TileArgs args{{{l.get(), kDepth * size, r.get(), kDepth}, {}},
+                          1,
+                          rows,
+                          k.vecs,
+                          false,
+                          lanes,
+                          c.get(),
+                          lanes,
+                          Start::zero,
+                          {}};
       for (int i = 0; i < 1000; ++i) k.tile(args);
       return 2000.0 * rows * static_cast<double>(lanes) * kDepth;
     };
