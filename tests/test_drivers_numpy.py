@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import glu_range
 import numpy as np
 import pytest
 import torch
@@ -54,8 +55,8 @@ class Call:
     def run(self, k, threads: int) -> list[np.ndarray]:
         outs = [Output(shape, NAMES[dtype]) for shape, dtype in self.outputs]
         given = [out.array for out in outs]
-        if self.driver == "input_gradient" and len(given) == 1:
-            given.append(None)
+        if self.driver in ("input_gradient", "input_and_lora_gradient") and len(given) % 2:
+            given.insert(1, None)
         getattr(core, self.driver)(k, *given, *arrays(self.args), threads=threads)
         return [out.check() for out in outs]
 
@@ -78,15 +79,21 @@ def calls(p: Problem) -> list[Call]:
         dtype = p.lora_a.dtype
         outputs = [((e, case.rank, case.k), dtype), ((e, case.n, case.rank), dtype)]
         found.append(Call("lora_gradient", "scatter_lora_dab", p.dab_args(), outputs))
+        found.append(
+            Call("input_and_lora_gradient", "scatter_lora_backward", p.backward_args(), dx + outputs)
+        )
     return found
 
 
 def check(k, case: Case, threads: int = 1) -> None:
-    for call in calls(build(case)):
+    p = build(case)
+    for call in calls(p):
         outs = call.run(k, threads)
         refs = reference.REFERENCE[call.operator](*call.args)
         refs = refs if isinstance(refs, tuple) else (refs,)
         sizes = magnitudes(call.operator, call.args)
+        if p.gates is None and call.driver == "input_and_lora_gradient":
+            refs, sizes = (t[:1] + t[2:] for t in (refs, sizes))  # no dgates
         for out, (_, dtype), ref, size in zip(outs, call.outputs, refs, sizes, strict=False):
             assert_close(
                 tensor(out, dtype), ref, size, tolerance(case, out.size), f"{call.driver} of {k.name}"
@@ -152,6 +159,19 @@ def test_small_blocks(k, case, blocking, threads):
 
 
 @every_set
+@given(case=cases().filter(lambda case: case.rank), blocking=blockings, threads=st.sampled_from((1, 3)))
+def test_both_gradients_at_once_are_those_of_the_drivers_for_one(k, case, blocking, threads):
+    """In every bit: dy · B is computed once, as each of them computes it."""
+    dtype = case.dtype if takes(k, case.dtype) else {"bf16": BF16, "fp64": FP64}.get(k.compute, FP32)
+    same = {f: "same" for f in ("lora", "bias", "gates") if getattr(case, f) != "none"}
+    both = calls(build(case.with_(dtype=dtype, **same)))
+    found = {call.driver: call.run(k.with_blocking(**blocking), threads) for call in both}
+    alone = found["input_gradient"] + found["lora_gradient"]
+    for one, other in zip(found["input_and_lora_gradient"], alone, strict=True):
+        assert same_bits(one, other)
+
+
+@every_set
 @given(
     tokens=st.integers(33, 200),
     experts=st.sampled_from((2, 8)),
@@ -213,6 +233,23 @@ def test_glu(k, rows):
         ref = reference.REFERENCE[driver](*args, *options)
         tol = {BF16: 4e-3, FP32: 1e-6, FP64: 1e-13}[dtype]
         assert_close(tensor(out.check(), dtype), ref, ref.abs() + 1, tol, driver)
+
+
+@pytest.mark.parametrize("options", glu_range.OPTIONS.values(), ids=glu_range.OPTIONS)
+@pytest.mark.parametrize(
+    ("k", "dtype"),
+    [(k, dtype) for k in KERNEL_SETS for dtype in DTYPES if NAMES[dtype] in k.storage],
+    ids=lambda v: NAMES[v] if isinstance(v, torch.dtype) else v.name,
+)
+def test_glu_over_the_whole_range(k, dtype, options):
+    """Subnormal f and f' count, with what makes them normal numbers again."""
+    h, dy = glu_range.inputs(dtype, options[4])
+    y, dh = Output(dy.shape, NAMES[dtype]), Output(h.shape, NAMES[dtype])
+    core.glu(k, y.array, array(h), *options, threads=2)
+    core.glu_backward(k, dh.array, array(dy), array(h), *options, threads=2)
+    computed = glu_range.COMPUTED[dtype]
+    losses = 2.0**-1070 if computed == FP64 else 2.0**-148, glu_range.LAST[computed]
+    glu_range.compare(tensor(y.check(), dtype), tensor(dh.check(), dtype), h, dy, options, *losses)
 
 
 def test_indices_are_checked():

@@ -2,6 +2,7 @@
 
 import math
 
+import glu_range
 import problems
 import pytest
 import torch
@@ -103,3 +104,24 @@ def test_reference_agrees_with_torch():
 def test_many_rows():
     """More than one task of work."""
     check(*tensors(3000, 96, FP32, "contiguous", 1), OPTIONS["SwiGLU"])
+
+
+# What may be lost where a processor flushes subnormals.
+LOSSES = {BF16: 2.0**-125, FP16: 2.0**-125, FP32: 2.0**-125, FP64: 2.0**-1020}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", glu_range.OPTIONS.values(), ids=glu_range.OPTIONS)
+def test_whole_range(options, dtype):
+    """From the smallest subnormal to Inf and NaN, against exact arithmetic."""
+    h, dy = glu_range.inputs(dtype, options[4])
+    y, dh = problems.call("glu", h, *options), problems.call("glu_backward", dy, h, *options)
+    glu_range.compare(y, dh, h, dy, options, LOSSES[dtype], glu_range.LAST[glu_range.COMPUTED[dtype]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", glu_range.OPTIONS.values(), ids=glu_range.OPTIONS)
+def test_whole_range_of_the_reference(options, dtype):
+    h, dy = glu_range.inputs(dtype, options[4])
+    y, dh = reference.glu(h, *options), reference.glu_backward(dy, h, *options)
+    glu_range.compare(y, dh, h, dy, options, 2.0**-1010, 700)

@@ -163,22 +163,35 @@ def _halves(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 def _activation(g: Tensor, act: str, alpha: float) -> tuple[Tensor, Tensor]:
-    """f(g) and f'(g)."""
+    """f(g) and f'(g); at ±Inf their limits."""
+    # `near` and z are g and its like within bounds past which f and f' have reached their limits.
     if act == "silu":
-        s = torch.sigmoid(alpha * g)
-        return g * s, s * (1 + alpha * g * (1 - s))
-    if act == "gelu":
-        phi = 0.5 * (1 + torch.erf(g / math.sqrt(2)))
-        return g * phi, phi + g * torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)
-    c, a = math.sqrt(2 / math.pi), 0.044715
-    t = torch.tanh(c * (g + a * g**3))
-    return 0.5 * g * (1 + t), 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * c * (1 + 3 * a * g * g)
+        near = g.clamp(-torch.finfo(g.dtype).max, torch.finfo(g.dtype).max)
+        z = (alpha * near).clamp(-1000, 1000)
+        s = torch.sigmoid(z)
+        slope = s * (1 + z * (1 - s))
+    elif act == "gelu":
+        near = g.clamp(-64, 64)
+        s = 0.5 * torch.erfc(-near / math.sqrt(2))
+        slope = s + near * torch.exp(-0.5 * near * near) / math.sqrt(2 * math.pi)
+    else:
+        c, a = math.sqrt(2 / math.pi), 0.044715
+        near = g.clamp(-32, 32)
+        s = torch.sigmoid(2 * c * (near + a * near**3))  # (1 + tanh(z))/2 = σ(2z)
+        slope = s + near * s * (1 - s) * 2 * c * (1 + 3 * a * near * near)
+    return torch.where(s == 0, 0.0, g * s), slope
 
 
 def glu(
     h, act="silu", alpha=1.0, limit=None, up_shift=0.0, interleaved=False, *, dtype=torch.float64
 ) -> Tensor:
-    """f(min(g, limit))·(clamp(u, ±limit) + up_shift): h [rows, 2I] → [rows, I]."""
+    """f(min(g, limit))·(clamp(u, ±limit) + up_shift): h [rows, 2I] → [rows, I].
+
+    silu: f(g) = g·σ(alpha·g), gelu: g·Φ(g), gelu_tanh: its approximation. Nothing overflows on the way to a
+    finite result. An infinite g counts as the limit: f = 0 and f' = 0 at the end where f vanishes, f = ±Inf
+    and f' = 1 at the other. NaN stays NaN. What f and f' are multiplied with follows arithmetic: 0·Inf is
+    NaN, also where f has vanished in the computing type at a finite g.
+    """
     g, u = _halves(h.to(dtype), interleaved)
     if limit is not None:
         g, u = g.clamp(max=limit), u.clamp(-limit, limit)
@@ -188,16 +201,17 @@ def glu(
 def glu_backward(
     dy, h, act="silu", alpha=1.0, limit=None, up_shift=0.0, interleaved=False, *, dtype=torch.float64
 ) -> Tensor:
-    """Gradient of `glu` with respect to h; a clamped element takes none."""
+    """Gradient of `glu` with respect to h; a clamped element takes 0, whatever dy."""
     g, u = _halves(h.to(dtype), interleaved)
     dy = dy.to(dtype)
     g_in, u_in = g, u
     if limit is not None:
         g, u = g.clamp(max=limit), u.clamp(-limit, limit)
     f, df = _activation(g, act, alpha)
-    dg, du = dy * (u + up_shift) * df, dy * f
+    # df is up to 1.13: halved, its product with dy is finite.
+    dg, du = 2 * (dy * (0.5 * df) * (u + up_shift)), dy * f
     if limit is not None:
-        dg, du = dg * (g_in <= limit), du * (u_in.abs() <= limit)
+        dg, du = torch.where(g_in > limit, 0.0, dg), torch.where(u_in.abs() > limit, 0.0, du)
     return torch.stack((dg, du), dim=2).flatten(1) if interleaved else torch.cat((dg, du), dim=1)
 
 

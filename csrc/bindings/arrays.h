@@ -62,6 +62,8 @@ F for_storage(F const (&table)[kDTypes], const Kernels& k, const char* name, DTy
 
 GluArgs glu_args(const std::string& act, double alpha, std::optional<double> limit, double up_shift, bool interleaved);
 
+void bind_arena(py::module_& m);
+void bind_contract(py::module_& m);
 void bind_kernels(py::module_& m);
 void bind_drivers(py::module_& m);
 

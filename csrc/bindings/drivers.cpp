@@ -136,6 +136,32 @@ void forward_arrays(const KernelChoice& choice, const py::array& out, const py::
           runtime(threads));
 }
 
+InputGradient input_gradient_of(const Problem& p, const py::array& out, const OptionalArray& out_gates,
+                                const py::array& dy, const py::array& weight, const OptionalArray& lora_a,
+                                const OptionalArray& lora_b, double scaling, const OptionalArray& bias,
+                                const RowsIn& x) {
+  const DType t = p.operand("dy", dy).dtype();
+  const Experts w = p.weight(weight, t);
+  require(x.matrix.data == nullptr || x.matrix.cols == w.cols, "x must have as many columns as weight");
+  void* dgates = nullptr;
+  if (out_gates)
+    dgates = Array("out_gates", *out_gates)
+                 .shape({p.routing.tokens(), p.routing.top_k})
+                 .dtype(accumulator_type(*p.choice.kernels))
+                 .contiguous()
+                 .mutable_data();
+  return {.routing = p.routing,
+          .dy = p.rows("dy", dy, p.y_order, w.rows),
+          .weight = {w},
+          .lora = p.lora(lora_a, lora_b, scaling, w.rows, w.cols),
+          .bias = p.bias(bias, w.rows),
+          .gates = p.gates,
+          .x = x,
+          .dx = p.out_rows(out, p.x_order, w.cols, t),
+          .dx_order = p.x_order,
+          .dgates = dgates};
+}
+
 void input_gradient_arrays(const KernelChoice& choice, const py::array& out, const OptionalArray& out_gates,
                            const py::array& dy, const py::array& weight, const py::array& slots,
                            const py::array& offsets, int64_t top_k, const OptionalArray& lora_a,
@@ -143,28 +169,26 @@ void input_gradient_arrays(const KernelChoice& choice, const py::array& out, con
                            const OptionalArray& gates, const OptionalArray& x, bool x_grouped, bool y_grouped,
                            int64_t threads) {
   const Problem p(choice, slots, offsets, top_k, gates, x_grouped, y_grouped);
-  const DType t = p.operand("dy", dy).dtype();
-  const Experts w = p.weight(weight, t);
   require(out_gates.has_value() == (gates && x), "out_gates must be given where gates and x are, and only there");
-  void* dgates = nullptr;
-  if (out_gates)
-    dgates = Array("out_gates", *out_gates)
-                 .shape({p.routing.tokens(), top_k})
-                 .dtype(accumulator_type(*choice.kernels))
-                 .contiguous()
-                 .mutable_data();
-  input_gradient(choice,
-                 {.routing = p.routing,
-                  .dy = p.rows("dy", dy, p.y_order, w.rows),
-                  .weight = {w},
-                  .lora = p.lora(lora_a, lora_b, scaling, w.rows, w.cols),
-                  .bias = p.bias(bias, w.rows),
-                  .gates = p.gates,
-                  .x = x ? p.rows("x", *x, p.x_order, w.cols) : RowsIn{},
-                  .dx = p.out_rows(out, p.x_order, w.cols, t),
-                  .dx_order = p.x_order,
-                  .dgates = dgates},
+  const RowsIn rows = x ? p.rows("x", *x, p.x_order, -1) : RowsIn{};
+  input_gradient(choice, input_gradient_of(p, out, out_gates, dy, weight, lora_a, lora_b, scaling, bias, rows),
                  runtime(threads));
+}
+
+LoraGradient lora_gradient_of(const Problem& p, const py::array& out_a, const py::array& out_b, const py::array& dy,
+                              const py::array& x, const py::array& lora_a, const py::array& lora_b, double scaling) {
+  const RowsIn grad = p.rows("dy", dy, p.y_order, -1), rows = p.rows("x", x, p.x_order, -1);
+  const Lora lora = p.lora(lora_a, lora_b, scaling, grad.matrix.cols, rows.matrix.cols);
+  const Array da("out_a", out_a), db("out_b", out_b);
+  da.shape({lora.a.experts, lora.a.rows, lora.a.cols}).dtype(lora.a.dtype).contiguous();
+  db.shape({lora.b.experts, lora.b.rows, lora.b.cols}).dtype(lora.a.dtype).contiguous();
+  return {.routing = p.routing,
+          .dy = grad,
+          .x = rows,
+          .lora = lora,
+          .gates = p.gates,
+          .da = da.mutable_data(),
+          .db = db.mutable_data()};
 }
 
 void lora_gradient_arrays(const KernelChoice& choice, const py::array& out_a, const py::array& out_b,
@@ -172,20 +196,22 @@ void lora_gradient_arrays(const KernelChoice& choice, const py::array& out_a, co
                           int64_t top_k, const py::array& lora_a, const py::array& lora_b, double scaling,
                           const OptionalArray& gates, bool x_grouped, bool y_grouped, int64_t threads) {
   const Problem p(choice, slots, offsets, top_k, gates, x_grouped, y_grouped);
-  const RowsIn grad = p.rows("dy", dy, p.y_order, -1), rows = p.rows("x", x, p.x_order, -1);
-  const Lora lora = p.lora(lora_a, lora_b, scaling, grad.matrix.cols, rows.matrix.cols);
-  const Array da("out_a", out_a), db("out_b", out_b);
-  da.shape({lora.a.experts, lora.a.rows, lora.a.cols}).dtype(lora.a.dtype).contiguous();
-  db.shape({lora.b.experts, lora.b.rows, lora.b.cols}).dtype(lora.a.dtype).contiguous();
-  lora_gradient(choice,
-                {.routing = p.routing,
-                 .dy = grad,
-                 .x = rows,
-                 .lora = lora,
-                 .gates = p.gates,
-                 .da = da.mutable_data(),
-                 .db = db.mutable_data()},
-                runtime(threads));
+  lora_gradient(choice, lora_gradient_of(p, out_a, out_b, dy, x, lora_a, lora_b, scaling), runtime(threads));
+}
+
+void input_and_lora_gradient_arrays(const KernelChoice& choice, const py::array& out, const OptionalArray& out_gates,
+                                    const py::array& out_a, const py::array& out_b, const py::array& dy,
+                                    const py::array& x, const py::array& weight, const py::array& slots,
+                                    const py::array& offsets, int64_t top_k, const py::array& lora_a,
+                                    const py::array& lora_b, double scaling, const OptionalArray& bias,
+                                    const OptionalArray& gates, bool x_grouped, bool y_grouped, int64_t threads) {
+  const Problem p(choice, slots, offsets, top_k, gates, x_grouped, y_grouped);
+  require(!out_gates || gates, "out_gates must be None when gates are");
+  const RowsIn none{};
+  const InputGradient dx = input_gradient_of(p, out, out_gates, dy, weight, lora_a, lora_b, scaling, bias,
+                                             out_gates ? p.rows("x", x, p.x_order, -1) : none);
+  input_and_lora_gradient(choice, dx, lora_gradient_of(p, out_a, out_b, dy, x, lora_a, lora_b, scaling),
+                          runtime(threads));
 }
 
 void weight_gradient_arrays(const KernelChoice& choice, const py::array& out, const py::array& dy, const py::array& x,
@@ -261,6 +287,10 @@ void bind_drivers(py::module_& m) {
   m.def("lora_gradient", lora_gradient_arrays, "kernels"_a, "out_a"_a, "out_b"_a, "dy"_a, "x"_a, "slots"_a, "offsets"_a,
         "top_k"_a, "lora_a"_a, "lora_b"_a, "scaling"_a = 1.0, "gates"_a = none, "x_grouped"_a = false,
         "y_grouped"_a = false, py::kw_only(), "threads"_a = 1);
+  m.def("input_and_lora_gradient", input_and_lora_gradient_arrays, "kernels"_a, "out"_a, "out_gates"_a.none(true),
+        "out_a"_a, "out_b"_a, "dy"_a, "x"_a, "weight"_a, "slots"_a, "offsets"_a, "top_k"_a, "lora_a"_a, "lora_b"_a,
+        "scaling"_a = 1.0, "bias"_a = none, "gates"_a = none, "x_grouped"_a = false, "y_grouped"_a = false,
+        py::kw_only(), "threads"_a = 1);
   m.def("weight_gradient", weight_gradient_arrays, "kernels"_a, "out"_a, "dy"_a, "x"_a, "slots"_a, "offsets"_a,
         "top_k"_a, "gates"_a = none, "x_grouped"_a = false, "y_grouped"_a = false, py::kw_only(), "threads"_a = 1);
   m.def("bias_gradient", bias_gradient_arrays, "kernels"_a, "out"_a, "dy"_a, "slots"_a, "offsets"_a, "top_k"_a,

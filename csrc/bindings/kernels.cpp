@@ -6,6 +6,7 @@
 
 #include "bindings/arrays.h"
 #include "dispatch/table.h"
+#include "ukernel/contract.h"
 
 namespace moelora {
 namespace {
@@ -159,6 +160,7 @@ void tile(const KernelChoice& choice, const std::vector<ArrayPair>& segments, co
     args.segments[0].rows_stride = woven.rows.stride(0) * size_of(k.compute);
     args.segments[0].panel = woven.panel.mutable_data();
   }
+  check(k, args);
   k.tile(args);
   if (k.release) k.release();
 }
@@ -180,10 +182,11 @@ void dot_tile(const KernelChoice& choice, const std::vector<std::pair<py::array,
   args.rows = static_cast<int>(rows);
   args.cols = static_cast<int>(cols);
   void (*run)(const DotArgs&) = nullptr;
+  DType of_first = k.compute;
   for (size_t s = 0; s < segments.size(); ++s) {
     const Array l("l", segments[s].first), r("r", segments[s].second);
     if (s == 0)
-      run = for_storage(k.dot_tile, k, "l", l.dtype());
+      run = for_storage(k.dot_tile, k, "l", of_first = l.dtype());
     else
       l.dtype(k.compute);
     l.shape({rows, -1}).unit_columns();
@@ -194,6 +197,7 @@ void dot_tile(const KernelChoice& choice, const std::vector<std::pair<py::array,
   args.c = to.mutable_data();
   args.ldc = to.stride(0);
   args.accumulate = accumulate;
+  check(k, args, of_first);
   run(args);
 }
 
@@ -205,10 +209,20 @@ void flat_tile(const KernelChoice& choice, const py::array& l, const py::array& 
   require(to.size(0) >= 1 && to.size(0) <= kMaxFlatRows, "c must have 1 to " + std::to_string(kMaxFlatRows) + " rows");
   left.dtype(k.compute).shape({to.size(0), -1}).unit_columns();
   right.shape({left.size(1), to.size(1)}).unit_columns();
-  for_storage(k.flat_tile, k, "r", right.dtype())({left.data(), left.stride(0) * size_of(k.compute), right.data(),
-                                                   right.stride(0) * size_of(right.dtype()), left.size(1), to.size(1),
-                                                   static_cast<int>(to.size(0)), to.mutable_data(), to.stride(0),
-                                                   resume ? Start::resume : Start::zero, 0});
+  const FlatArgs args{left.data(),
+                      left.stride(0) * size_of(k.compute),
+                      right.data(),
+                      right.stride(0) * size_of(right.dtype()),
+                      left.size(1),
+                      to.size(1),
+                      static_cast<int>(to.size(0)),
+                      to.mutable_data(),
+                      to.stride(0),
+                      resume ? Start::resume : Start::zero,
+                      0};
+  const auto run = for_storage(k.flat_tile, k, "r", right.dtype());
+  check(k, args, right.dtype());
+  run(args);
 }
 
 // Pointers to the rows of `source`, and the part [first, first + n) of each.
@@ -238,6 +252,7 @@ void pack_lanes(const KernelChoice& choice, const py::array& panel, const py::ar
   require(to.size(1) >= s.args.n_rows, "panel must have a lane for every row of source");
   s.args.panel = to.mutable_data();
   s.args.panel_lanes = to.size(1);
+  check_pack_lanes(k, s.args);
   for_storage(k.pack_lanes, k, "source", from.dtype())(s.args);
 }
 
@@ -251,6 +266,7 @@ void pack_depth(const KernelChoice& choice, const py::array& panel, const py::ar
   require(to.size(1) >= s.args.n, "panel must have a lane for every column of source");
   s.args.panel = to.mutable_data();
   s.args.panel_lanes = to.size(1);
+  check_pack_depth(k, s.args);
   for_storage(k.pack_depth, k, "source", from.dtype())(s.args);
 }
 

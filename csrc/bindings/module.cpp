@@ -42,6 +42,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_report", &moelora::isa_report, "Instruction sets built, detected, permitted, usable and chosen.");
   m.attr("sanitizers") = MOELORA_SANITIZERS;
   m.attr("wide_emulated") = static_cast<bool>(MOELORA_WIDE_EMULATED);
+  moelora::bind_arena(m);
+  moelora::bind_contract(m);
   moelora::bind_kernels(m);
   moelora::bind_drivers(m);
   moelora::bind_rates(m);

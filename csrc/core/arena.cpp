@@ -1,6 +1,7 @@
 #include "core/arena.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 #include "core/pages.h"
@@ -9,19 +10,29 @@ namespace moelora {
 
 void Arena::Free::operator()(void* p) const { std::free(p); }
 
+void Arena::add_block(int64_t bytes) {
+  void* data = nullptr;
+  if (posix_memalign(&data, 64, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
+  std::unique_ptr<char, Free> owner(static_cast<char*>(data));
+  prefer_large_pages(data, bytes);
+  blocks_.push_back({std::move(owner), bytes});
+}
+
 void* Arena::take(int64_t bytes) {
+  if constexpr (kOneByOne) {
+    add_block(bytes);
+    block_ = blocks_.size();
+    return std::memset(blocks_.back().data.get(), 0xff, static_cast<size_t>(bytes));
+  }
   bytes = (bytes + 63) / 64 * 64;
   while (block_ < blocks_.size() && used_ + bytes > blocks_[block_].size) {
     ++block_;
     used_ = 0;
   }
   if (block_ == blocks_.size()) {
-    const int64_t size = bytes > kBlock ? bytes : kBlock;
-    void* data = std::aligned_alloc(64, static_cast<size_t>(size));
-    if (data == nullptr) throw std::bad_alloc();
-    prefer_large_pages(data, size);
-    blocks_.push_back({std::unique_ptr<char, Free>(static_cast<char*>(data)), size});
-    used_ = 0;
+    const int64_t least = wanted_ > kBlock ? wanted_ : kBlock;
+    add_block(bytes > least ? bytes : least);
+    wanted_ = used_ = 0;
   }
   char* at = blocks_[block_].data.get() + used_;
   used_ += bytes;
@@ -31,19 +42,23 @@ void* Arena::take(int64_t bytes) {
 void Arena::release(size_t block, int64_t used) {
   block_ = block;
   used_ = used;
-  if (--depth_ > 0) return;
-  int64_t total = 0;
-  for (const Block& b : blocks_) total += b.size;
-  if (blocks_.size() == 1 && total <= kKeep) return;
-  // Next time one block of the whole size serves, if that is little enough to keep.
+  --depth_;
+  if (kOneByOne) blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(block), blocks_.end());
+  if (kOneByOne || depth_ > 0) return;
+  const int64_t total = held();
+  if (blocks_.size() <= 1 && total <= kKeep) return;
+  // Next time one block of the whole size serves, if that is little enough to keep. It is allocated then: this may be
+  // called while an exception passes.
+  wanted_ = total <= kKeep ? total : 0;
   blocks_.clear();
   block_ = 0;
   used_ = 0;
-  if (total > kKeep) return;
-  if (void* data = std::aligned_alloc(64, static_cast<size_t>(total))) {
-    prefer_large_pages(data, total);
-    blocks_.push_back({std::unique_ptr<char, Free>(static_cast<char*>(data)), total});
-  }
+}
+
+int64_t Arena::held() const {
+  int64_t total = 0;
+  for (const Block& b : blocks_) total += b.size;
+  return total;
 }
 
 }  // namespace moelora

@@ -12,12 +12,23 @@ namespace moelora {
 // need a few MB, the calling thread holds what is shaped by rows and rank, and sums per token, besides.
 class Arena {
  public:
+  // Whether every piece is an allocation of its own, of exactly its size and full of NaN: a sanitizer sees nothing
+  // inside a block.
+#ifdef MOELORA_SANITIZED
+  static constexpr bool kOneByOne = true;
+#else
+  static constexpr bool kOneByOne = false;
+#endif
+
   // Uninitialised, 64-byte aligned, valid until the enclosing Scope ends.
   void* take(int64_t bytes);
   template <class T>
   T* take_array(int64_t n) {
     return static_cast<T*>(take(n * static_cast<int64_t>(sizeof(T))));
   }
+
+  // Bytes.
+  int64_t held() const;
 
   class Scope {
    public:
@@ -40,6 +51,7 @@ class Arena {
     std::unique_ptr<char, Free> data;
     int64_t size;
   };
+  void add_block(int64_t bytes);
   void release(size_t block, int64_t used);
 
   static constexpr int64_t kKeep = int64_t{64} << 20;
@@ -47,6 +59,7 @@ class Arena {
   std::vector<Block> blocks_;
   size_t block_ = 0;  // blocks_[block_] is being filled, up to used_
   int64_t used_ = 0;
+  int64_t wanted_ = 0;  // of the next block, at least
   int depth_ = 0;
 };
 

@@ -1,0 +1,123 @@
+// Calls that break the micro-kernels' contract, for the tests of its checks; nothing is computed.
+#include "ukernel/contract.h"
+
+#include <string>
+
+#include "bindings/arrays.h"
+#include "dispatch/table.h"
+
+namespace moelora {
+namespace {
+
+alignas(64) char memory[64];
+const void* const memory_runs[] = {memory};
+
+// A tile that keeps the contract, of one row and one vector.
+TileArgs small_tile(const Kernels& k) {
+  TileArgs args{};
+  args.segments[0] = args.segments[1] = {memory, 64, memory, 2};
+  args.n_segments = args.rows = args.vecs = 1;
+  args.panel_lanes = args.ldc = k.lanes;
+  args.c = memory;
+  return args;
+}
+
+// The widest one, which weaves for others.
+TileArgs weaving_tile(const Kernels& k) {
+  TileArgs args = small_tile(k);
+  args.vecs = k.vecs;
+  args.panel_lanes = args.ldc = int64_t{k.lanes} * k.vecs;
+  args.weave = {memory, 64, memory, 2};
+  return args;
+}
+
+void check_tile(const KernelChoice& choice, const std::string& change, int64_t to) {
+  const Kernels& k = *choice.kernels;
+  TileArgs args = change.starts_with("weave") || change.starts_with("own") ? weaving_tile(k) : small_tile(k);
+  if (change == "weave.vecs") args.vecs = static_cast<int>(to);
+  if (change == "weave.half") args.half = to != 0;
+  if (change == "weave.depth") args.weave.depth = to;
+  if (change == "weave.rows") args.weave.rows = nullptr;
+  if (change == "weave.panel") args.weave.panel = nullptr;
+  if (change == "weave.own") args.segments[0].rows = memory;
+  if (change.starts_with("own")) args.weave = {}, args.segments[0].rows = memory;
+  if (change == "own.depth") args.segments[0].depth = to;
+  if (change == "own.second") args.n_segments = 2, args.segments[1].rows = memory;
+  if (change == "n_segments") args.n_segments = static_cast<int>(to);
+  if (change == "vecs") args.vecs = static_cast<int>(to);
+  if (change == "rows") args.rows = static_cast<int>(to);
+  if (change == "half") args.half = to != 0;
+  if (change == "panel_lanes") args.panel_lanes = to;
+  if (change == "ldc") args.ldc = to, args.rows = 2;
+  if (change == "c") args.c = to ? memory + to : nullptr;
+  if (change == "depth") args.segments[0].depth = to;
+  if (change == "l") args.segments[0].l = to ? memory + to : nullptr;
+  if (change == "r") args.segments[0].r = to ? memory + to : nullptr;
+  if (change == "start") args.start = Start::add;
+  if (change == "ahead.rows") args.ahead.rows = to;
+  if (change == "ahead.both") args.ahead = {memory, 64, 1, 64, memory_runs, 0};
+  check(k, args);
+}
+
+void check_dot(const KernelChoice& choice, const std::string& change, int64_t to) {
+  DotArgs args{};
+  args.segments[0] = args.segments[1] = {memory, 64, memory, 64, 2};
+  args.n_segments = args.rows = args.cols = 1;
+  args.c = memory;
+  args.ldc = 1;
+  if (change == "n_segments") args.n_segments = static_cast<int>(to);
+  if (change == "rows") args.rows = static_cast<int>(to);
+  if (change == "cols") args.cols = static_cast<int>(to);
+  if (change == "ldc") args.ldc = to, args.cols = 2;
+  if (change == "c") args.c = to ? memory + to : nullptr;
+  if (change == "depth") args.segments[0].depth = to;
+  if (change == "l") args.segments[0].l = to ? memory + to : nullptr;
+  if (change == "r") args.segments[0].r = to ? memory + to : nullptr;
+  if (change == "ahead.runs") args.ahead = {nullptr, 0, 1, 64, memory_runs, 0};
+  check(*choice.kernels, args, choice.kernels->compute);
+}
+
+void check_flat(const KernelChoice& choice, const std::string& change, int64_t to) {
+  FlatArgs args{memory, 64, memory, 64, 2, 2, 1, memory, 2, Start::zero, 0};
+  if (change == "rows") args.rows = static_cast<int>(to);
+  if (change == "width") args.width = to;
+  if (change == "depth") args.depth = to;
+  if (change == "start") args.start = Start::add;
+  if (change == "ldc") args.ldc = to, args.rows = 2;
+  if (change == "c") args.c = to ? memory + to : nullptr;
+  if (change == "l") args.l = to ? memory + to : nullptr;
+  if (change == "r") args.r = to ? memory + to : nullptr;
+  check(*choice.kernels, args, choice.kernels->compute);
+}
+
+void check_pack(const KernelChoice& choice, bool lanes, const std::string& change, int64_t to) {
+  const void* rows[2] = {memory, memory};
+  PackArgs args{rows, 2, 0, 2, 1, memory, choice.kernels->lanes};
+  if (change == "n_rows") args.n_rows = to;
+  if (change == "first") args.first = to;
+  if (change == "n") args.n = to;
+  if (change == "panel_lanes") args.panel_lanes = to;
+  if (change == "panel") args.panel = nullptr;
+  if (change == "rows") args.rows = nullptr;
+  if (change == "row") rows[1] = nullptr;
+  lanes ? check_pack_lanes(*choice.kernels, args) : check_pack_depth(*choice.kernels, args);
+}
+
+}  // namespace
+
+void bind_contract(py::module_& m) {
+  m.def(
+      "check_contract",
+      [](const KernelChoice& choice, const std::string& kernel, const std::string& change, int64_t to) {
+        if (kernel == "tile") return check_tile(choice, change, to);
+        if (kernel == "dot_tile") return check_dot(choice, change, to);
+        if (kernel == "flat_tile") return check_flat(choice, change, to);
+        require(kernel == "pack_lanes" || kernel == "pack_depth", "no kernel is called " + kernel);
+        check_pack(choice, kernel == "pack_lanes", change, to);
+      },
+      py::arg("kernels"), py::arg("kernel"), py::arg("change") = "", py::arg("to") = 0,
+      "Checks the arguments of a small call, one of them changed; sanitized builds abort where it breaks the "
+      "contract.");
+}
+
+}  // namespace moelora

@@ -1,0 +1,159 @@
+#include "ukernel/contract.h"
+
+#ifdef MOELORA_SANITIZED
+
+extern "C" int dprintf(int file, const char* format, ...);
+
+namespace moelora {
+namespace {
+
+// One call under check: its kernels and what it is called.
+struct Call {
+  const Kernels& k;
+  const char* name;
+
+  void require(bool holds, const char* what, int64_t got) const {
+    if (holds) return;
+    dprintf(2, "%s of %s: %s, got %lld\n", name, k.name, what, static_cast<long long>(got));
+    __builtin_abort();
+  }
+  void in_range(int64_t value, int64_t least, int64_t most, const char* what) const {
+    require(value >= least && value <= most, what, value);
+  }
+  void given(const void* p, const char* what) const { require(p != nullptr, what, 0); }
+  // Elements of `size` bytes.
+  void aligned(const void* p, int64_t stride, int64_t size, const char* what) const {
+    require(reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(size) == 0, what,
+            static_cast<int64_t>(reinterpret_cast<uintptr_t>(p)));
+    require(stride % size == 0, what, stride);
+  }
+};
+
+int64_t accumulator_size(const Kernels& k) { return k.compute == DType::f64 ? 8 : 4; }
+
+void check_ahead(const Call& call, const Ahead& ahead) {
+  call.require(ahead.rows >= 0, "ahead.rows must be at least 0", ahead.rows);
+  if (ahead.rows == 0) return;
+  call.require(ahead.bytes >= 0, "ahead.bytes must be at least 0", ahead.bytes);
+  call.require((ahead.from == nullptr) != (ahead.runs == nullptr), "ahead must have one of from and runs", 0);
+}
+
+void check_segment(const Call& call, const Segment& segment) {
+  const int64_t size = size_of(call.k.compute);
+  call.require(segment.depth >= 0, "depth must be at least 0", segment.depth);
+  if (segment.depth > 0) {
+    call.given(segment.l, "l must not be null");
+    if (segment.rows == nullptr) call.given(segment.r, "r must not be null");
+  }
+  call.aligned(segment.l, segment.l_stride, size, "l must be aligned to its elements");
+  call.aligned(segment.r, 0, size, "r must be aligned to its elements");
+}
+
+// Tiles that pack on the way: the first segment's panel, or one for later.
+void check_weaving(const Call& call, const TileArgs& args) {
+  const Kernels& k = call.k;
+  const Segment& first = args.segments[0];
+  if (args.n_segments == 2) call.require(!args.segments[1].rows, "only the first segment may have rows", 1);
+  call.require(args.weave.depth >= 0, "weave.depth must be at least 0", args.weave.depth);
+  const bool own = first.rows != nullptr, later = args.weave.depth > 0;
+  if (!own && !later) return;
+  call.require(!(own && later), "weave must not come beside rows", args.weave.depth);
+  call.require(k.weaves, "rows and weave are for kernel sets that weave", 0);
+  call.require(args.vecs == k.vecs, "only the widest tiles weave: vecs", args.vecs);
+  call.require(!args.half, "a tile that weaves must have no half vector", 1);
+  if (own) {
+    call.require(first.depth % k.pack == 0, "the depth of rows must be a multiple of pack", first.depth);
+    return call.aligned(first.rows, first.rows_stride, size_of(k.compute), "rows must be aligned to its elements");
+  }
+  call.require(args.weave.depth % k.pack == 0, "weave.depth must be a multiple of pack", args.weave.depth);
+  call.require(args.weave.depth <= first.depth, "weave.depth must be at most the first depth", args.weave.depth);
+  call.given(args.weave.rows, "weave.rows must not be null");
+  call.given(args.weave.panel, "weave.panel must not be null");
+  call.aligned(args.weave.rows, args.weave.rows_stride, size_of(k.compute), "weave.rows must be aligned");
+}
+
+void check_pack(const Call& call, const PackArgs& args, int64_t lanes, int64_t depth) {
+  const int64_t step = call.k.lane_step();
+  call.require(args.n_rows >= 0, "n_rows must be at least 0", args.n_rows);
+  call.require(args.first >= 0, "first must be at least 0", args.first);
+  call.require(args.n >= 0, "n must be at least 0", args.n);
+  call.require(args.panel_lanes % step == 0, "panel_lanes must be whole steps", args.panel_lanes);
+  call.require(args.panel_lanes > 0 || lanes == 0, "panel_lanes must be at least 1", args.panel_lanes);
+  call.require(args.panel_lanes >= lanes || args.panels_apart != 0, "panel_lanes must hold every lane",
+               args.panel_lanes);
+  if (depth > 0) call.given(args.panel, "panel must not be null");
+  if (args.n_rows > 0) call.given(args.rows, "rows must not be null");
+  for (int64_t i = 0; i < args.n_rows && args.n > 0; ++i) call.given(args.rows[i], "no row may be null");
+}
+
+}  // namespace
+
+void check(const Kernels& k, const TileArgs& args) {
+  const Call call{k, "tile"};
+  call.in_range(args.n_segments, 1, 2, "n_segments must be 1 or 2");
+  call.in_range(args.vecs, 1, k.vecs, "vecs must be at least 1 and at most the widest tile's");
+  call.in_range(args.rows, 1, k.max_rows[args.vecs - 1], "rows must be at least 1 and at most the tallest tile's");
+  call.require(args.start != Start::add || k.compute != DType::bf16, "bf16 kernels must not add to C", 1);
+  call.require(k.halves || !args.half, "half is for kernel sets that have halves", args.half);
+  const int64_t lanes = int64_t{args.vecs} * k.lanes - (args.half ? k.lanes / 2 : 0);
+  call.require(args.panel_lanes >= lanes, "panel_lanes must be at least the lanes of the tile", args.panel_lanes);
+  call.require(args.panel_lanes % k.lane_step() == 0, "panel_lanes must be whole steps", args.panel_lanes);
+  call.given(args.c, "c must not be null");
+  call.aligned(args.c, 0, accumulator_size(k), "c must be aligned to its elements");
+  call.require(args.rows == 1 || args.ldc >= lanes, "ldc must be at least the lanes of the tile", args.ldc);
+  for (int s = 0; s < args.n_segments; ++s) check_segment(call, args.segments[s]);
+  check_weaving(call, args);
+  check_ahead(call, args.ahead);
+}
+
+void check(const Kernels& k, const DotArgs& args, DType l) {
+  const Call call{k, "dot_tile"};
+  call.require(k.dot_tile[static_cast<int>(l)] != nullptr, "there must be a dot tile for l", static_cast<int>(l));
+  call.in_range(args.n_segments, 1, 2, "n_segments must be 1 or 2");
+  call.in_range(args.cols, 1, kMaxDotCols, "cols must be at least 1 and at most kMaxDotCols");
+  call.in_range(args.rows, 1, k.dot_rows[args.cols - 1], "rows must be at least 1 and at most dot_rows");
+  call.given(args.c, "c must not be null");
+  call.aligned(args.c, 0, accumulator_size(k), "c must be aligned to its elements");
+  call.require(args.cols == 1 || args.ldc >= args.rows, "ldc must be at least rows", args.ldc);
+  for (int s = 0; s < args.n_segments; ++s) {
+    const DotSegment& segment = args.segments[s];
+    call.require(segment.depth >= 0, "depth must be at least 0", segment.depth);
+    call.aligned(segment.l, segment.l_stride, size_of(s == 0 ? l : k.compute), "l must be aligned to its elements");
+    call.aligned(segment.r, segment.r_stride, size_of(k.compute), "r must be aligned to its elements");
+    if (segment.depth == 0) continue;
+    call.given(segment.l, "l must not be null");
+    call.given(segment.r, "r must not be null");
+  }
+  check_ahead(call, args.ahead);
+  call.require(args.ahead.runs == nullptr, "ahead must have no runs", 1);
+}
+
+void check(const Kernels& k, const FlatArgs& args, DType r) {
+  const Call call{k, "flat_tile"};
+  call.require(k.flat_tile[static_cast<int>(r)] != nullptr, "there must be a flat tile for r", static_cast<int>(r));
+  call.in_range(args.rows, 1, kMaxFlatRows, "rows must be at least 1 and at most kMaxFlatRows");
+  call.require(args.width >= 0, "width must be at least 0", args.width);
+  call.require(args.depth >= 0, "depth must be at least 0", args.depth);
+  call.require(args.start != Start::add, "flat tiles must not add to C", 1);
+  call.require(args.rows == 1 || args.ldc >= args.width, "ldc must be at least width", args.ldc);
+  call.aligned(args.c, 0, accumulator_size(k), "c must be aligned to its elements");
+  call.aligned(args.l, args.l_stride, size_of(k.compute), "l must be aligned to its elements");
+  call.aligned(args.r, args.r_stride, size_of(r), "r must be aligned to its elements");
+  if (args.width == 0) return;
+  call.given(args.c, "c must not be null");
+  if (args.depth == 0) return;
+  call.given(args.l, "l must not be null");
+  call.given(args.r, "r must not be null");
+}
+
+void check_pack_lanes(const Kernels& k, const PackArgs& args) {
+  check_pack({k, "pack_lanes"}, args, args.n_rows, args.n);
+}
+
+void check_pack_depth(const Kernels& k, const PackArgs& args) {
+  check_pack({k, "pack_depth"}, args, args.n, args.n_rows);
+}
+
+}  // namespace moelora
+
+#endif
