@@ -165,7 +165,7 @@ def test_both_gradients_at_once_are_those_of_the_drivers_for_one(k, case, blocki
     dtype = case.dtype if takes(k, case.dtype) else {"bf16": BF16, "fp64": FP64}.get(k.compute, FP32)
     same = {f: "same" for f in ("lora", "bias", "gates") if getattr(case, f) != "none"}
     both = calls(build(case.with_(dtype=dtype, **same)))
-    found = {call.driver: call.run(k.with_blocking(**blocking), threads) for call in both}
+    found = {call.driver: call.run(with_blocking(k, blocking), threads) for call in both}
     alone = found["input_gradient"] + found["lora_gradient"]
     for one, other in zip(found["input_and_lora_gradient"], alone, strict=True):
         assert same_bits(one, other)

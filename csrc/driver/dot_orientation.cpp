@@ -35,14 +35,15 @@ void DotRows::tile_row(int64_t out, int64_t height, int64_t p, bool fetch, char*
     const int64_t first = g * rows_ / groups_, cols = (g + 1) * rows_ / groups_ - first;
     const DotSegment base{w_rows.rows.data, w_rows.rows.stride, x_.at(first, p * size_of(k.compute)), x_.stride, steps};
     const DotSegment lora{b_rows.data, b_rows.stride, u_.at(first, 0), u_.stride, rank_};
-    w_rows.tile({{base, lora},
-                 with_lora ? 2 : 1,
-                 static_cast<int>(height),
-                 static_cast<int>(cols),
-                 c + first * ldc * acc,
-                 ldc,
-                 p > 0,
-                 fetch && g == 0 ? w_.rows_ahead(out + height, height, p, steps) : Ahead{}});
+    run_dot_tile(k, w_rows.storage,
+                 {{base, lora},
+                  with_lora ? 2 : 1,
+                  static_cast<int>(height),
+                  static_cast<int>(cols),
+                  c + first * ldc * acc,
+                  ldc,
+                  p > 0,
+                  fetch && g == 0 ? w_.rows_ahead(out + height, height, p, steps) : Ahead{}});
   }
 }
 

@@ -116,8 +116,7 @@ void sum_outer_products(const KernelChoice& choice, const GroupedOuter& op, cons
     pack_left(k, op, range, row0, now.count, left, now.count, arena);
     for (int64_t j = range.j0; j < range.j1; j += widest) {
       const int64_t after = j + widest, lanes = round_up(now.columns, k.lane_step());
-      k.pack_depth[static_cast<int>(m.dtype)](
-          {now.rows, now.count, now.first, now.columns, m.col_stride, panel, lanes});
+      run_pack_depth(k, m.dtype, {now.rows, now.count, now.first, now.columns, m.col_stride, panel, lanes});
       PanelSource then = next;
       if (after < range.j1)
         then = {now.rows, now.count, after, min64(widest, range.j1 - after)};
@@ -128,16 +127,16 @@ void sum_outer_products(const KernelChoice& choice, const GroupedOuter& op, cons
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t i = t * tallest;
         const Segment segment{left + i * l_stride, l_stride, panel, now.count};
-        k.tile({{segment, {}},
-                1,
-                static_cast<int>(min64(tallest, height - i)),
-                k.vectors(lanes),
-                k.ends_in_half(lanes),
-                lanes,
-                c + (i * pitch + j - range.j0) * acc,
-                pitch,
-                choice.blocking.start(row0 - begin),
-                fetch_share(op, then, t, tiles)});
+        run_tile(k, {{segment, {}},
+                     1,
+                     static_cast<int>(min64(tallest, height - i)),
+                     k.vectors(lanes),
+                     k.ends_in_half(lanes),
+                     lanes,
+                     c + (i * pitch + j - range.j0) * acc,
+                     pitch,
+                     choice.blocking.start(row0 - begin),
+                     fetch_share(op, then, t, tiles)});
       }
       now = then;
     }

@@ -82,7 +82,7 @@ class PanelPass {
       } else {
         tile.ahead = fetch(share(next.width ? next : later, t, tiles));
       }
-      k_.tile(tile);
+      run_tile(k_, tile);
     }
     woven_ = weave_next;
     if (woven_) current_ = 1 - current_;

@@ -37,16 +37,16 @@ void multiply_panel(const Kernels& k, const WeightTiles& w, const PassRows& rows
       ahead = next.share();
     else if (fetch)
       ahead = w.rows_ahead(rows.out + i + height, height, rows.p, rows.steps);
-    k.tile({{base, lora},
-            rows.rank ? 2 : 1,
-            static_cast<int>(height),
-            vecs,
-            k.ends_in_half(panel.lanes),
-            panel.lanes,
-            c + i * ldc * accumulator_size(k),
-            ldc,
-            rows.start,
-            ahead});
+    run_tile(k, {{base, lora},
+                 rows.rank ? 2 : 1,
+                 static_cast<int>(height),
+                 vecs,
+                 k.ends_in_half(panel.lanes),
+                 panel.lanes,
+                 c + i * ldc * accumulator_size(k),
+                 ldc,
+                 rows.start,
+                 ahead});
   }
 }
 

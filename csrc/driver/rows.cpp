@@ -21,8 +21,8 @@ LanePanel* pack_rows(const Kernels& k, const GroupedLinear& op, const BlockRange
     panel.lanes = round_up(panel.rows, k.lane_step());
     panel.x = static_cast<char*>(arena.take(panel_bytes(k, op.w.cols(), panel.lanes)));
     panel.u = static_cast<char*>(arena.take(panel_bytes(k, rank, panel.lanes)));
-    k.pack_lanes[static_cast<int>(op.x.matrix.dtype)](
-        {x + panel.first, panel.rows, 0, op.w.cols(), op.x.matrix.col_stride, panel.x, panel.lanes});
+    run_pack_lanes(k, op.x.matrix.dtype,
+                   {x + panel.first, panel.rows, 0, op.w.cols(), op.x.matrix.col_stride, panel.x, panel.lanes});
     if (rank) pack_panel(k, op.u, range.row0 + panel.first, panel.rows, 0, rank, panel.u, panel.lanes, arena);
   }
   return panels;

@@ -5,7 +5,7 @@
 
 #include "core/arena.h"
 #include "core/views.h"
-#include "ukernel/ukernel.h"
+#include "ukernel/contract.h"
 
 namespace moelora {
 
@@ -62,7 +62,6 @@ inline int64_t panel_bytes(const Kernels& k, int64_t depth, int64_t panel_lanes)
 inline void pack_panels(const Kernels& k, const Matrix& m, int64_t lane0, int64_t lanes, int64_t p0, int64_t depth,
                         void* panels, int64_t panel_lanes, int64_t apart, Arena& arena) {
   Arena::Scope scope(arena);
-  const int t = static_cast<int>(m.dtype);
   const auto size = [](int64_t stride) { return stride < 0 ? -stride : stride; };
   const bool along_depth = m.col_stride == 1 || (m.row_stride != 1 && size(m.col_stride) < size(m.row_stride));
   const int64_t count = along_depth ? lanes : depth;
@@ -71,10 +70,11 @@ inline void pack_panels(const Kernels& k, const Matrix& m, int64_t lane0, int64_
     for (int64_t i = 0; i < lanes; ++i) rows[i] = m.at(lane0 + i, p0);
     auto* panel = static_cast<char*>(panels);
     for (int64_t lane = 0; lane < lanes; lane += panel_lanes, panel += apart)
-      k.pack_lanes[t]({rows + lane, min64(panel_lanes, lanes - lane), 0, depth, m.col_stride, panel, panel_lanes});
+      run_pack_lanes(k, m.dtype,
+                     {rows + lane, min64(panel_lanes, lanes - lane), 0, depth, m.col_stride, panel, panel_lanes});
   } else {
     for (int64_t i = 0; i < depth; ++i) rows[i] = m.at(lane0, p0 + i);
-    k.pack_depth[t]({rows, depth, 0, lanes, m.row_stride, panels, panel_lanes, apart});
+    run_pack_depth(k, m.dtype, {rows, depth, 0, lanes, m.row_stride, panels, panel_lanes, apart});
   }
 }
 

@@ -111,16 +111,16 @@ class StripBlock {
         const int64_t row = t * rows_ / groups, height = (t + 1) * rows_ / groups - row;
         const Segment base{x_.at(row, now.p * size_of(k_.compute)), x_.stride, panels_ + j * apart, now.steps};
         const Segment lora{u_.at(row, 0), u_.stride, b_panels_ + j * b_apart, rank_};
-        k_.tile({{base, lora},
-                 with_lora ? 2 : 1,
-                 static_cast<int>(height),
-                 k_.vectors(lanes),
-                 k_.ends_in_half(lanes),
-                 lanes_,
-                 c_ + (row * pitch_ + j * lanes_) * accumulator_size(k_),
-                 pitch_,
-                 start(now.p),
-                 fetch(next, j * groups + t, groups * panels)});
+        run_tile(k_, {{base, lora},
+                      with_lora ? 2 : 1,
+                      static_cast<int>(height),
+                      k_.vectors(lanes),
+                      k_.ends_in_half(lanes),
+                      lanes_,
+                      c_ + (row * pitch_ + j * lanes_) * accumulator_size(k_),
+                      pitch_,
+                      start(now.p),
+                      fetch(next, j * groups + t, groups * panels)});
       }
     }
   }

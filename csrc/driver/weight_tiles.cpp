@@ -4,10 +4,8 @@ namespace moelora {
 
 WeightTiles::DotOperand WeightTiles::dot_rows(int64_t out, int64_t count, int64_t p, int64_t steps,
                                               Arena& arena) const {
-  if (dots_as_stored())
-    return {{matrix_.at(out, p), matrix_.row_stride * size_of(matrix_.dtype)},
-            k_.dot_tile[static_cast<int>(matrix_.dtype)]};
-  return {rows(out, count, p, steps, arena), k_.dot_tile[static_cast<int>(k_.compute)]};
+  if (dots_as_stored()) return {{matrix_.at(out, p), matrix_.row_stride * size_of(matrix_.dtype)}, matrix_.dtype};
+  return {rows(out, count, p, steps, arena), k_.compute};
 }
 
 Ahead WeightTiles::rows_ahead(int64_t out, int64_t count, int64_t p, int64_t steps) const {

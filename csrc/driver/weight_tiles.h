@@ -28,10 +28,10 @@ class WeightTiles {
   LeftRows rows(int64_t out, int64_t count, int64_t p, int64_t steps, Arena& arena) const {
     return left_rows(k_, matrix_, out, count, p, steps, arena);
   }
-  // The same for dot products, which take some storage types as they are, and the micro-kernel for them.
+  // The same for dot products, which take some storage types as they are.
   struct DotOperand {
     LeftRows rows;
-    void (*tile)(const DotArgs&);
+    DType storage;
   };
   bool dots_as_stored() const {
     return k_.dot_tile[static_cast<int>(matrix_.dtype)] && (matrix_.col_stride == 1 || matrix_.cols <= 1);
@@ -48,14 +48,15 @@ class WeightTiles {
   // What such a strip will be made of.
   Ahead strip_ahead(int64_t out, int64_t width, int64_t p, int64_t steps) const;
 
-  // Rows of lanes as they are stored, and the micro-kernel for them; a null kernel where there is none.
+  // Rows of lanes for flat tiles, which take some storage types as they are.
   struct FlatOperand {
     LaneRows rows;
-    void (*tile)(const FlatArgs&);
+    DType storage;
   };
-  FlatOperand flat_rows(int64_t out, int64_t p) const {
-    return {lane_rows(out, p), matrix_.row_stride == 1 ? k_.flat_tile[static_cast<int>(matrix_.dtype)] : nullptr};
+  bool flat_as_stored() const {
+    return k_.flat_tile[static_cast<int>(matrix_.dtype)] && (matrix_.row_stride == 1 || matrix_.rows <= 1);
   }
+  FlatOperand flat_rows(int64_t out, int64_t p) const { return {lane_rows(out, p), matrix_.dtype}; }
 
   // Whether tiles can pack such a strip themselves, from `lane_rows`.
   bool weaves(int64_t width, int64_t steps) const;

@@ -21,4 +21,26 @@ inline void check_pack_lanes(const Kernels&, const PackArgs&) {}
 inline void check_pack_depth(const Kernels&, const PackArgs&) {}
 #endif
 
+// The micro-kernels as drivers call them.
+inline void run_tile(const Kernels& k, const TileArgs& args) {
+  check(k, args);
+  k.tile(args);
+}
+inline void run_dot_tile(const Kernels& k, DType l, const DotArgs& args) {
+  check(k, args, l);
+  k.dot_tile[static_cast<int>(l)](args);
+}
+inline void run_flat_tile(const Kernels& k, DType r, const FlatArgs& args) {
+  check(k, args, r);
+  k.flat_tile[static_cast<int>(r)](args);
+}
+inline void run_pack_lanes(const Kernels& k, DType source, const PackArgs& args) {
+  check_pack_lanes(k, args);
+  k.pack_lanes[static_cast<int>(source)](args);
+}
+inline void run_pack_depth(const Kernels& k, DType source, const PackArgs& args) {
+  check_pack_depth(k, args);
+  k.pack_depth[static_cast<int>(source)](args);
+}
+
 }  // namespace moelora
