@@ -116,7 +116,10 @@ void convert(void* dst, const void* src, int64_t n, int64_t stride) {
   auto* d = static_cast<typename P::elem*>(dst);
   const T* s = static_cast<const T*>(src);
   T buffer[V::lanes];
-  for (int64_t i = 0; i < n; i += V::lanes) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + V::lanes <= n; i += V::lanes) V::store_n(d + i, V::load_n(s + i, V::lanes), V::lanes);
+  for (; i < n; i += V::lanes) {
     const int64_t count = n - i < V::lanes ? n - i : V::lanes;
     V::store_n(d + i, V::load_n(gathered(buffer, s + i * stride, stride, count), count), count);
   }
