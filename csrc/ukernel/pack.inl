@@ -46,8 +46,8 @@ void pack_lanes(const moelora::PackArgs& args) {
   }
 }
 
-constexpr int64_t kFetchAhead = 4;    // rows
-constexpr int64_t kFetchBytes = 512;  // longer rows are streams that the processor follows by itself
+constexpr int64_t kFetchAhead = 2048;  // bytes of rows that are wanted soon; more would evict each other from L1
+constexpr int64_t kFetchBytes = 512;   // longer rows are streams that the processor follows by itself
 
 // One line of a panel: lane j is (a[j], b[j]), j < n, zero up to panel_lanes. b: of an even p's row the next one, if
 // any.
@@ -88,9 +88,10 @@ void pack_depth(const moelora::PackArgs& args) {
   const int64_t line = args.panel_lanes * P::pack * static_cast<int64_t>(sizeof(typename P::elem));
   const int64_t row_bytes = args.n * static_cast<int64_t>(sizeof(T));
   const int64_t run = args.stride == 1 && row_bytes <= kFetchBytes ? row_bytes : 0;
+  const int64_t rows_ahead = run > 0 ? kFetchAhead / run / P::pack * P::pack : 0;
   for (int64_t p = 0; p < args.n_rows; p += P::pack, panel += line) {
     // Rows may be anywhere, and a panel takes too little of each for the processor to see it coming.
-    for (int64_t q = p + kFetchAhead; q < p + kFetchAhead + P::pack && q < args.n_rows; ++q)
+    for (int64_t q = p + rows_ahead; run > 0 && q < p + rows_ahead + P::pack && q < args.n_rows; ++q)
       for (int64_t at = 0; at < run; at += 64)
         __builtin_prefetch(static_cast<const char*>(args.rows[q]) + args.first * static_cast<int64_t>(sizeof(T)) + at);
     const T* a = static_cast<const T*>(args.rows[p]) + args.first * args.stride;
