@@ -236,7 +236,7 @@ with_flat = pytest.mark.parametrize("k", [k for k in KERNEL_SETS if k.flat_stora
 
 @with_flat
 @given(
-    rows=st.integers(1, 6),
+    rows=st.integers(1, 12),
     depth=st.integers(1, 9),
     width=st.integers(1, 70),
     resume=st.booleans(),

@@ -59,7 +59,6 @@ KernelChoice with_blocking(const KernelChoice& choice, const py::kwargs& changes
   const int64_t pack = choice.kernels->pack, widest = choice.kernels->lanes * choice.kernels->vecs;
   require(b.depth % pack == 0 && b.thin_depth % pack == 0, "depth and thin_depth must be multiples of pack");
   require(b.chain % b.depth == 0 && b.chain % b.thin_depth == 0, "chain must be a multiple of depth and thin_depth");
-  require(b.flat_rows <= kMaxFlatRows, "flat_rows must be at most " + std::to_string(kMaxFlatRows));
   require(b.strip % widest == 0 && b.thin_strip % b.strip == 0,
           "strip must be a multiple of the widest tile's lanes, thin_strip one of strip");
   return changed;

@@ -83,9 +83,9 @@ const Row kRows[] = {
         .blocking =
             {
                 .row_chunk = 192,
-                .dot_rows = 8,
+                .dot_rows = 12,
                 .odd_rows = 4,
-                .flat_rows = 6,
+                .flat_rows = 16,
                 .thin_rows = 0,
                 .thin_depth = 64,
                 .thin_strip = 512,
@@ -110,9 +110,9 @@ const Row kRows[] = {
         .blocking =
             {
                 .row_chunk = 192,
-                .dot_rows = 6,
+                .dot_rows = 16,
                 .odd_rows = 0,
-                .flat_rows = 6,
+                .flat_rows = 16,
                 .thin_rows = 0,
                 .thin_depth = 64,
                 .thin_strip = 192,

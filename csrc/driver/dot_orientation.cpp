@@ -3,6 +3,12 @@
 #include "driver/rows.h"
 
 namespace moelora {
+namespace {
+
+// Steps of a pass: some rows of so many bytes stay in L1.
+int64_t pass_of(const Kernels& k) { return 4096 / size_of(k.compute); }
+
+}  // namespace
 
 DotRows::DotRows(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range, Arena& arena)
     : choice_(choice),
@@ -18,7 +24,7 @@ DotRows::DotRows(const KernelChoice& choice, const GroupedLinear& op, const Bloc
 }
 
 void DotRows::operator()(int64_t out, int64_t width, bool fetch, char* c, int64_t ldc, Arena& arena) const {
-  for (int64_t p = 0; p < w_.depth(); p += choice_.blocking.depth)
+  for (int64_t p = 0; p < w_.depth(); p += pass_of(*choice_.kernels))
     for (int64_t i = 0; i < width; i += height_)
       tile_row(out + i, min64(height_, width - i), p, fetch, c + i * accumulator_size(*choice_.kernels), ldc, arena);
 }
@@ -27,7 +33,7 @@ void DotRows::operator()(int64_t out, int64_t width, bool fetch, char* c, int64_
 void DotRows::tile_row(int64_t out, int64_t height, int64_t p, bool fetch, char* c, int64_t ldc, Arena& arena) const {
   Arena::Scope scope(arena);
   const Kernels& k = *choice_.kernels;
-  const int64_t steps = min64(choice_.blocking.depth, w_.depth() - p), acc = accumulator_size(k);
+  const int64_t steps = min64(pass_of(k), w_.depth() - p), acc = accumulator_size(k);
   const bool with_lora = rank_ && p + steps == w_.depth();
   const WeightTiles::DotOperand w_rows = w_.dot_rows(out, height, p, steps, arena);
   const LeftRows b_rows = with_lora ? b_.rows(out, height, 0, rank_, arena) : LeftRows{};

@@ -9,19 +9,26 @@ namespace {
 
 // Weight rows whose streams the processor follows side by side, and whose lines share a set of L1.
 constexpr int64_t kStep = 8;
+constexpr int64_t kResident = int64_t{24} << 10;
 
-// c: [rows][width] = or += rows l · rows r, steps [p0, p1).
+// c: [rows][ldc] = or += rows l · rows r, of outputs [first, first + width) of those that r begins with.
 struct Steps {
   const Kernels& k;
   LeftRows l;
   WeightTiles::FlatOperand r;  // step 0
-  int64_t rows, width, element;
+  int64_t rows, ldc;
 
-  void add(int64_t p0, int64_t p1, Start start, char* c) const {
+  void add(int64_t p0, int64_t p1, int64_t first, int64_t width, Start start, char* c) const {
+    const int64_t groups = ceil_div(rows, kMaxFlatRows);
+    const char* from = r.rows.data + first * size_of(r.storage);
     for (int64_t p = p0; p < p1; p += kStep, start = Start::resume)
-      run_flat_tile(k, r.storage,
-                    {l.at(0, p * element), l.stride, r.rows.data + p * r.rows.stride, r.rows.stride,
-                     min64(kStep, p1 - p), width, static_cast<int>(rows), c, width, start, kStep * r.rows.stride});
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t row = g * rows / groups, height = (g + 1) * rows / groups - row;
+        run_flat_tile(k, r.storage,
+                      {l.at(row, p * size_of(k.compute)), l.stride, from + p * r.rows.stride, r.rows.stride,
+                       min64(kStep, p1 - p), width, static_cast<int>(height),
+                       c + (row * ldc + first) * accumulator_size(k), ldc, start, g == 0 ? kStep * r.rows.stride : 0});
+      }
   }
 };
 
@@ -44,19 +51,25 @@ void flat_orientation_block(const KernelChoice& choice, const GroupedLinear& op,
   const Epilogue epilogue(choice, op, range, sums, arena);
   const WeightTiles w(k, op.w, range.expert);
   const int64_t rows = range.row1 - range.row0, depth = w.depth(), chain = choice.blocking.chain;
-  const int64_t width = range.out1 - range.out0, acc = accumulator_size(k), size = size_of(k.compute);
+  const int64_t width = range.out1 - range.out0, acc = accumulator_size(k);
   const int64_t bytes = rows * width * acc, piece = segment_width(choice, op);
-  const Steps base{k, x_rows(k, op, range, arena), w.flat_rows(range.out0, 0), rows, width, size};
+  const Steps base{k, x_rows(k, op, range, arena), w.flat_rows(range.out0, 0), rows, width};
+  Steps lora{k, {}, {}, rows, width};
+  const int64_t rank = op.u.data ? op.b.cols : 0;
+  if (rank) {
+    lora.l = left_rows(k, op.u, range.row0, rows, 0, rank, arena);
+    lora.r = lora_rows(k, WeightTiles(k, op.b, range.expert), range.out0, width, arena);
+  }
   char* c = static_cast<char*>(arena.take(bytes));
   char* total = depth > chain ? static_cast<char*>(arena.take(bytes)) : nullptr;
+  // C of as many outputs as stay in L1.
+  const int64_t outputs = max64(1, kResident / (rows * acc * piece)) * piece;
   for (int64_t p = 0; p < depth; p += chain) {
     const int64_t end = min64(depth, p + chain);
-    base.add(p, end, Start::zero, c);
-    if (op.u.data && end == depth) {
-      const WeightTiles b(k, op.b, range.expert);
-      const LeftRows u = left_rows(k, op.u, range.row0, rows, 0, b.depth(), arena);
-      const Steps lora{k, u, lora_rows(k, b, range.out0, width, arena), rows, width, size};
-      lora.add(0, b.depth(), Start::resume, c);
+    for (int64_t j = 0; j < width; j += outputs) {
+      const int64_t n = min64(outputs, width - j);
+      base.add(p, end, j, n, Start::zero, c);
+      if (rank && end == depth) lora.add(0, rank, j, n, Start::resume, c);
     }
     if (total && p == 0)
       std::memcpy(total, c, static_cast<size_t>(bytes));
@@ -64,8 +77,7 @@ void flat_orientation_block(const KernelChoice& choice, const GroupedLinear& op,
       k.add(total, c, nullptr, 1.0, rows * width);
   }
   for (int64_t j = 0; j < width; j += piece) {
-    const int64_t outputs = min64(piece, width - j);
-    epilogue(range.row0, rows, (total ? total : c) + j * acc, width * acc, range.out0 + j, outputs);
+    epilogue(range.row0, rows, (total ? total : c) + j * acc, width * acc, range.out0 + j, min64(piece, width - j));
   }
 }
 

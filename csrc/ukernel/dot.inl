@@ -31,17 +31,20 @@ template <class Op, class T, int MR, int NC>
     for (int i = 0; i < MR; ++i) a[i] = load(l[i] + p);
 #pragma GCC unroll 8
     for (int j = 0; j < NC; ++j) {
-      const typename Op::opvec b = load(r[j] + p);
+      typename Op::opvec b = load(r[j] + p);
+      Op::keep(b);  // loaded once: folded into every product, loads would be the limit
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) acc[j][i] = Op::fma(a[i], b, acc[j][i]);
     }
   };
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T)), kStride = kLine > kRun ? kLine : kRun;
   int64_t p = 0;
-  for (; p + kRun <= segment.depth; p += kRun) {
-    step(p, [](const auto* at) { return Op::load_whole(at); });
+  for (int64_t fetched = 0; p + kRun <= segment.depth; fetched += kStride) {
     // All rows side by side: memory delivers that faster than one row after the other.
     for (int64_t i = 0; i < ahead.rows; ++i)
-      __builtin_prefetch(static_cast<const char*>(ahead.from) + i * ahead.stride + p * sizeof(T), 0, 2);
+      __builtin_prefetch(static_cast<const char*>(ahead.from) + i * ahead.stride + fetched * sizeof(T), 0, 2);
+    for (; p < fetched + kStride && p + kRun <= segment.depth; p += kRun)
+      step(p, [](const auto* at) { return Op::load_whole(at); });
   }
   const int64_t left = segment.depth - p;
   if (left > 0) step(p, [left](const auto* at) { return Op::load_run(at, left); });

@@ -1,6 +1,7 @@
 // The flat tile over a vector policy, for few rows. Include inside an instruction set's unit only.
 //
-// Op: as for tile.inl with one p a step, and load_whole(T*), load_run(T*, n): a vector of a row of storage type T
+// Op: as for tile.inl with one p a step, and load_whole(T*), load_run(T*, n): a vector of a row of storage type T;
+//     sums: accumulators that fit the registers beside operands
 #pragma once
 
 #include "ukernel/tile.inl"
@@ -8,11 +9,10 @@
 
 namespace {
 
-constexpr int kFlatVecs = 2;
-
 // C: [MR][width], vectors of R's rows in place.
 template <class Op, class T, int MR>
 void flat_tile(const moelora::FlatArgs& args) {
+  constexpr int kFlatVecs = 2 * MR <= Op::sums ? 2 : 1;
   using acc_t = typename Op::acc_t;
   const auto l = [&](int i, int64_t p) {
     return reinterpret_cast<const typename Op::elem*>(static_cast<const char*>(args.l) + i * args.l_stride) + p;
@@ -21,7 +21,7 @@ void flat_tile(const moelora::FlatArgs& args) {
                                  const auto& store_c) __attribute__((always_inline)) {
     typename Op::vec acc[MR][NV];
     acc_t* c = static_cast<acc_t*>(args.c) + j;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v)
@@ -31,7 +31,7 @@ void flat_tile(const moelora::FlatArgs& args) {
       typename Op::opvec line[NV];
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) line[v] = load(row + v * Op::lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int i = 0; i < MR; ++i) {
         const typename Op::opvec a = Op::broadcast(l(i, p));
 #pragma GCC unroll 2
@@ -41,7 +41,7 @@ void flat_tile(const moelora::FlatArgs& args) {
       __builtin_prefetch(reinterpret_cast<const char*>(row) + args.ahead, 0, 2);
       row = reinterpret_cast<const T*>(reinterpret_cast<const char*>(row) + args.r_stride);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) store_c(c + i * args.ldc + v * Op::lanes, acc[i][v]);

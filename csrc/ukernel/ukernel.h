@@ -114,7 +114,7 @@ struct DotArgs {
   Ahead ahead;
 };
 
-constexpr int kMaxFlatRows = 6;
+constexpr int kMaxFlatRows = 12;
 
 struct FlatArgs {
   const void* l;

@@ -14,8 +14,10 @@ struct F32x8 {
   using acc_t = float;
   using vec = __m256;
   static constexpr int lanes = 8;
+  static constexpr int sums = 12;
   static constexpr int dot_rows[] = {6, 4, 3, 3, 2, 2};
 
+  static void keep(vec& v) { asm("" : "+x"(v)); }
   static vec zero() { return _mm256_setzero_ps(); }
   static vec set1(float v) { return _mm256_set1_ps(v); }
   static vec add(vec a, vec b) { return _mm256_add_ps(a, b); }

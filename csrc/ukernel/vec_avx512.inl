@@ -49,9 +49,14 @@ struct F32x16 {
   using acc_t = float;
   using vec = __m512;
   static constexpr int lanes = 16;
+  static constexpr int sums = 24;
   static constexpr int dot_rows[] = {8, 8, 8, 6, 4, 4};
 
   static __m256 low_half(vec v) { return _mm512_castps512_ps256(v); }
+  template <class R>
+  static void keep(R& v) {
+    asm("" : "+v"(v));
+  }
   static vec zero() { return _mm512_setzero_ps(); }
   static vec set1(float v) { return _mm512_set1_ps(v); }
   static vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
