@@ -24,7 +24,7 @@ from rows import ROOT, Run
 
 REPORTS = ROOT / "build" / "reports"
 # What a run may set: none of them gets what the caller's shell has of these.
-OURS = ("MOELORA_ISA", "MOELORA_BACKEND", "MOELORA_AUTOTUNE", "MOELORA_TEST_CORE", "TRITON_INTERPRET")
+OURS = ("MOELORA_", "TRITON_INTERPRET")  # what their names begin with
 # Tests about threads set their number; all others share the cores with the run beside them.
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
@@ -83,8 +83,8 @@ def all_of(names: list[str], runs: list[Run]) -> int:
 
 
 def main() -> int:
-    for name in OURS:
-        os.environ.pop(name, None)
+    for name in [name for name in os.environ if name.startswith(OURS)]:
+        del os.environ[name]
     runs = rows.all_runs()
     parser = argparse.ArgumentParser(description="Runs the test suite in every way that this machine can.")
     parser.add_argument(

@@ -117,7 +117,12 @@ def mlp(batch: Batch, p: problems.Problem, x: Tensor, ids: Tensor, gates: Tensor
         x, ids, gates, p.weight, down, gate_up_lora_a=p.lora_a, gate_up_lora_b=p.lora_b, gate_up_bias=p.bias
     )
     (dx,) = torch.autograd.grad(y.sum(), x)
-    return {"moe_mlp": y.detach(), "dx of moe_mlp": dx}
+    found = {"moe_mlp": y.detach(), "dx of moe_mlp": dx}
+    for act in ("silu", "gelu_tanh"):
+        plain = functional.moe_mlp(x, ids, gates, p.weight, p.weight.mT, act=act, gated=False)
+        (dx,) = torch.autograd.grad(plain.sum(), x)
+        found |= {f"moe_mlp of {act}": plain.detach(), f"dx of moe_mlp of {act}": dx}
+    return found
 
 
 def differing(batch: Batch) -> list[str]:

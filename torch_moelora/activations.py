@@ -1,4 +1,4 @@
-"""Plain activations of experts without a gate, in torch's own functions."""
+"""Plain activations of experts without a gate."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import ACTS
+
+PLAIN = {"relu": F.relu, "relu2": lambda t: F.relu(t).square()}
+
 
 def plain_activation(h: Tensor, act: str, alpha: float) -> Tensor:
-    """Elementwise `act` of h."""
-    if act == "silu" and alpha != 1:
-        wide = h if h.dtype == torch.float64 else h.float()
-        return (wide * torch.sigmoid(alpha * wide)).to(h.dtype)
-    functions = {
-        "silu": F.silu,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
-        "relu": F.relu,
-        "relu2": lambda t: F.relu(t).square(),
-    }
-    if act not in functions:
-        names = ", ".join(functions)
+    """Elementwise `act` of h [rows, I].
+
+    `glu` beside a constant 1 where it has the function: torch's own give an element other bits in a vector
+    than behind the last whole one, and where that is depends on the batch and the number of threads.
+    """
+    if act not in (*ACTS, *PLAIN):
+        names = ", ".join((*ACTS, *PLAIN))
         raise RuntimeError(f"moe_mlp: act must be one of {names} when gated is False, got {act}")
-    if alpha != 1:
+    if act != "silu" and alpha != 1:
         raise RuntimeError(f"moe_mlp: alpha must be 1 when act is {act}, got {alpha}")
-    return functions[act](h)
+    if act in PLAIN:
+        return PLAIN[act](h)
+    return torch.ops.moelora.glu(F.pad(h, (0, h.shape[1]), value=1.0), act, alpha)

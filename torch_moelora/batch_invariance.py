@@ -59,7 +59,8 @@ def set_batch_invariant(on: bool) -> None:
     process, from the next call of an operator on. `MOELORA_BATCH_INVARIANT=1` sets it at import.
 
     A backward goes by what was set when its forward ran. Under `torch.compile` forward and backward go by
-    what is set when they run: the flag is read by the kernels, and is no part of the graph.
+    what is set when they run: the flag is read by the kernels, and is no part of the graph. An `activation`
+    that `moe_mlp` is given does as it likes.
 
     Raises:
         TypeError: `on` is no bool.

@@ -5,7 +5,8 @@ expert, stable within an expert, with the slots of sentinel ids (outside [0, E))
 
 All floating-point arguments have one dtype (bfloat16, float16, float32; float64 on CPU), except that beside a
 half `x` the LoRA parameters, the bias and the gates may be float32. Accumulation is float32 (float64 for
-float64), and each result is rounded once. Results are bit-identical whatever the number of threads.
+float64), and each result is rounded once. Results are bit-identical whatever the number of threads, and with
+`torch_moelora.set_batch_invariant(True)` those of a token whatever else is in the batch.
 
 Under `torch.autocast`, x, weight and bias are cast to its dtype, float32 LoRA parameters and gates stay as
 they are.

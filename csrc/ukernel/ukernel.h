@@ -20,9 +20,9 @@
 // are the kernel's. (AMX: steps of 32 p of all segments first, then what is left of each; resumed at multiples of 32
 // only.)
 //
-// Where a kernel set weaves, the first segment's panel may not exist yet: `rows` then holds what is to be packed, one
-// row of lanes for every p, and the tile writes the panel while it multiplies. Only tiles as wide as they get, without
-// a half vector, and an even depth; the compute type.
+// To weave is to pack a panel between the products of a tile. Where a kernel set does, the first segment's panel may
+// not exist yet: `rows` then holds what is to be packed, one row of lanes for every p, and the tile writes the panel
+// while it multiplies. Only tiles as wide as they get, without a half vector, and an even depth; the compute type.
 //
 // Two segments make LoRA part of the contraction: [x | s·xAᵀ] · [W | B]ᵀ.
 //
