@@ -106,6 +106,7 @@ blockings = st.fixed_dictionaries(
         "row_chunk": st.sampled_from((1, 3, 16, 40)),
         "dot_rows": st.sampled_from((0, 3, 8, 20)),
         "odd_rows": st.sampled_from((0, 1, 7)),
+        "few_rows": st.sampled_from((0, 8)),
         "flat_rows": st.sampled_from((0, 2, 30)),
         "thin_rows": st.sampled_from((0, 2, 32)),
         "thin_depth": st.sampled_from((2, 32, 64)),

@@ -22,6 +22,7 @@ constexpr BlockingValue kBlocking[] = {
     {"row_chunk", &Blocking::row_chunk, 1},
     {"dot_rows", &Blocking::dot_rows, 0},
     {"odd_rows", &Blocking::odd_rows, 0},
+    {"few_rows", &Blocking::few_rows, 0},
     {"flat_rows", &Blocking::flat_rows, 0},
     {"thin_rows", &Blocking::thin_rows, 0},
     {"thin_depth", &Blocking::thin_depth, 1},

@@ -11,6 +11,7 @@ struct Blocking {
   int64_t row_chunk;   // rows of one expert in a task; their packed panels share L2
   int64_t dot_rows;    // up to so many rows the dot orientation is faster
   int64_t odd_rows;    // up to so many rows beyond a multiple of half a vector become dot products
+  int64_t few_rows;    // up to so many rows an expert, tasks take all its outputs, so that weights are read in order
   int64_t flat_rows;   // up to so many rows, weights contiguous along the outputs are not packed at all
   int64_t thin_rows;   // up to so many rows, passes over weights to be packed are
   int64_t thin_depth;  //   this deep, and

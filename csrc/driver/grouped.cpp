@@ -43,7 +43,7 @@ int64_t task_pieces(const KernelChoice& choice, const GroupedLinear& op, const R
   int64_t used = 0;
   for (int64_t e = 0; e < routing.experts; ++e) used += routing.begin(e) < routing.end(e);
   const int64_t balanced = ceil_div(kTasksPerThread * runtime.threads, max64(1, used));
-  if (routing.routed() <= used * choice.blocking.thin_rows) return balanced;
+  if (routing.routed() <= used * choice.blocking.few_rows) return balanced;
   return max64(balanced, ceil_div(op.w.rows(), choice.blocking.outputs));
 }
 
@@ -71,7 +71,7 @@ void run_apart(const KernelChoice& choice, const GroupedLinear& op, const Runtim
   int64_t left = routing.routed();
   for (const BlockRange& chunk : chunks) {
     left -= rows(chunk);
-    const bool tail = left < routing.routed() / kTailShare && rows(chunk) > choice.blocking.thin_rows;
+    const bool tail = left < routing.routed() / kTailShare && rows(chunk) > choice.blocking.few_rows;
     const int64_t pieces = max64(1, min64(tail ? kTailPieces * wanted : wanted, units));
     for (int64_t piece = 0; piece < pieces; ++piece)
       tasks.push_back({chunk.expert, chunk.row0, chunk.row1, border(piece, pieces, outputs, unit),
@@ -112,8 +112,9 @@ class CombinedRows {
     bias_ = static_cast<char*>(arena.take(routing.experts * outputs_ * acc_));
     std::memset(bias_, 0, static_cast<size_t>(routing.experts * outputs_ * acc_));
     for (int64_t e = 0; e < routing.experts; ++e)
-      k_.add_row[static_cast<int>(op.bias.dtype)](bias_ + e * outputs_ * acc_, op.bias.at(e, 0), op.bias.col_stride,
-                                                  1.0, outputs_);
+      if (routing.begin(e) < routing.end(e))
+        k_.add_row[static_cast<int>(op.bias.dtype)](bias_ + e * outputs_ * acc_, op.bias.at(e, 0), op.bias.col_stride,
+                                                    1.0, outputs_);
   }
 
   // The contraction alone, into rows by position.
