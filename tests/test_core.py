@@ -141,7 +141,7 @@ BROKEN = [
     (DOTTING, "dot_tile", "r", 1, "r must be aligned"),
     (DOTTING, "dot_tile", "ahead.runs", 1, "ahead must have no runs"),
     (FLAT, "flat_tile", "rows", 0, "rows must be"),
-    (FLAT, "flat_tile", "rows", 7, "rows must be"),
+    (FLAT, "flat_tile", "rows", 13, "rows must be"),
     (FLAT, "flat_tile", "width", -1, "width must be"),
     (FLAT, "flat_tile", "depth", -1, "depth must be"),
     (FLAT, "flat_tile", "start", 1, "flat tiles must not add"),

@@ -2,7 +2,8 @@
 //
 // Op: as for tile.inl, and load_run(T*, n): lanes · pack elements of a row of storage type T, those from n on zero;
 //     load_whole(T*): all of them; dot_rows[columns - 1]: the tallest tile whose accumulators fit the registers;
-//     sum_of_four(vec, vec, vec, vec, acc_t*): four sums over lanes, in a fixed order
+//     sum_of_four(vec, vec, vec, vec, acc_t*): four sums over lanes, in a fixed order;
+//     keep(opvec&), where a set offers it: has the operand in a register
 #pragma once
 
 #include "ukernel/tile.inl"
@@ -32,7 +33,8 @@ template <class Op, class T, int MR, int NC>
 #pragma GCC unroll 8
     for (int j = 0; j < NC; ++j) {
       typename Op::opvec b = load(r[j] + p);
-      Op::keep(b);  // loaded once: folded into every product, loads would be the limit
+      // Loaded once: folded into every product, loads would be the limit.
+      if constexpr (requires { Op::keep(b); }) Op::keep(b);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) acc[j][i] = Op::fma(a[i], b, acc[j][i]);
     }

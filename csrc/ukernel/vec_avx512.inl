@@ -53,12 +53,6 @@ struct F32x16 {
   static constexpr int dot_rows[] = {8, 8, 8, 6, 4, 4};
 
   static __m256 low_half(vec v) { return _mm512_castps512_ps256(v); }
-  template <class R>
-  static void keep([[maybe_unused]] R& v) {
-#ifdef __AVX512F__  // emulated vectors are no registers
-    asm("" : "+v"(v));
-#endif
-  }
   static vec zero() { return _mm512_setzero_ps(); }
   static vec set1(float v) { return _mm512_set1_ps(v); }
   static vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
