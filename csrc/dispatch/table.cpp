@@ -17,6 +17,27 @@ struct Row {
 
 constexpr int64_t kCombine = int64_t{24} << 20, kEndless = int64_t{1} << 40;
 
+constexpr Blocking kPortable = {
+    .row_chunk = 64,
+    .dot_rows = 0,
+    .odd_rows = 0,
+    .few_rows = 32,
+    .flat_rows = 4,
+    .thin_rows = 32,
+    .thin_depth = 64,
+    .thin_strip = 512,
+    .strip = 16,
+    .segment = 48,
+    .depth = 512,
+    .chain = 512,
+    .outputs = 2048,
+    .combine_bytes = kCombine,
+    .token_chunk = 4096,
+    .outer_rows = 96,
+    .outer_cols = 128,
+    .outer_depth = 512,
+};
+
 // Best first for every dtype.
 // Long chains of fp32 additions are cut to keep rounding at the level of short sums; bf16 needs no such cut.
 const Row kRows[] = {
@@ -137,53 +158,13 @@ const Row kRows[] = {
         .isa = Isa::portable,
         .kernels = f32_kernels_portable,
         .takes = {true, true, true, false},
-        .blocking =
-            {
-                .row_chunk = 64,
-                .dot_rows = 0,
-                .odd_rows = 0,
-                .few_rows = 32,
-                .flat_rows = 4,
-                .thin_rows = 32,
-                .thin_depth = 64,
-                .thin_strip = 512,
-                .strip = 16,
-                .segment = 48,
-                .depth = 512,
-                .chain = 512,
-                .outputs = 2048,
-                .combine_bytes = kCombine,
-                .token_chunk = 4096,
-                .outer_rows = 96,
-                .outer_cols = 128,
-                .outer_depth = 512,
-            },
+        .blocking = kPortable,
     },
     {
         .isa = Isa::portable,
         .kernels = f64_kernels_portable,
         .takes = {false, false, false, true},
-        .blocking =
-            {
-                .row_chunk = 64,
-                .dot_rows = 0,
-                .odd_rows = 0,
-                .few_rows = 32,
-                .flat_rows = 4,
-                .thin_rows = 32,
-                .thin_depth = 64,
-                .thin_strip = 512,
-                .strip = 16,
-                .segment = 48,
-                .depth = 512,
-                .chain = 512,
-                .outputs = 2048,
-                .combine_bytes = kCombine,
-                .token_chunk = 4096,
-                .outer_rows = 96,
-                .outer_cols = 128,
-                .outer_depth = 512,
-            },
+        .blocking = kPortable,
     },
 };
 
