@@ -13,6 +13,7 @@ from model_tiny import (
     one_thread,  # noqa: F401  (autouse)
 )
 from peft import LoraConfig, PeftModel
+from torch import nn
 
 THREADS, CALLS, BATCHES = 8, 240, 30
 
@@ -37,11 +38,10 @@ def _model(*active: str) -> PeftModel:
     return model.train()
 
 
-def _step(model: PeftModel, batch: int) -> list[torch.Tensor]:
+def _step(model: PeftModel, trained: list[nn.Parameter], batch: int) -> list[torch.Tensor]:
     """The logits of a batch, and the gradients of what is trained."""
     ids = torch.randint(1, 64, (2, 8), generator=torch.Generator().manual_seed(batch))
     out = model(input_ids=ids, labels=ids)
-    trained = [p for p in model.parameters() if p.requires_grad]
     return [out.logits.detach(), *torch.autograd.grad(out.loss, trained)]
 
 
@@ -57,10 +57,12 @@ def test_concurrent_calls_equal_serial_ones(active, recompute):
     for model in models:
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Listed before the calls: with two active adapters PEFT changes the tree of modules during one.
+    trained = {id(model): [p for p in model.parameters() if p.requires_grad] for model in models}
     jobs = [(models[call % len(models)], call % BATCHES) for call in range(CALLS)]
-    serial = {(id(model), batch): _step(model, batch) for model, batch in {*jobs}}
+    serial = {(id(model), batch): _step(model, trained[id(model)], batch) for model, batch in {*jobs}}
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda job: _step(*job), jobs))
+        found = list(pool.map(lambda job: _step(job[0], trained[id(job[0])], job[1]), jobs))
     assert len(serial) == BATCHES
     for (model, batch), tensors in zip(jobs, found, strict=True):
         expected = serial[id(model), batch]
