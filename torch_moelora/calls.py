@@ -30,6 +30,12 @@ class ScatterLora(NamedTuple):
     gates: Tensor | None = None
     x_grouped: bool = False
     y_grouped: bool = False
+    weight_scale: Tensor | None = None
+    weight_scale2: Tensor | None = None
+    weight_zero: Tensor | None = None
+    weight_format: str = "dense"
+    weight_transposed: bool = False
+    sum_fp32: bool = False
 
 
 class ScatterLoraDx(NamedTuple):
@@ -46,6 +52,12 @@ class ScatterLoraDx(NamedTuple):
     x: Tensor | None = None
     x_grouped: bool = False
     y_grouped: bool = False
+    weight_scale: Tensor | None = None
+    weight_scale2: Tensor | None = None
+    weight_zero: Tensor | None = None
+    weight_format: str = "dense"
+    weight_transposed: bool = False
+    sum_fp32: bool = False
 
 
 class ScatterLoraDab(NamedTuple):
@@ -77,6 +89,12 @@ class ScatterLoraBackward(NamedTuple):
     x_grouped: bool = False
     y_grouped: bool = False
     with_dgates: bool = True
+    weight_scale: Tensor | None = None
+    weight_scale2: Tensor | None = None
+    weight_zero: Tensor | None = None
+    weight_format: str = "dense"
+    weight_transposed: bool = False
+    sum_fp32: bool = False
 
 
 class ScatterLoraDw(NamedTuple):

@@ -13,13 +13,18 @@ SCHEMAS: dict[str, str] = {
     "scatter_lora": (
         "(Tensor x, Tensor weight, Tensor sorted_scattered_idxs, Tensor expert_offsets, int top_k, "
         "Tensor? lora_a=None, Tensor? lora_b=None, float scaling=1.0, "
-        "Tensor? bias=None, Tensor? gates=None, bool x_grouped=False, bool y_grouped=False) -> Tensor"
+        "Tensor? bias=None, Tensor? gates=None, bool x_grouped=False, bool y_grouped=False, "
+        "Tensor? weight_scale=None, Tensor? weight_scale2=None, Tensor? weight_zero=None, "
+        'str weight_format="dense", bool weight_transposed=False, bool sum_fp32=False) -> Tensor'
     ),
     "scatter_lora_dx": (
         "(Tensor dy, Tensor weight, Tensor sorted_scattered_idxs, Tensor expert_offsets, int top_k, "
         "Tensor? lora_a=None, Tensor? lora_b=None, float scaling=1.0, "
         "Tensor? bias=None, Tensor? gates=None, Tensor? x=None, "
-        "bool x_grouped=False, bool y_grouped=False) -> (Tensor dx, Tensor dgates)"
+        "bool x_grouped=False, bool y_grouped=False, "
+        "Tensor? weight_scale=None, Tensor? weight_scale2=None, Tensor? weight_zero=None, "
+        'str weight_format="dense", bool weight_transposed=False, bool sum_fp32=False) '
+        "-> (Tensor dx, Tensor dgates)"
     ),
     "scatter_lora_dab": (
         "(Tensor dy, Tensor x, Tensor sorted_scattered_idxs, Tensor expert_offsets, int top_k, "
@@ -29,7 +34,9 @@ SCHEMAS: dict[str, str] = {
     "scatter_lora_backward": (
         "(Tensor dy, Tensor x, Tensor weight, Tensor sorted_scattered_idxs, Tensor expert_offsets, "
         "int top_k, Tensor lora_a, Tensor lora_b, float scaling=1.0, Tensor? bias=None, Tensor? gates=None, "
-        "bool x_grouped=False, bool y_grouped=False, bool with_dgates=True) "
+        "bool x_grouped=False, bool y_grouped=False, bool with_dgates=True, "
+        "Tensor? weight_scale=None, Tensor? weight_scale2=None, Tensor? weight_zero=None, "
+        'str weight_format="dense", bool weight_transposed=False, bool sum_fp32=False) '
         "-> (Tensor dx, Tensor dgates, Tensor da, Tensor db)"
     ),
     "scatter_lora_dw": (

@@ -132,6 +132,7 @@ void forward_arrays(const KernelChoice& choice, const py::array& out, const py::
            .bias = p.bias(bias, w.rows),
            .gates = p.gates,
            .y = p.out_rows(out, p.y_order, w.rows, t),
+           .y_dtype = t,
            .y_order = p.y_order},
           runtime(threads));
 }
@@ -158,6 +159,7 @@ InputGradient input_gradient_of(const Problem& p, const py::array& out, const Op
           .gates = p.gates,
           .x = x,
           .dx = p.out_rows(out, p.x_order, w.cols, t),
+          .dx_dtype = t,
           .dx_order = p.x_order,
           .dgates = dgates};
 }

@@ -36,8 +36,9 @@ struct Forward {
   Lora lora;
   Matrix bias;          // [E, N] or no data
   const double* gates;  // [S] by slot, or null
-  void* y;              // storage type of x
-  RowOrder y_order;     // token where gates are given
+  void* y;
+  DType y_dtype;     // storage type of x, or the accumulators'
+  RowOrder y_order;  // token where gates are given
 };
 void forward(const KernelChoice& choice, const Forward& op, const Runtime& runtime);
 
@@ -49,7 +50,8 @@ struct InputGradient {
   Matrix bias;
   const double* gates;
   RowsIn x;  // no data: no gate gradient
-  void* dx;  // storage type of dy
+  void* dx;
+  DType dx_dtype;  // storage type of dy, or the accumulators'
   RowOrder dx_order;
   void* dgates;  // [S] fp32, or fp64 for fp64; null: not wanted
 };

@@ -55,7 +55,7 @@ void input_gradient(const KernelChoice& choice, const InputGradient& op, const R
                        .bias = {},
                        .gates = op.gates,
                        .out = op.dx,
-                       .out_dtype = op.dy.matrix.dtype,
+                       .out_dtype = op.dx_dtype,
                        .out_order = op.dx_order};
   double* parts = nullptr;
   const int64_t part_count = op.dgates ? dot_part_count(choice, linear) : 0;

@@ -16,7 +16,7 @@ void forward(const KernelChoice& choice, const Forward& op, const Runtime& runti
                        .bias = op.bias,
                        .gates = op.gates,
                        .out = op.y,
-                       .out_dtype = op.x.matrix.dtype,
+                       .out_dtype = op.y_dtype,
                        .out_order = op.y_order};
   if (op.lora.present()) {
     const Experts a = compact_lora(choice, op.lora.a, op.routing, arena, runtime);

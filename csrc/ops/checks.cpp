@@ -12,6 +12,8 @@ std::string text(int64_t v) { return std::to_string(v); }
 
 bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half; }
 
+}  // namespace
+
 std::string dtype_text(ScalarType t) {
   switch (t) {
     case ScalarType::BFloat16: return "torch.bfloat16";
@@ -28,13 +30,12 @@ std::string dtype_text(ScalarType t) {
     case ScalarType::ComplexDouble: return "torch.complex128";
     case ScalarType::Float8_e4m3fn: return "torch.float8_e4m3fn";
     case ScalarType::Float8_e5m2: return "torch.float8_e5m2";
+    case ScalarType::Float8_e8m0fnu: return "torch.float8_e8m0fnu";
     default: return "an unsupported dtype";
   }
 }
 
 std::string dtype_text(const Tensor& t) { return dtype_text(t.scalar_type()); }
-
-}  // namespace
 
 std::string shape_text(const Tensor& t) {
   std::string s = "[";
@@ -117,17 +118,6 @@ void Checker::like(const char* name, const Tensor& t, const char* lead_name, con
     return std::string(name) + " must have dtype " + dtype_text(lead) + " (that of " + lead_name + ")" +
            (fp32_too ? " or torch.float32" : "") + ", got " + dtype_text(t);
   });
-}
-
-void Checker::weight(const Tensor& w, const char* lead_name, const Tensor& lead, const Routing& r) const {
-  require(w.dim() == 3, [&] { return "weight must be a 3-D tensor [E, N, K], got shape " + shape_text(w); });
-  like("weight", w, lead_name, lead);
-  require(w.size(0) == r.experts, [&] {
-    return "weight must have " + text(r.experts) + " experts (the length of expert_offsets), got shape " +
-           shape_text(w);
-  });
-  require(w.size(1) >= 1 && w.size(2) >= 1,
-          [&] { return "weight must have N and K of at least 1, got shape " + shape_text(w); });
 }
 
 void Checker::columns(const char* name, const Tensor& t, const char* letter, int64_t size, const char* owner) const {

@@ -4,14 +4,28 @@
 
 #include <string>
 
+#include "formats/formats.h"
 #include "ops/tensors.h"
 
 namespace moelora::ops {
+
+std::string dtype_text(ScalarType t);
+std::string dtype_text(const Tensor& t);
+std::string shape_text(const Tensor& t);
+std::string number_text(double value);
 
 // The tensors' contiguous copies where needed, and the views of them.
 struct CheckedRouting {
   Tensor sorted_scattered_idxs, expert_offsets;
   Routing routing;
+};
+
+// `weight` and what says how it is to be read.
+struct WeightArgs {
+  const Tensor& weight;
+  const OptionalTensor &scale, &scale2, &zero;
+  const std::string& format;
+  bool transposed;
 };
 
 // Checks of one operator, in schema order. `op` heads every message.
@@ -25,7 +39,8 @@ class Checker {
   void floating(const char* name, const Tensor& t) const;
   void integer(const char* name, const Tensor& t) const;  // int32 or int64
   void like(const char* name, const Tensor& t, const char* lead_name, const Tensor& lead, bool or_fp32 = false) const;
-  void weight(const Tensor& w, const char* lead_name, const Tensor& lead, const Routing& r) const;
+  // The weight and all that belongs to it.
+  Weights weight(const WeightArgs& w, const char* lead_name, const Tensor& lead, const Routing& r) const;
   void columns(const char* name, const Tensor& t, const char* letter, int64_t size, const char* owner) const;
   // sizes of [E, N, K]
   void lora(const OptionalTensor& a, const OptionalTensor& b, const char* lead_name, const Tensor& lead, int64_t e,
@@ -44,11 +59,29 @@ class Checker {
   }
 
  private:
+  void experts(const Tensor& w, const Routing& r) const;
+  Packed codes(const FormatRow& row, const WeightArgs& w, const char* lead_name, const Tensor& lead,
+               const Routing& r) const;
+  void scales(const FormatRow& row, const WeightArgs& w, Packed& packed) const;
+  void second_scales(const FormatRow& row, const WeightArgs& w, Packed& packed) const;
+  void zeros(const FormatRow& row, const WeightArgs& w, Packed& packed) const;
+  int64_t group_size(const FormatRow& row, const Tensor& scale, int64_t cols, const char* letter) const;
+  void absent(const char* name, const OptionalTensor& t, const std::string& why) const;
+  template <class Sizes>
+  void shape(const char* name, const Tensor& t, const Sizes& sizes, const std::string& why) const {
+    bool same = t.dim() == static_cast<int64_t>(sizes.size());
+    std::string expected;
+    int64_t i = 0;
+    for (const int64_t size : sizes) {
+      expected += (i ? ", " : "") + std::to_string(size);
+      same = same && t.size(i++) == size;
+    }
+    require(same, [&] {
+      return std::string(name) + " must have shape [" + expected + "] (" + why + "), got " + shape_text(t);
+    });
+  }
   [[noreturn]] void fail(const std::string& message) const;
   const char* op_;
 };
-
-std::string shape_text(const Tensor& t);
-std::string number_text(double value);
 
 }  // namespace moelora::ops

@@ -11,22 +11,24 @@ bool experts_last(const Tensor& lora_b) {
 
 }  // namespace
 
-InputGradientResult new_input_gradient(const GradientArgs& args, const Tensor& weight, const Lora& lora,
+InputGradientResult new_input_gradient(const GradientArgs& args, const Weights& weight, const Lora& lora,
                                        const OptionalTensor& bias, const OptionalTensor& x, bool with_dgates) {
   const Routing& r = args.routing;
   const Tensor& dy = args.dy;
   const ScalarType gate_type = dy.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor dx = new_tensor(dy, {args.x_grouped ? r.slots : r.tokens(), weight.size(2)}, dy.scalar_type());
+  const DType dx_dtype = args.sum_fp32 && !args.x_grouped ? sum_type(dy) : dtype_of(dy);
+  Tensor dx = new_tensor(dy, {args.x_grouped ? r.slots : r.tokens(), weight.cols()}, scalar_type(dx_dtype));
   Tensor dgates = with_dgates ? new_tensor(dy, {r.tokens(), r.top_k}, gate_type) : new_tensor(dy, {0}, gate_type);
   const RowOrder x_order = order_of_x(args.x_grouped);
   const InputGradient op{.routing = r,
                          .dy = args.dy_rows(),
-                         .weight = {experts_of(weight)},
+                         .weight = weight,
                          .lora = lora,
                          .bias = matrix_of(bias),
                          .gates = args.gates,
                          .x = {matrix_of(x), x_order},
                          .dx = dx.mutable_data_ptr(),
+                         .dx_dtype = dx_dtype,
                          .dx_order = x_order,
                          .dgates = with_dgates ? dgates.mutable_data_ptr() : nullptr};
   return {dx, dgates, op};

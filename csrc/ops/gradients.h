@@ -16,6 +16,7 @@ struct GradientArgs {
   const Tensor& dy;
   const double* gates;  // [S] by slot, or null
   bool x_grouped, y_grouped;
+  bool sum_fp32 = false;
 
   RowsIn dy_rows() const { return {matrix_of(dy), order_of_dy(gates != nullptr, y_grouped)}; }
 };
@@ -25,7 +26,7 @@ struct InputGradientResult {
   InputGradient op;
 };
 // dgates: where the gates' gradient is wanted, else size 0.
-InputGradientResult new_input_gradient(const GradientArgs& args, const Tensor& weight, const Lora& lora,
+InputGradientResult new_input_gradient(const GradientArgs& args, const Weights& weight, const Lora& lora,
                                        const OptionalTensor& bias, const OptionalTensor& x, bool with_dgates);
 
 struct LoraGradientResult {

@@ -35,6 +35,9 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
+// What sums of such rows come back in where they are not to be rounded.
+inline DType sum_type(const Tensor& t) { return dtype_of(t) == DType::f64 ? DType::f64 : DType::f32; }
+
 inline Matrix matrix_of(const Tensor& t) {
   return {t.const_data_ptr(), dtype_of(t), t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }

@@ -4,6 +4,7 @@
 #include "ukernel/f32_kernels.inl"
 #include "ukernel/kernel_sets.h"
 #include "ukernel/peak.inl"
+#include "ukernel/unpack_avx512.inl"
 #include "ukernel/vec_avx2.inl"
 #include "ukernel/vec_avx512.inl"
 
@@ -97,6 +98,8 @@ const moelora::Kernels& moelora::bf16_kernels_avx512_bf16() {
     k.name = "bf16_tile_6x64_avx512_bf16";
     fill_tiles<Bf16Dot, 24, 12, 8, 6>(k);
     fill_rows<F32x16>(k);
+    fill_scales<Bf16Unpack>(k);
+    fill_unpack<Bf16Unpack, bf16_t>(k, DType::bf16);
     k.peak = peak<Bf16Dot, 8, 2>;
     fill_storage<F32x16, Bf16Dot, bf16_t>(k, DType::bf16);
     fill_storage<F32x16, Bf16Dot, float>(k, DType::f32);

@@ -4,11 +4,13 @@
 #include "ukernel/f32_kernels.inl"
 #include "ukernel/kernel_sets.h"
 #include "ukernel/peak.inl"
+#include "ukernel/unpack_avx2.inl"
 #include "ukernel/vec_avx2.inl"
 
 const moelora::Kernels& moelora::f32_kernels_avx2() {
   static const Kernels kernels = [] {
     Kernels k = f32_kernels<F32x8, void, 12, 6, 4>("f32_tile_4x24_avx2");
+    fill_f32_unpack<Avx2Unpack>(k);
     k.peak = peak<Plain<F32x8, moelora::DType::f32>, 2, 6>;
     return k;
   }();

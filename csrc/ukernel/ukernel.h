@@ -43,6 +43,7 @@
 
 #include <cstdint>
 
+#include "core/codes.h"
 #include "core/dtype.h"
 
 namespace moelora {
@@ -141,6 +142,27 @@ struct PackArgs {
   int64_t panels_apart = 0;  // bytes; pack_depth goes on in the next panel where n is more than panel_lanes
 };
 
+// Columns [first, first + n) of one packed row, in the compute type.
+struct UnpackArgs {
+  const uint8_t* codes;  // of column 0
+  int64_t first, n;
+  const float* values;  // [16], of nibbles
+  const float* scale;   // of the groups that the columns are in, from the first of these on
+  const float* zero;    // the same, or null
+  int64_t group;        // columns that share a scale
+  void* to;
+};
+
+// Scales or zero points in fp32: `n` of them, `stride` elements apart.
+struct ScaleArgs {
+  const void* from;
+  int64_t n, stride;
+  float factor;         // of e4m3 and indexed ones
+  float offset;         // of indexed ones
+  const float* values;  // [256], of these
+  float* to;
+};
+
 enum class Activation : uint8_t { silu, gelu, gelu_tanh };
 
 struct GluArgs {
@@ -180,6 +202,13 @@ struct Kernels {
   void (*convert[kDTypes])(void* dst, const void* src, int64_t n, int64_t stride);
   // dst[i][j] = src[j][i], i < n, j < n_rows, in the compute type; dst rows are `ldd` apart. Rows scaled by scale[j].
   void (*transpose_in[kDTypes])(void* dst, int64_t ldd, const PackArgs& src, const void* scale);
+
+  // to[i] = (value − zero) · scale, each operation rounded to fp32, then to the second index, the type that the weights
+  // would have; null where this compute type does not take it. Every NaN among the scales is one that stays NaN however
+  // it is rounded: `scales` gives no others.
+  void (*unpack[kCodes][kDTypes])(const UnpackArgs&);
+  // to[i] = from[i · stride], · factor and + offset as their type has them, each rounded to fp32.
+  void (*scales[kScaleTypes])(const ScaleArgs&);
 
   // Accumulator rows. c, bias, acc: accumulator type.
   void (*transpose)(void* dst, int64_t ldd, const void* src, int64_t lds, int64_t rows, int64_t cols);
