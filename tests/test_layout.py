@@ -16,7 +16,7 @@ MAY_INCLUDE = {
     "formats": {"core", "ukernel"},
     "dispatch": {"core", "ukernel", "formats"},
     "driver": {"core", "ukernel", "formats", "dispatch"},
-    "ops": {"core", "dispatch", "driver"},
+    "ops": {"core", "formats", "dispatch", "driver"},
     "bindings": {"core", "ukernel", "formats", "dispatch", "driver"},
 }
 # A word in a folder's code → the only folders that may have it.

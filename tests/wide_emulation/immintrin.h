@@ -205,8 +205,10 @@ UNARY(_mm512_cvtepi32_ps, __m512, __m512i, _mm256_cvtepi32_ps)
 #define SHIFT(name, half) EMULATED __m512i name(__m512i v, int bits) { return {half(v.low, bits), half(v.high, bits)}; }
 SHIFT(_mm512_slli_epi16, _mm256_slli_epi16)
 SHIFT(_mm512_slli_epi32, _mm256_slli_epi32)
+SHIFT(_mm512_slli_epi64, _mm256_slli_epi64)
 SHIFT(_mm512_srli_epi16, _mm256_srli_epi16)
 SHIFT(_mm512_srli_epi32, _mm256_srli_epi32)
+SHIFT(_mm512_srli_epi64, _mm256_srli_epi64)
 #undef SHIFT
 
 #define BINARY(name, V, half) EMULATED V name(V a, V b) { return {half(a.low, b.low), half(a.high, b.high)}; }
@@ -306,6 +308,15 @@ EMULATED __m256i _mm512_castsi512_si256(__m512i v) { return v.low; }
 // Nobody may rely on the upper half.
 EMULATED __m512i _mm512_castsi256_si512(__m256i v) { return {v, _mm256_set1_epi8(0x5a)}; }
 EMULATED __m256 _mm512_extractf32x8_ps(__m512 v, int half) { return half & 1 ? v.high : v.low; }
+EMULATED __m512i _mm512_broadcast_i64x4(__m256i v) { return {v, v}; }
+EMULATED __m512i _mm512_cvtepu8_epi64(__m128i v) {
+  return {_mm256_cvtepu8_epi64(v), _mm256_cvtepu8_epi64(_mm_srli_si128(v, 4))};
+}
+EMULATED __mmask16 _mm512_cmpeq_epi32_mask(__m512i a, __m512i b) {
+  const int low = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.low, b.low)));
+  const int high = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.high, b.high)));
+  return static_cast<__mmask16>(low | high << 8);
+}
 EMULATED __m512i _mm512_inserti64x4(__m512i v, __m256i part, int half) {
   return half & 1 ? __m512i{v.low, part} : __m512i{part, v.high};
 }

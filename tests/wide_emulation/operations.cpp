@@ -61,6 +61,8 @@ const Operation kOperations[] = {
   RESULT(_mm512_inserti64x4, _mm512_inserti64x4(as<__m512i>(in.a), as<__m256i>(in.b), 0))
   RESULT(_mm512_inserti64x4, _mm512_inserti64x4(as<__m512i>(in.a), as<__m256i>(in.b), 1))
 
+  UNARY(_mm512_broadcast_i64x4, __m256i)
+
   NONE(_mm512_setzero_ps)
   NONE(_mm512_setzero_si512)
   VALUE(_mm512_set1_ps, float)
@@ -83,8 +85,10 @@ const Operation kOperations[] = {
   BINARY(_mm512_or_si512, __m512i, __m512i)
   SHIFT(_mm512_slli_epi16)
   SHIFT(_mm512_slli_epi32)
+  SHIFT(_mm512_slli_epi64)
   SHIFT(_mm512_srli_epi16)
   SHIFT(_mm512_srli_epi32)
+  SHIFT(_mm512_srli_epi64)
 
   BINARY(_mm512_unpacklo_ps, __m512, __m512)
   BINARY(_mm512_unpackhi_ps, __m512, __m512)
@@ -106,12 +110,15 @@ const Operation kOperations[] = {
   UNARY(_mm512_cvtepu8_epi16, __m256i)
   UNARY(_mm512_cvtepu8_epi32, __m128i)
   UNARY(_mm512_cvtepi8_epi32, __m128i)
+  UNARY(_mm512_cvtepu8_epi64, __m128i)
   UNARY(_mm512_cvtepu16_epi32, __m256i)
   UNARY(_mm512_cvtepi32_epi16, __m512i)
   UNARY(_mm512_cvtph_ps, __m256i)
   NUMBERED(_mm512_cvtps_ph, __m512, _MM_FROUND_TO_NEAREST_INT)
   RESULT(_mm512_cmp_ps_mask, _mm512_cmp_ps_mask(as<__m512>(in.a), as<__m512>(in.b), _CMP_UNORD_Q))
   RESULT(_mm512_cmp_ps_mask, _mm512_cmp_ps_mask(as<__m512>(in.a), as<__m512>(in.b), _CMP_LT_OS))
+
+  BINARY(_mm512_cmpeq_epi32_mask, __m512i, __m512i)
 
   RESULT(_mm512_mask_mov_epi32, _mm512_mask_mov_epi32(as<__m512i>(in.a), static_cast<__mmask16>(in.mask), as<__m512i>(in.b)))
   BLEND(_mm512_mask_blend_epi8, __mmask64, __m512i)
