@@ -38,6 +38,101 @@ def _gate(gates: Tensor | None, slots: Tensor, lo: int, hi: int, dtype: torch.dt
     return 1.0 if gates is None else gates.to(dtype).flatten()[slots[lo:hi]].unsqueeze(1)
 
 
+def _nibbles(codes: Tensor, high_first: bool = False) -> Tensor:
+    """uint8 [E, rows, columns/2] → 4-bit codes [E, rows, columns]."""
+    pair = (codes >> 4, codes & 15) if high_first else (codes & 15, codes >> 4)
+    return torch.stack(pair, dim=-1).flatten(-2).long()
+
+
+def _e2m1(codes: Tensor) -> Tensor:
+    """Sign, two bits of exponent, one of fraction; exponent 0 is subnormal."""
+    exponent, fraction = (codes >> 1) & 3, (codes & 1) / 2
+    size = torch.where(exponent == 0, fraction, (1 + fraction) * 2.0 ** (exponent - 1))
+    return torch.where(codes < 8, size, -size).float()
+
+
+def _e8m0(scale: Tensor) -> Tensor:
+    return torch.where(scale == 255, math.nan, 2.0 ** (scale.double() - 127)).float()
+
+
+def _dynamic_map() -> Tensor:
+    """The values of nested scales: of each power of ten the middles of equal steps from 0.1 to 1,
+    ascending.
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        steps = torch.linspace(0.1, 1, 2**i + 1)
+        values += [v for s in (1, -1) for v in (s * 10 ** (i - 6) * (steps[:-1] + steps[1:]) / 2).tolist()]
+    return torch.tensor(sorted(values))
+
+
+def _nested(scale: Tensor, scale2: Tensor | None) -> Tensor:
+    """fp32 scales as they are; of uint8 ones every 256 have a row (factor, offset) of scale2."""
+    if scale.dtype != torch.uint8:
+        return scale
+    factor, offset = scale2[torch.arange(scale.numel()) // 256].unbind(1)
+    return (_dynamic_map()[scale.flatten().long()] * factor + offset).view(scale.shape)
+
+
+def _parts(scale2: Tensor, rows: int) -> Tensor:
+    """[E, P] → [E, rows, 1], one for each of P equal parts of the rows."""
+    return scale2[:, torch.arange(rows) * scale2.shape[1] // rows].unsqueeze(2)
+
+
+def _cover(t: Tensor, sizes: tuple[int, int], block: int | None = None) -> Tensor:
+    """[E, r, c] → [E, rows, columns]: each element for what it covers, equal shares or blocks."""
+    for dim, size in zip((1, 2), sizes, strict=True):
+        count = t.shape[dim]
+        of = torch.arange(size)
+        t = t.index_select(dim, of // block if block and 1 < count < size else of * count // size)
+    return t
+
+
+_NF4 = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
+])  # fmt: skip
+_FP4 = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12
+
+# weight_format → (codes → values, scale and scale2 → scales for [E, rows, ·], what a scale covers if not
+# equal shares), all in fp32.
+FORMATS = {
+    "nf4": (lambda codes: _NF4[_nibbles(codes, high_first=True)], _nested, None),
+    "fp4": (lambda codes: _FP4[_nibbles(codes, high_first=True)], _nested, None),
+    "int4": (lambda codes: _nibbles(codes).float(), lambda scale, _: scale, None),
+    "mxfp4": (lambda codes: _e2m1(_nibbles(codes)), lambda scale, _: _e8m0(scale), None),
+    "nvfp4": (
+        lambda codes: _e2m1(_nibbles(codes)),
+        lambda scale, scale2: scale.float() * _parts(scale2, scale.shape[1]),
+        None,
+    ),
+    "int8": (lambda codes: codes.float(), lambda scale, _: scale, None),
+    "fp8": (lambda codes: codes.float(), lambda scale, _: scale, 128),
+}
+
+
+def dense_weight(
+    weight, weight_scale, weight_scale2, weight_zero, weight_format, weight_transposed, dtype
+) -> Tensor:
+    """W = (value(code) - zero)·scale, every operation rounded to fp32, then once to `dtype`, that of x: [E,
+    N, K].
+
+    A dense weight is that already. weight_transposed: everything stored is that of [E, K, N]. int4 without a
+    zero has 8.
+    """
+    if weight_format == "dense":
+        return weight
+    values_of, scales_of, block = FORMATS[weight_format]
+    values = values_of(weight)
+    if weight_format == "int4":
+        zero = torch.tensor(8) if weight_zero is None else _cover(weight_zero, values.shape[1:])
+        values = values - zero.float()
+    dense = values * _cover(scales_of(weight_scale, weight_scale2).float(), values.shape[1:], block)
+    return (dense.transpose(1, 2) if weight_transposed else dense).to(dtype)
+
+
 def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """expert_idxs [T, top_k] → (slots in grouped order [S] int64, running counts [E] int32); sentinels
     last.
