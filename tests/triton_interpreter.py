@@ -65,7 +65,8 @@ class Bounds:
         self.starts = self.ends = np.zeros(0, np.uint64)
 
     def enter(self, args) -> None:
-        bases = [getattr(a, "base", a) for a in args]  # a descriptor's tensor
+        flat = [part for a in args for part in (a if isinstance(a, tuple) else (a,))]
+        bases = [getattr(a, "base", a) for a in flat]  # a descriptor's tensor
         storages = [t.untyped_storage() for t in bases if hasattr(t, "untyped_storage")]
         ranges = sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages)
         self.starts = np.array([start for start, _ in ranges], np.uint64)

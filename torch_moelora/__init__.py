@@ -23,7 +23,7 @@ _fake.register(_LIBRARY)
 _autograd.register(_LIBRARY)
 _autocast.register(_LIBRARY)
 
-from . import functional, nn  # noqa: E402
+from . import formats, functional, nn  # noqa: E402
 from .batch_invariance import is_batch_invariant, set_batch_invariant  # noqa: E402
 from .functional import flatten_sort_count, glu, moe_mlp, scatter_lora  # noqa: E402
 from .report import info, version  # noqa: E402
@@ -34,6 +34,7 @@ if _SWITCHES.batch_invariant:
 __version__ = version()
 __all__ = [
     "flatten_sort_count",
+    "formats",
     "functional",
     "glu",
     "info",

@@ -69,7 +69,7 @@ def read_by_gradients(call: ScatterLora, needs: Needs) -> ScatterLora:
     """`call` with None for the tensors that none of the gradients reads."""
     read = {
         "x": needs.rows,
-        "weight": needs.dx,
+        **dict.fromkeys(("weight", "weight_scale", "weight_scale2", "weight_zero"), needs.dx),
         "lora_a": needs.dx or needs.lora,
         "lora_b": needs.dx or needs.lora,
         "bias": needs.gates,
@@ -77,13 +77,23 @@ def read_by_gradients(call: ScatterLora, needs: Needs) -> ScatterLora:
     return call._replace(**{name: None for name, is_read in read.items() if not is_read})
 
 
-def scatter_lora_gradients(
-    dy: Tensor, call: ScatterLora, needs: Needs, bias_dtype: torch.dtype | None
-) -> dict[str, Tensor]:
+class Dtypes(NamedTuple):
+    """Those of x and of the bias, which need not be there themselves."""
+
+    x: torch.dtype
+    bias: torch.dtype | None
+
+
+def dtypes_of(call: ScatterLora) -> Dtypes:
+    return Dtypes(call.x.dtype, None if call.bias is None else call.bias.dtype)
+
+
+def scatter_lora_gradients(dy: Tensor, call: ScatterLora, needs: Needs, dtypes: Dtypes) -> dict[str, Tensor]:
     """Argument → gradient, of the arguments that `needs` names. What `read_by_gradients` leaves of `call` is
-    enough. bias_dtype: the dtype of the bias, which is not there itself unless the gates need it.
+    enough. A dy in float32, where the sum over top_k was asked for in it, is rounded to x's dtype.
     """
     ops = torch.ops.moelora
+    dy, call = dy.to(dtypes.x), call._replace(sum_fp32=False)
     grads = {}
     if needs.dx and needs.lora:
         joint = derive(ScatterLoraBackward, call, dy=dy, with_dgates=needs.gates)
@@ -97,7 +107,7 @@ def scatter_lora_gradients(
         grads["weight"] = ops.scatter_lora_dw(*derive(ScatterLoraDw, call, dy=dy))
     if needs.bias:
         dbias = ops.scatter_lora_dbias(*derive(ScatterLoraDbias, call, dy=dy))
-        grads["bias"] = dbias.to(bias_dtype)
+        grads["bias"] = dbias.to(dtypes.bias)
     if needs.gates:
         grads["gates"] = grads["gates"].to(call.gates.dtype)
     return {name: grad for name, grad in grads.items() if getattr(needs, name)}
@@ -122,12 +132,12 @@ def in_order(kind: type[NamedTuple], grads: dict[str, Tensor]) -> tuple[Tensor |
 
 def _scatter_lora_setup(ctx, call: ScatterLora, needs_input_grad: tuple[bool, ...]) -> None:
     ctx.needs = needs_of(needs_input_grad)
-    ctx.bias_dtype = None if call.bias is None else call.bias.dtype
+    ctx.dtypes = dtypes_of(call)
     save(ctx, read_by_gradients(call, ctx.needs))
 
 
 def _scatter_lora_backward(ctx, dy):
-    return in_order(ScatterLora, scatter_lora_gradients(dy, saved(ctx), ctx.needs, ctx.bias_dtype))
+    return in_order(ScatterLora, scatter_lora_gradients(dy, saved(ctx), ctx.needs, ctx.dtypes))
 
 
 def _glu_setup(ctx, call: Glu, needs_input_grad: tuple[bool, ...]) -> None:
@@ -175,6 +185,19 @@ def _has_tangent(call: NamedTuple) -> bool:
     return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in call)
 
 
+def refuse_packed_gradients(name: str, call: NamedTuple) -> None:
+    """A packed weight cannot be trained: codes have no derivative, and scales get none."""
+    if getattr(call, "weight_format", "dense") == "dense":
+        return
+    for argument in ("weight", "weight_scale", "weight_scale2", "weight_zero"):
+        t = getattr(call, argument)
+        if t is not None and t.requires_grad:
+            raise RuntimeError(
+                f"{name}: {argument} must not require a gradient when weight_format is {call.weight_format}, "
+                "got requires_grad=True"
+            )
+
+
 def _kernel(name: str) -> Callable:
     """The operator for tensors that autograd watches, as `torch.library.register_autograd` makes it, but for
     torch.func's transforms, too: they do not take the `torch.autograd.Function` that torch makes there. Each
@@ -211,6 +234,7 @@ def _kernel(name: str) -> Callable:
             )
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*call)):
             return below(keyset, *call)
+        refuse_packed_gradients(name, call)
         with enable_single_level_autograd_function():
             return super(torch.autograd.Function, Formula).apply(keyset, *call)
 

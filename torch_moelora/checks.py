@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import formats, weight_checks
 from .calls import (
     FlattenSortCount,
     Glu,
@@ -151,7 +152,7 @@ def _dy(op: str, call: NamedTuple) -> None:
     _float(op, "dy", call.dy)
 
 
-def _weight(op: str, call: NamedTuple, lead_name: str) -> None:
+def _dense_weight(op: str, call: NamedTuple, lead_name: str) -> None:
     weight, experts = call.weight, call.expert_offsets.shape[0]
     _dim(op, "weight", weight, 3, "E, N, K")
     _like(op, "weight", weight, lead_name, getattr(call, lead_name))
@@ -166,6 +167,41 @@ def _weight(op: str, call: NamedTuple, lead_name: str) -> None:
         torch._check(
             size >= 1, lambda: f"{op}: weight must have N and K of at least 1, got shape {text(weight)}"
         )
+
+
+def _packed_weight(op: str, call: NamedTuple, lead_name: str) -> None:
+    lead = getattr(call, lead_name)
+    torch._check(
+        lead.dtype != torch.float64,
+        lambda: (
+            f"{op}: {lead_name} must have dtype torch.bfloat16, torch.float16 or torch.float32 when "
+            f"weight_format is {call.weight_format}, got {lead.dtype}"
+        ),
+    )
+    torch._check(
+        call.weight.device == lead.device,
+        lambda: (
+            f"{op}: weight must be on device {lead.device} (that of {lead_name}), got {call.weight.device}"
+        ),
+    )
+
+
+def _weight(op: str, call: NamedTuple, lead_name: str) -> tuple[int, int, int]:
+    """(E, N, K)."""
+    row = formats.lookup(op, call.weight_format, "weight_format")
+    dense = row.bits is None
+    (_dense_weight if dense else _packed_weight)(op, call, lead_name)
+    weight = weight_of(call)
+    weight_checks.packed(op, row, weight, weight_checks.ARGUMENTS, call.expert_offsets.shape[0])
+    return weight.shape
+
+
+def weight_of(call: NamedTuple) -> formats.PackedWeight:
+    """The weight of a call, from the arguments that are one."""
+    return formats.PackedWeight(
+        call.weight, call.weight_scale, call.weight_scale2, call.weight_zero,
+        call.weight_format, call.weight_transposed,
+    )  # fmt: skip
 
 
 def _columns(op: str, name: str, t: Tensor, letter: str, size: int) -> None:
@@ -261,8 +297,7 @@ def scatter_lora(call: ScatterLora) -> None:
     _routing(op, call, "x")
     _x(op, call)
     _float(op, "x", call.x)
-    _weight(op, call, "x")
-    e, n, k = call.weight.shape
+    e, n, k = _weight(op, call, "x")
     _columns(op, "x", call.x, "K", k)
     _lora_pair(op, call, "x", (e, n, k))
     _finite(op, "scaling", call.scaling)
@@ -274,8 +309,7 @@ def scatter_lora_dx(call: ScatterLoraDx) -> None:
     op = "scatter_lora_dx"
     _routing(op, call, "dy")
     _dy(op, call)
-    _weight(op, call, "dy")
-    e, n, k = call.weight.shape
+    e, n, k = _weight(op, call, "dy")
     _columns(op, "dy", call.dy, "N", n)
     _lora_pair(op, call, "dy", (e, n, k))
     _finite(op, "scaling", call.scaling)
@@ -305,8 +339,7 @@ def scatter_lora_dab(call: ScatterLoraDab) -> None:
 def scatter_lora_backward(call: ScatterLoraBackward) -> None:
     op = "scatter_lora_backward"
     _dy_and_x(op, call)
-    _weight(op, call, "dy")
-    e, n, k = call.weight.shape
+    e, n, k = _weight(op, call, "dy")
     _columns(op, "dy", call.dy, "N", n)
     _columns(op, "x", call.x, "K", k)
     _lora(op, call, "dy", (e, n, k))

@@ -20,12 +20,7 @@ from .calls import (
     ScatterLoraDw,
     ScatterLoraDx,
 )
-from .layouts import empty_gradient
-
-
-def gate_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dgates come back in the accumulators' dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from .layouts import empty_gradient, gate_gradient_dtype, sum_dtype
 
 
 def flatten_sort_count(call: FlattenSortCount) -> tuple[Tensor, Tensor]:
@@ -38,14 +33,17 @@ def flatten_sort_count(call: FlattenSortCount) -> tuple[Tensor, Tensor]:
 def scatter_lora(call: ScatterLora) -> Tensor:
     checks.scatter_lora(call)
     rows = call.sorted_scattered_idxs.shape[0] if call.gates is None else call.gates.shape[0]
-    return call.x.new_empty(rows, call.weight.shape[1])
+    dtype = sum_dtype(call.x.dtype, call.sum_fp32 and call.gates is not None)
+    return call.x.new_empty(rows, checks.weight_of(call).shape[1], dtype=dtype)
 
 
 def _input_gradients(call: ScatterLoraDx | ScatterLoraBackward, with_dgates: bool) -> tuple[Tensor, Tensor]:
     slots = call.sorted_scattered_idxs.shape[0]
     dgates = tuple(call.gates.shape) if with_dgates else (0,)
+    rows = slots if call.x_grouped else slots // call.top_k
+    dtype = sum_dtype(call.dy.dtype, call.sum_fp32 and not call.x_grouped)
     return (
-        call.dy.new_empty(slots if call.x_grouped else slots // call.top_k, call.weight.shape[2]),
+        call.dy.new_empty(rows, checks.weight_of(call).shape[2], dtype=dtype),
         call.dy.new_empty(dgates, dtype=gate_gradient_dtype(call.dy.dtype)),
     )
 

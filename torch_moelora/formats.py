@@ -138,7 +138,7 @@ MIDDLE = 8
 def lookup(op: str, name: str, argument: str = "format") -> Format:
     """The row of `name`. Raises RuntimeError, headed by `op`, for one that is not there."""
     if name not in FORMATS:
-        raise RuntimeError(f"{op}: {argument} must be one of {', '.join(FORMATS)}, got {name}")
+        raise RuntimeError(f"{op}: {argument} must be {weight_checks.either(FORMATS)}, got {name}")
     return FORMATS[name]
 
 
@@ -248,8 +248,7 @@ class PackedWeight(NamedTuple):
         """
         op = "dequantize"
         if dtype not in FLOATS:
-            names = ", ".join(str(d) for d in FLOATS)
-            raise RuntimeError(f"{op}: dtype must be one of {names}, got {dtype}")
+            raise RuntimeError(f"{op}: dtype must be {weight_checks.either(FLOATS)}, got {dtype}")
         weight = self.checked(op)
         if self.format == "dense":
             return self.codes.to(dtype)
@@ -297,7 +296,7 @@ class PackedWeight(NamedTuple):
     def checked(self, op: str) -> PackedWeight:
         """This weight, float8_e8m0fnu viewed as bytes. Raises as `dequantize` does, headed by `op`."""
         weight = self._as_bytes()
-        weight_checks.packed(op, lookup(op, self.format), weight, weight_checks.FIELDS)
+        weight_checks.packed(op, lookup(op, self.format), weight)
         return weight
 
     def _as_bytes(self) -> PackedWeight:

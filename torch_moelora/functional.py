@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .activations import plain_activation
 from .calls import ScatterLora
+from .formats import PackedWeight
 from .glu_scatter_lora import glu_scatter_lora
 
 
@@ -44,9 +45,14 @@ def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, T
     return torch.ops.moelora.flatten_sort_count(expert_idxs, num_experts)
 
 
+def _operands(weight: Tensor | PackedWeight) -> dict:
+    """The operators' arguments that are the weight."""
+    return weight.operands() if isinstance(weight, PackedWeight) else {"weight": weight}
+
+
 def scatter_lora(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     sorted_scattered_idxs: Tensor,
     expert_offsets: Tensor,
     top_k: int,
@@ -58,6 +64,7 @@ def scatter_lora(
     gates: Tensor | None = None,
     x_grouped: bool = False,
     y_grouped: bool = False,
+    sum_fp32: bool = False,
 ) -> Tensor:
     """Linear layer with LoRA, of each routed row's own expert: x·Wᵀ + scaling·(x·Aᵀ)·Bᵀ + bias.
 
@@ -66,7 +73,8 @@ def scatter_lora(
 
     Args:
         x: [T, K], or [S, K] in grouped order if `x_grouped`. Any strides.
-        weight: [E, N, K], any strides, read in place. For a stored [E, K, N] pass `w.transpose(1, 2)`.
+        weight: [E, N, K], any strides, read in place. For a stored [E, K, N] pass `w.transpose(1, 2)`. Or a
+            `formats.PackedWeight`, which is frozen and unpacked piece by piece; not with a float64 x.
         sorted_scattered_idxs, expert_offsets: [S] int64 and [E] int32, from `flatten_sort_count`.
         top_k: slots per token; S is a multiple of it.
         lora_a, lora_b: [E, R, K] and [E, N, R], any strides; both or neither. PEFT's parameters are the views
@@ -77,17 +85,20 @@ def scatter_lora(
             `y_grouped`.
         x_grouped: x holds one row per slot, in grouped order, instead of one per token.
         y_grouped: the result is in grouped order instead of slot order.
+        sum_fp32: with gates, the sum of a half x comes back in float32, for sums that go on.
 
     Returns:
-        [T, N] with gates, else [S, N]; contiguous, x's dtype. Rows of sentinel slots are zero.
+        [T, N] with gates, else [S, N]; contiguous, x's dtype but for `sum_fp32`. Rows of sentinel slots are
+        zero.
 
     Raises:
         RuntimeError: an argument has a wrong shape, dtype, device or value; the message names it. On CPU this
             covers the contents of the index tensors.
     """
     return torch.ops.moelora.scatter_lora(
-        x, weight, sorted_scattered_idxs, expert_offsets, top_k, lora_a=lora_a, lora_b=lora_b,
-        scaling=scaling, bias=bias, gates=gates, x_grouped=x_grouped, y_grouped=y_grouped,
+        x, sorted_scattered_idxs=sorted_scattered_idxs, expert_offsets=expert_offsets, top_k=top_k,
+        lora_a=lora_a, lora_b=lora_b, scaling=scaling, bias=bias, gates=gates, x_grouped=x_grouped,
+        y_grouped=y_grouped, sum_fp32=sum_fp32, **_operands(weight),
     )  # fmt: skip
 
 
@@ -133,6 +144,7 @@ def _check_moe_mlp(x, expert_idxs, gates, gate_up_weight, down_weight, gated, ac
         ("gate_up_weight", gate_up_weight, 3),
         ("down_weight", down_weight, 3),
     ):
+        t = t.codes if isinstance(t, PackedWeight) else t
         if t is not None and t.dim() != dim:
             raise RuntimeError(f"moe_mlp: {name} must be {dim}-D, got shape {list(t.shape)}")
     if expert_idxs.shape[0] != x.shape[0]:
@@ -175,8 +187,8 @@ def moe_mlp(
     x: Tensor,
     expert_idxs: Tensor,
     gates: Tensor | None,
-    gate_up_weight: Tensor,
-    down_weight: Tensor,
+    gate_up_weight: Tensor | PackedWeight,
+    down_weight: Tensor | PackedWeight,
     *,
     gate_up_lora_a: Tensor | None = None,
     gate_up_lora_b: Tensor | None = None,
@@ -193,6 +205,7 @@ def moe_mlp(
     interleaved: bool = False,
     gated: bool = True,
     activation: Callable[[Tensor], Tensor] | None = None,
+    sum_fp32: bool = False,
 ) -> Tensor:
     """The experts of a mixture-of-experts layer: route → gate_up → activation → down, weighted by `gates`.
 
@@ -202,30 +215,33 @@ def moe_mlp(
     Args:
         x, gates: [T, H], [T, top_k]; gates None for the rows of the single experts, without weights.
         expert_idxs: [T, top_k] int32 or int64; ids outside [0, E) are sentinels and contribute nothing.
-        gate_up_weight, down_weight: [E, 2I, H] ([E, I, H] if not `gated`), [E, H, I], any strides, in place.
+        gate_up_weight, down_weight: [E, 2I, H] ([E, I, H] if not `gated`), [E, H, I]; as in `scatter_lora`.
         gate_up_lora_a, gate_up_lora_b: [E, R, H], [E, 2I, R]; both or neither.
         down_lora_a, down_lora_b: [E, R', I], [E, H, R']; both or neither.
         gate_up_scaling, down_scaling: factors of the LoRA terms. gate_up_bias, down_bias: [E, 2I], [E, H].
         act, alpha, limit, up_shift, interleaved: those of `glu`.
         gated: False: one plain `act`: "silu" (with alpha), "gelu", "gelu_tanh", "relu", "relu2" (its square).
         activation: replaces the activation: a function of h [S, 2I] in grouped order that gives [S, I].
+        sum_fp32: as in `scatter_lora`.
 
     Returns:
-        [T, H], x's dtype; without gates [T·top_k, H] in slot order, zero where the id is a sentinel.
+        [T, H], x's dtype but for `sum_fp32`; without gates [T·top_k, H] in slot order, zero where the id is a
+        sentinel.
 
     Raises:
         RuntimeError: an argument has a wrong shape, dtype, device or value; the message names it.
     """
     _check_moe_mlp(x, expert_idxs, gates, gate_up_weight, down_weight, gated, activation)
     _check_ungated(gated, activation, act, alpha, limit, up_shift, interleaved)
-    routing = (*flatten_sort_count(expert_idxs, gate_up_weight.shape[0]), expert_idxs.shape[1])
+    slots, offsets = flatten_sort_count(expert_idxs, gate_up_weight.shape[0])
+    routing = {"sorted_scattered_idxs": slots, "expert_offsets": offsets, "top_k": expert_idxs.shape[1]}
     h = scatter_lora(
-        x, gate_up_weight, *routing, lora_a=gate_up_lora_a, lora_b=gate_up_lora_b, scaling=gate_up_scaling,
+        x, gate_up_weight, **routing, lora_a=gate_up_lora_a, lora_b=gate_up_lora_b, scaling=gate_up_scaling,
         bias=gate_up_bias, y_grouped=True,
     )  # fmt: skip
     down = ScatterLora(
-        h, down_weight, *routing, lora_a=down_lora_a, lora_b=down_lora_b, scaling=down_scaling,
-        bias=down_bias, gates=gates, x_grouped=True,
+        h, **_operands(down_weight), **routing, lora_a=down_lora_a, lora_b=down_lora_b, scaling=down_scaling,
+        bias=down_bias, gates=gates, x_grouped=True, sum_fp32=sum_fp32,
     )  # fmt: skip
     if gated and activation is None:
         return glu_scatter_lora(down, (act, alpha, limit, up_shift, interleaved))

@@ -28,7 +28,7 @@ class _GluScatterLora(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         call, ctx.options = _split(inputs)
         ctx.needs, ctx.batch_invariant = autograd.needs_of(ctx.needs_input_grad), flag_for_backward()
-        ctx.bias_dtype = None if call.bias is None else call.bias.dtype
+        ctx.dtypes = autograd.dtypes_of(call)
         kept = autograd.read_by_gradients(call, ctx.needs)
         # h is read wherever glu(h) would be, and by glu's own gradient.
         autograd.save(ctx, kept._replace(x=call.x if ctx.needs.x else kept.x))
@@ -39,7 +39,7 @@ class _GluScatterLora(torch.autograd.Function):
         glu = Glu(call.x, *ctx.options)
         with as_in_forward(ctx.batch_invariant):
             inner = call._replace(x=torch.ops.moelora.glu(*glu) if ctx.needs.rows else None)
-            grads = autograd.scatter_lora_gradients(dy, inner, ctx.needs, ctx.bias_dtype)
+            grads = autograd.scatter_lora_gradients(dy, inner, ctx.needs, ctx.dtypes)
             if ctx.needs.x:
                 grads["x"] = torch.ops.moelora.glu_backward(*derive(GluBackward, glu, dy=grads["x"]))
         return *autograd.in_order(ScatterLora, grads), *(None for _ in ctx.options)
@@ -52,6 +52,8 @@ def _split(args: tuple) -> tuple[ScatterLora, tuple]:
 
 def glu_scatter_lora(call: ScatterLora, options: tuple) -> Tensor:
     """`scatter_lora` with glu(h, *options) for its x, where the x of `call` is h [S, 2I]."""
+    if torch.is_grad_enabled():
+        autograd.refuse_packed_gradients("scatter_lora", call)
     device = call.x.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         # Here and not in the operator's own autocast kernel: the backward must see the tensors that were

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
+from .formats import PackedWeight
 
 PROJECTIONS = ("gate_up", "down")
 
@@ -17,6 +18,75 @@ def _checked_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"LoRAExperts: {name} must be an integer of at least 1, got {size!r}")
+
+
+class FrozenWeight(nn.Module):
+    """A packed weight as a module: its tensors are buffers `codes`, `scale`, `scale2` and `zero`, those that
+    it has, and in a state dict `kind` says, in bytes, the format and whether it is transposed. Moves between
+    devices with its module; `.to(dtype)` and the like leave it as it is.
+    """
+
+    def __init__(self, packed: PackedWeight) -> None:
+        super().__init__()
+        packed = packed.checked("FrozenWeight")
+        self.format, self.transposed = packed.format, packed.transposed
+        for name in ("codes", "scale", "scale2", "zero"):
+            self.register_buffer(name, getattr(packed, name))
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight, on the buffers' own memory."""
+        return PackedWeight(self.codes, self.scale, self.scale2, self.zero, self.format, self.transposed)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, N, K)."""
+        return self.packed.shape
+
+    def _apply(self, fn, recurse=True):
+        """Devices, not dtypes: scales in another dtype would be another weight."""
+        for name, t in list(self._buffers.items()):
+            if t is not None:
+                moved = fn(t)
+                self._buffers[name] = moved if moved.dtype == t.dtype else t.to(moved.device)
+        return self
+
+    def _kind(self) -> Tensor:
+        words = self.format + (" transposed" if self.transposed else "")
+        return torch.tensor(list(words.encode()), dtype=torch.uint8)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "kind"] = self._kind()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """Another format of the same shapes is refused, and so is another dtype, which copying would
+        round.
+        """
+        kind = state_dict.get(prefix + "kind")
+        if kind is None:
+            missing_keys.append(prefix + "kind")
+        elif not torch.equal(kind.cpu(), self._kind()):
+            came = bytes(kind.tolist()).decode(errors="replace")
+            own = bytes(self._kind().tolist()).decode()
+            error_msgs.append(f"{prefix}kind must be {own}, got {came}")
+            return
+        for name, own in self._buffers.items():
+            t = state_dict.get(prefix + name)
+            if own is not None and t is not None and t.dtype != own.dtype:
+                error_msgs.append(f"{prefix}{name} must have dtype {own.dtype}, got {t.dtype}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if prefix + "kind" in unexpected_keys:
+            unexpected_keys.remove(prefix + "kind")
+
+    def extra_repr(self) -> str:
+        turned = ", transposed" if self.transposed else ""
+        return f"{list(self.shape)}, format={self.format}{turned}, {self.packed.nbytes} bytes"
 
 
 class LoRAExperts(nn.Module):
@@ -35,11 +105,15 @@ class LoRAExperts(nn.Module):
         gated, act, act_alpha, limit, up_shift, interleaved, activation: the activation, as in
             `functional.moe_mlp`.
         bias: whether the projections have biases.
+        gate_up_weight, down_weight: weights to take, [E, 2I, H] ([E, I, H] if not `gated`) and [E, H, I],
+            instead of random ones: tensors, used as they are, or `formats.PackedWeight`s, which stay frozen
+            and are then a `FrozenWeight`. A PackedWeight may also be assigned to them later.
         dtype, device: those of weights and biases. lora_dtype: that of A and B; float32 unless the weights
             are float64.
 
     Raises:
-        ValueError: a size that is not a positive integer, an alpha that is not finite, an unknown target.
+        ValueError: a size that is not a positive integer, an alpha that is not finite, an unknown target, a
+            weight of another shape.
     """
 
     def __init__(
@@ -63,6 +137,8 @@ class LoRAExperts(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         lora_dtype: torch.dtype | None = None,
+        gate_up_weight: Tensor | PackedWeight | None = None,
+        down_weight: Tensor | PackedWeight | None = None,
     ) -> None:
         super().__init__()
         _checked_sizes(
@@ -93,34 +169,52 @@ class LoRAExperts(nn.Module):
             "activation": activation,
         }
         up = intermediate_size * (2 if gated else 1)
+        given = {"gate_up": gate_up_weight, "down": down_weight}
         for name, shape in (
             ("gate_up", (num_experts, up, hidden_size)),
             ("down", (num_experts, hidden_size, intermediate_size)),
         ):
-            self._add_projection(name, shape, bias, device, dtype, lora_dtype)
-        self.reset_parameters()
+            self._add_projection(name, shape, given[name], bias, device, dtype, lora_dtype)
+        self._reset([name for name in PROJECTIONS if given[name] is None])
 
-    def _add_projection(self, name, shape, bias, device, dtype, lora_dtype) -> None:
+    def _add_projection(self, name, shape, given, bias, device, dtype, lora_dtype) -> None:
         """Registers {name}_weight, _bias, _lora_a and _lora_b; None where absent."""
         experts, n, k = shape
-        weight = torch.empty(shape, device=device, dtype=dtype)
-        self.register_parameter(f"{name}_weight", nn.Parameter(weight, requires_grad=False))
-        b = nn.Parameter(weight.new_empty(experts, n), requires_grad=False) if bias else None
+        if given is not None and tuple(given.shape) != shape:
+            raise ValueError(f"LoRAExperts: {name}_weight must have shape {shape}, got {tuple(given.shape)}")
+        if isinstance(given, PackedWeight):
+            setattr(self, f"{name}_weight", given)
+            example = torch.empty(0, device=device or given.device, dtype=dtype)
+        else:
+            weight = torch.empty(shape, device=device, dtype=dtype) if given is None else given
+            self.register_parameter(f"{name}_weight", nn.Parameter(weight, requires_grad=False))
+            example = weight
+        b = nn.Parameter(example.new_empty(experts, n), requires_grad=False) if bias else None
         self.register_parameter(f"{name}_bias", b)
         if lora_dtype is None:
-            lora_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            lora_dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
         present = name in self.target
         for suffix, lora_shape in (("lora_a", (experts, self.rank, k)), ("lora_b", (experts, n, self.rank))):
-            lora = nn.Parameter(weight.new_empty(lora_shape, dtype=lora_dtype)) if present else None
+            lora = nn.Parameter(example.new_empty(lora_shape, dtype=lora_dtype)) if present else None
             self.register_parameter(f"{name}_{suffix}", lora)
 
-    @torch.no_grad()
+    def __setattr__(self, name: str, value) -> None:
+        if isinstance(value, PackedWeight):
+            value = FrozenWeight(value)
+        super().__setattr__(name, value)
+
     def reset_parameters(self) -> None:
-        """Uniform ±1/√in_features for weights, biases and A; zeros for B."""
+        """Uniform ±1/√in_features for weights, biases and A; zeros for B. Packed weights stay as they are."""
+        self._reset(PROJECTIONS)
+
+    @torch.no_grad()
+    def _reset(self, weights: Sequence[str]) -> None:
+        """`reset_parameters`, of the weights only for those projections."""
         for name in PROJECTIONS:
             weight = getattr(self, f"{name}_weight")
             bound = 1 / math.sqrt(weight.shape[2])
-            for suffix in ("weight", "bias", "lora_a"):
+            drawn = name in weights and not isinstance(weight, FrozenWeight)
+            for suffix in ("weight", "bias", "lora_a") if drawn else ("bias", "lora_a"):
                 parameter = getattr(self, f"{name}_{suffix}")
                 if parameter is not None:
                     parameter.uniform_(-bound, bound)
@@ -132,6 +226,10 @@ class LoRAExperts(nn.Module):
         for name in self.target:
             getattr(self, f"{name}_lora_b").zero_()
 
+    def _weight(self, name: str) -> Tensor | PackedWeight:
+        weight = getattr(self, f"{name}_weight")
+        return weight.packed if isinstance(weight, FrozenWeight) else weight
+
     def forward(self, x: Tensor, expert_idxs: Tensor, gates: Tensor) -> Tensor:
         """x [T, H], expert_idxs [T, top_k] int32/int64, gates [T, top_k] → [T, H]. Errors:
         `functional.moe_mlp`.
@@ -140,8 +238,8 @@ class LoRAExperts(nn.Module):
             x,
             expert_idxs,
             gates,
-            self.gate_up_weight,
-            self.down_weight,
+            self._weight("gate_up"),
+            self._weight("down"),
             gate_up_lora_a=self.gate_up_lora_a,
             gate_up_lora_b=self.gate_up_lora_b,
             gate_up_scaling=self.scaling,
@@ -154,23 +252,30 @@ class LoRAExperts(nn.Module):
         )
 
     @torch.no_grad()
-    def merged_weights(self) -> tuple[Tensor, Tensor]:
-        """New (gate_up [E, 2I, H], down [E, H, I]) with scaling·B·A added, in the weights' dtype; one
-        rounding.
+    def merged_weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """New (gate_up [E, 2I, H], down [E, H, I]) with scaling·B·A added; one rounding, to `dtype`, or if
+        that is None to the weight's own, of a packed one float32.
 
         Works expert by expert: beyond the results it needs memory for one expert.
         """
         merged = []
         for name in PROJECTIONS:
-            weight = getattr(self, f"{name}_weight").clone()
+            weight = self._weight(name)
+            if isinstance(weight, PackedWeight):
+                weight = weight.dequantize(torch.float32)
+            out = weight.to(dtype or weight.dtype, copy=True)
             a, b = getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
             if a is not None:
                 wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
                 for e in range(self.num_experts):
                     delta = self.scaling * (b[e].to(wide) @ a[e].to(wide))
-                    weight[e] = weight[e].to(wide) + delta
-            merged.append(weight)
+                    out[e] = weight[e].to(wide) + delta
+            merged.append(out)
         return tuple(merged)
+
+    def _kind(self, name: str) -> str:
+        weight = self._weight(name)
+        return weight.format if isinstance(weight, PackedWeight) else str(weight.dtype)
 
     def extra_repr(self) -> str:
         act = self.options["activation"] or self.options["act"]
@@ -178,5 +283,5 @@ class LoRAExperts(nn.Module):
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, rank={self.rank}, alpha={self.alpha:g}, "
             f"target={self.target}, gated={self.options['gated']}, act={act}, "
-            f"dtype={self.gate_up_weight.dtype}"
+            f"weights={self._kind('gate_up')}, {self._kind('down')}"
         )

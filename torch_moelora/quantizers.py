@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .weight_checks import RUN, dtypes_text, text
+from .weight_checks import RUN, either, text
 
 if TYPE_CHECKING:
     from .formats import Format
@@ -34,7 +34,7 @@ def check(row: Format, weight: Tensor, group_size: int | None, nested: bool) -> 
             raise RuntimeError(f"quantize: {message}")
 
     require(weight.dim() == 3, f"weight must be a 3-D tensor [E, N, K], got shape {text(weight.shape)}")
-    require(weight.dtype in DTYPES, f"weight must have dtype {dtypes_text(DTYPES)}, got {weight.dtype}")
+    require(weight.dtype in DTYPES, f"weight must have dtype {either(DTYPES)}, got {weight.dtype}")
     require(min(weight.shape) >= 1, f"weight must have E, N and K of at least 1, got {text(weight.shape)}")
     require(
         not nested or row.nested,

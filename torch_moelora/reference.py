@@ -146,11 +146,15 @@ def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, T
 
 def scatter_lora(
     x, weight, sorted_scattered_idxs, expert_offsets, top_k, lora_a=None, lora_b=None, scaling=1.0,
-    bias=None, gates=None, x_grouped=False, y_grouped=False, *, dtype=torch.float64,
+    bias=None, gates=None, x_grouped=False, y_grouped=False,
+    weight_scale=None, weight_scale2=None, weight_zero=None, weight_format="dense", weight_transposed=False,
+    sum_fp32=False, *, dtype=torch.float64,
 ) -> Tensor:  # fmt: skip
     """y = x·W[e]ᵀ + scaling·(x·A[e]ᵀ)·B[e]ᵀ + bias[e] per routed row; with gates, their weighted sum per
-    token.
+    token. sum_fp32 is about the operator's dtype only.
     """
+    packed = (weight_scale, weight_scale2, weight_zero, weight_format, weight_transposed)
+    weight = dense_weight(weight, *packed, x.dtype)
     slots = sorted_scattered_idxs
     rows = _to_grouped(x.to(dtype), slots, top_k, per_token=True, grouped=x_grouped)
     parts = []
@@ -172,11 +176,15 @@ def scatter_lora(
 
 def scatter_lora_dx(
     dy, weight, sorted_scattered_idxs, expert_offsets, top_k, lora_a=None, lora_b=None, scaling=1.0,
-    bias=None, gates=None, x=None, x_grouped=False, y_grouped=False, *, dtype=torch.float64,
+    bias=None, gates=None, x=None, x_grouped=False, y_grouped=False,
+    weight_scale=None, weight_scale2=None, weight_zero=None, weight_format="dense", weight_transposed=False,
+    sum_fp32=False, *, dtype=torch.float64,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx = gate·(dy·W + scaling·(dy·B)·A), summed over a token's slots; dgates = ⟨dx before its gate, x⟩ +
     ⟨dy, bias⟩.
     """
+    packed = (weight_scale, weight_scale2, weight_zero, weight_format, weight_transposed)
+    weight = dense_weight(weight, *packed, dy.dtype)
     slots = sorted_scattered_idxs
     dy = _to_grouped(dy.to(dtype), slots, top_k, per_token=gates is not None, grouped=y_grouped)
     grouped = dy.new_zeros(slots.numel(), weight.shape[2])
@@ -214,7 +222,9 @@ def scatter_lora_dab(
 
 def scatter_lora_backward(
     dy, x, weight, sorted_scattered_idxs, expert_offsets, top_k, lora_a, lora_b, scaling=1.0, bias=None,
-    gates=None, x_grouped=False, y_grouped=False, with_dgates=True, *, dtype=torch.float64,
+    gates=None, x_grouped=False, y_grouped=False, with_dgates=True,
+    weight_scale=None, weight_scale2=None, weight_zero=None, weight_format="dense", weight_transposed=False,
+    sum_fp32=False, *, dtype=torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dgates, da, db) as scatter_lora_dx and scatter_lora_dab give them; dgates is empty where not
     wanted.
@@ -222,7 +232,8 @@ def scatter_lora_backward(
     routing, lora = (sorted_scattered_idxs, expert_offsets, top_k), (lora_a, lora_b, scaling)
     orders = (x_grouped, y_grouped)
     rows = x if with_dgates else None
-    dx = scatter_lora_dx(dy, weight, *routing, *lora, bias, gates, rows, *orders, dtype=dtype)
+    packed = (weight_scale, weight_scale2, weight_zero, weight_format, weight_transposed, sum_fp32)
+    dx = scatter_lora_dx(dy, weight, *routing, *lora, bias, gates, rows, *orders, *packed, dtype=dtype)
     return *dx, *scatter_lora_dab(dy, x, *routing, *lora, gates, *orders, dtype=dtype)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from . import _C, backends
 from .batch_invariance import is_batch_invariant
+from .formats import FORMATS
 from .switches import SWITCHES
 
 
@@ -50,7 +51,7 @@ def info() -> dict:
     `cpu` holds `built`, `detected`, `permitted` and `usable` (lists of instruction sets), `chosen` (dtype →
     the set its kernels use), `override` (MOELORA_ISA or None) and `reasons` (set → why it is not usable).
     `cuda` and `triton` hold `available` and, where that is False, a `reason`. `batch_invariant` is what is
-    set now.
+    set now. `formats` are the names of the weight formats.
     """
     return {
         "versions": {
@@ -62,6 +63,7 @@ def info() -> dict:
         "cpu": _C.isa_report(),
         "threads": torch.get_num_threads(),
         "batch_invariant": is_batch_invariant(),
+        "formats": list(FORMATS),
         "cuda": _cuda(),
         "triton": _triton(),
         "switches": {
@@ -83,6 +85,7 @@ def rows(report: dict) -> list[tuple[str, str]]:
     lines.append(("chosen", ", ".join(f"{dtype}: {isa}" for dtype, isa in cpu["chosen"].items())))
     lines.append(("MOELORA_ISA", cpu["override"] or "unset"))
     lines += [(f"{isa} unavailable", reason) for isa, reason in cpu["reasons"].items()]
+    lines.append(("weight formats", ", ".join(report["formats"])))
     where = ", ".join(cuda["devices"])
     lines.append(("CUDA", where if cuda["available"] else f"unavailable: {cuda['reason']}"))
     lines.append(("Triton", triton["version"] if triton["available"] else f"unavailable: {triton['reason']}"))

@@ -1,11 +1,11 @@
 """Checks of a packed weight, from its format's row of `formats.FORMATS`: for the operators, where the
 arguments are called weight, weight_scale, …, and for `formats`, where they are fields of a tuple. One
-wording for both and for csrc/ops. Nothing here reads a tensor's contents.
+wording for both, and for csrc/ops. Nothing here reads a tensor's contents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -34,15 +34,15 @@ ARGUMENTS = Names(
 )
 
 
-def text(sizes) -> str:
-    """As messages print shapes and strides: `[4, 8]`."""
+def text(sizes: Iterable) -> str:
+    """As messages print shapes: `[4, 8]`."""
     return "[" + ", ".join(str(d) for d in sizes) + "]"
 
 
-def dtypes_text(dtypes: tuple[torch.dtype, ...]) -> str:
+def either(names: Iterable) -> str:
     """`a, b or c`."""
-    names = [str(d) for d in dtypes]
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
+    *most, last = (str(name) for name in names)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 class _Check(NamedTuple):
@@ -60,48 +60,54 @@ class _Check(NamedTuple):
     def when(self) -> str:
         return f"when {self.names.format} is {self.row.name}"
 
-    def letters(self, last: str) -> tuple[str, str]:
-        """The stored matrix in words, `last` being what its columns are divided by: [N, K/2]."""
-        rows, columns = ("K", "N") if self.weight.transposed else ("N", "K")
-        return rows, f"{columns}{last}"
+    @property
+    def letters(self) -> tuple[str, str]:
+        """What rows and columns of the stored matrix are."""
+        return ("K", "N") if self.weight.transposed else ("N", "K")
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """E, rows and columns as stored."""
+        e, rows, columns = self.weight.codes.shape
+        return e, rows, columns * self.row.per_byte
 
     def absent(self, name: str, t: Tensor | None, why: str) -> None:
         self.require(t is None, lambda: f"{name} must be None {why}, got shape {text(t.shape)}")
 
-    def present(self, name: str, t: Tensor | None, why: str, dtypes: tuple[torch.dtype, ...]) -> None:
-        """There, on the device of the codes, with one of the dtypes."""
+    def present(self, name: str, t: Tensor | None, why: str) -> None:
+        """There, and on the device of the codes."""
         self.require(t is not None, lambda: f"{name} must be given {why}, got None")
         where = self.weight.codes.device
         self.require(
             t.device == where,
             lambda: f"{name} must be on device {where} (that of {self.names.codes}), got {t.device}",
         )
-        self.require(
-            t.dtype in dtypes,
-            lambda: f"{name} must have dtype {dtypes_text(dtypes)} {self.when}, got {t.dtype}",
-        )
 
     def shaped(self, name: str, t: Tensor, expected: tuple, why: str) -> None:
-        """`expected` may hold strings for free dimensions."""
-
         def message() -> str:
             return f"{name} must have shape {text(expected)} ({why}), got {text(t.shape)}"
 
         self.require(t.dim() == len(expected), message)
         for size, want in zip(t.shape, expected, strict=True):
-            if not isinstance(want, str):
-                self.require(size == want, message)
+            self.require(size == want, message)
 
-    def codes(self) -> None:
+    def codes(self, experts: int | None) -> None:
         codes, name, row = self.weight.codes, self.names.codes, self.row
-        rows, columns = self.letters("/2" if row.per_byte == 2 else "")
+        letters = ", ".join(self.letters) + ("/2" if row.per_byte == 2 else "")
         self.require(
             codes.dim() == 3,
-            lambda: f"{name} must be a 3-D tensor [E, {rows}, {columns}], got shape {text(codes.shape)}",
+            lambda: f"{name} must be a 3-D tensor [E, {letters}], got shape {text(codes.shape)}",
         )
         self.require(
             codes.dtype == row.storage,
             lambda: f"{name} must have dtype {row.storage} {self.when}, got {codes.dtype}",
+        )
+        self.require(
+            experts is None or codes.shape[0] == experts,
+            lambda: (
+                f"{name} must have {experts} experts (the length of expert_offsets), "
+                f"got shape {text(codes.shape)}"
+            ),
         )
         for size in codes.shape[1:]:
             self.require(
@@ -109,80 +115,116 @@ class _Check(NamedTuple):
             )
         self.require(
             codes.shape[2] == 1 or codes.stride(2) == 1,
-            lambda: f"{name} must have a last stride of 1 {self.when}, got strides {text(codes.stride())}",
+            lambda: f"{name} must have a last stride of 1 {self.when}, got {codes.stride(2)}",
         )
 
     def scale(self) -> None:
-        scale, name, groups = self.weight.scale, self.names.scale, self.row.groups
-        self.present(name, scale, self.when, self.row.scale_dtypes)
-        e, rows, columns = self.weight.codes.shape
-        columns = columns * self.row.per_byte
-        if groups.kind == "grid":
+        scale, name, dtypes = self.weight.scale, self.names.scale, self.row.scale_dtypes
+        self.present(name, scale, self.when)
+        self.require(
+            scale.dtype in dtypes,
+            lambda: f"{name} must have dtype {either(dtypes)} {self.when}, got {scale.dtype}",
+        )
+        e, rows, columns = self.sizes
+        if self.row.groups.kind == "grid":
             self.grid(e, rows, columns)
             return
-        across, along = self.letters("/G")
-        self.shaped(name, scale, (e, rows, along), f"E={e}, {across}={rows}")
-        count = scale.shape[2]
-        rule = {
-            "power": f"a power of 2 of at least {groups.least} that divides",
-            "multiple": f"all of, or of a multiple of {groups.least} that divides,",
-            "fixed": f"{groups.least} that divide",
-        }[groups.kind]
+        down, along = self.letters
+        group = self.group(columns, along)
+        why = f"E={e}, {down}={rows}, {along}/{group}"
+        self.shaped(name, scale, (e, rows, columns // group), why)
+
+    def group(self, columns: int, letter: str) -> int:
+        """G of a weight whose rows have `columns` numbers."""
+        scale, groups = self.weight.scale, self.row.groups
+        if groups.kind == "fixed":
+            self.require(
+                columns % groups.least == 0,
+                lambda: (
+                    f"{self.names.codes} must have {letter} that is a multiple of {groups.least} "
+                    f"{self.when}, got {letter}={columns}"
+                ),
+            )
+            return groups.least
+        parts = scale.shape[2] if scale.dim() == 3 else 0
+        group = columns // parts if parts >= 1 and columns % parts == 0 else 0
+        rule = {"power": "a power of two, at least", "multiple": "all or of a multiple of"}[groups.kind]
         self.require(
-            count >= 1 and columns % count == 0 and groups.allow(columns // count, columns),
-            lambda: f"{name} must have groups of {rule} {along[0]}={columns}, got shape {text(scale.shape)}",
+            groups.allow(group, columns),
+            lambda: (
+                f"{self.names.scale} must have a last size that divides {letter}={columns} into groups of "
+                f"{rule} {groups.least} {self.when}, got shape {text(scale.shape)}"
+            ),
         )
+        return group
 
     def grid(self, e: int, rows: int, columns: int) -> None:
         scale, name, block = self.weight.scale, self.names.scale, self.row.groups.least
         down, along = (rows, -(-rows // block), 1), (-(-columns // block), 1)
 
         def message() -> str:
-            r, c = (", ".join(map(str, sizes)) for sizes in (down, along))
+            r, c = (" or ".join(map(str, sizes)) for sizes in (down, along))
+            letters = self.letters
             return (
-                f"{name} must have shape [{e}, r, c], r one of {r} and c one of {c}, got {text(scale.shape)}"
+                f"{name} must have shape [{e}, {r}, {c}] ({letters[0]}={rows}, {letters[1]}={columns} "
+                f"in tiles of {block}), got {text(scale.shape)}"
             )
 
         self.require(scale.dim() == 3, message)
         self.require(scale.shape[0] == e, message)
-        self.require(scale.shape[1] in down, message)
-        self.require(scale.shape[2] in along, message)
+        self.require(any(scale.shape[1] == size for size in down), message)
+        self.require(any(scale.shape[2] == size for size in along), message)
 
     def scale2(self) -> None:
-        scale2, name, row = self.weight.scale2, self.names.scale2, self.row
-        floats = (torch.float32,)
-        e, rows, _ = self.weight.codes.shape
-        if row.nested:
-            dtype = self.weight.scale.dtype
-            why = f"when {self.names.scale} has dtype {dtype}"
-            if dtype != torch.uint8:
-                self.absent(name, scale2, why)
-                return
-            self.present(name, scale2, why, floats)
-            runs = -(-self.weight.scale.numel() // RUN)
-            self.shaped(name, scale2, (runs, 2), f"a row for {RUN} scales")
-        elif row.scale2 == "parts":
-            self.present(name, scale2, self.when, floats)
-            self.shaped(name, scale2, (e, "P"), f"E={e}")
-            letter = self.letters("")[0]
-            self.require(
-                scale2.shape[1] >= 1 and rows % scale2.shape[1] == 0,
-                lambda: f"{name} must have a P that divides {letter}={rows}, got shape {text(scale2.shape)}",
-            )
+        scale, scale2, name = self.weight.scale, self.weight.scale2, self.names.scale2
+        nested = self.row.nested and scale.dtype == torch.uint8
+        if not nested and self.row.scale2 == "":
+            why = f"when {self.names.scale} has dtype {scale.dtype}" if self.row.nested else self.when
+            self.absent(name, scale2, why)
+            return
+        why = f"when {self.names.scale} has dtype torch.uint8" if nested else self.when
+        self.present(name, scale2, why)
+        self.require(
+            scale2.dtype == torch.float32,
+            lambda: f"{name} must have dtype torch.float32, got {scale2.dtype}",
+        )
+        if nested:
+            count = scale.numel()
+            self.shaped(name, scale2, (-(-count // RUN), 2), f"one for {RUN} of {count} scales")
         else:
-            self.absent(name, scale2, self.when)
+            self.parts(name, scale2)
+
+    def parts(self, name: str, scale2: Tensor) -> None:
+        e, rows, _ = self.sizes
+
+        def message() -> str:
+            want = f"[{e}, P] with P that divides {self.letters[0]}={rows}"
+            return f"{name} must have shape {want}, got {text(scale2.shape)}"
+
+        self.require(scale2.dim() == 2, message)
+        self.require(scale2.shape[0] == e, message)
+        self.require(scale2.shape[1] >= 1, message)
+        self.require(rows % scale2.shape[1] == 0, message)
 
     def zero(self) -> None:
         zero, name = self.weight.zero, self.names.zero
         if not self.row.zero:
             self.absent(name, zero, self.when)
         elif zero is not None:
-            self.present(name, zero, self.when, (torch.uint8,))
+            self.present(name, zero, self.when)
+            self.require(
+                zero.dtype == torch.uint8,
+                lambda: f"{name} must have dtype torch.uint8, got {zero.dtype}",
+            )
             self.shaped(name, zero, tuple(self.weight.scale.shape), f"that of {self.names.scale}")
 
 
-def packed(op: str, row: Format, weight: PackedWeight, names: Names) -> None:
-    """Raises RuntimeError, headed by `op`, unless `weight` is what its format takes."""
+def packed(
+    op: str, row: Format, weight: PackedWeight, names: Names = FIELDS, experts: int | None = None
+) -> None:
+    """Raises RuntimeError, headed by `op`, unless `weight` is what its format takes, with `experts` experts.
+    Of a dense one the tensor itself is not looked at.
+    """
     check = _Check(op, row, weight, names)
     if row.bits is None:
         for name, t in zip(names[1:4], weight[1:4], strict=True):
@@ -191,7 +233,7 @@ def packed(op: str, row: Format, weight: PackedWeight, names: Names) -> None:
             not weight.transposed, lambda: f"{names.transposed} must be False {check.when}, got True"
         )
         return
-    check.codes()
+    check.codes(experts)
     check.scale()
     check.scale2()
     check.zero()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..calls import ScatterLoraDx
+from ..layouts import sum_dtype
 from . import configs, tiles
 from .route import Routing, Tiles, routing
 from .tiles import Rows, row_of, slots_of
@@ -72,12 +73,16 @@ def scatter_lora_dx(call: ScatterLoraDx) -> tuple[Tensor, Tensor]:
 def input_gradient(call: ScatterLoraDx, route: Routing, dyb: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(dx, dgates). dyb: scaling·dy·B in grouped order, as `tiles.rank_product` gives it, if it is there."""
     dy, lora_a = call.dy, call.lora_a
-    n, k = call.weight.shape[1:]
+    weight = checks.weight_of(call)
+    n, k = weight.shape[1:]
     top_k, given_dyb = route.top_k, dyb
     accumulators = tiles.accumulator(dy.dtype)
     with_dgates = call.gates is not None and call.x is not None
+    dx_dtype = sum_dtype(dy.dtype, call.sum_fp32 and not call.x_grouped)
     if route.rows == 0:
-        return dy.new_zeros(0, k), dy.new_zeros((0, top_k) if with_dgates else 0, dtype=accumulators)
+        return dy.new_zeros(0, k, dtype=dx_dtype), dy.new_zeros(
+            (0, top_k) if with_dgates else 0, dtype=accumulators
+        )
     rank = 0 if lora_a is None else lora_a.shape[1]
     rows = tiles.rows_of_dy(call)
     flat_gates = None if call.gates is None else call.gates.contiguous()
@@ -95,13 +100,13 @@ def input_gradient(call: ScatterLoraDx, route: Routing, dyb: Tensor | None = Non
             other = tiles.rows_of_x(call)
             blocks = triton.cdiv(k, config.block_n)
             partial = torch.empty((blocks, route.rows), dtype=accumulators, device=dy.device)
-        dtype = accumulators if sums else dy.dtype
+        dtype = accumulators if sums else dx_dtype
         out = torch.empty((route.rows, k), dtype=dtype, device=dy.device)
         tiles.gemm(
-            rows, call.weight.transpose(1, 2), Rows(out, "position" if call.x_grouped else "slot"),
+            rows, weight.turned(), Rows(out, "position" if call.x_grouped else "slot"),
             route, tile_list, config, xa=dyb, b=a, gates=flat_gates, other=other, partial=partial,
         )  # fmt: skip
-        dx = tiles.summed(out, route.rows // top_k, top_k, dy.dtype) if sums else out
+        dx = tiles.summed(out, route.rows // top_k, top_k, dx_dtype) if sums else out
         if not with_dgates:
             return dx, dy.new_empty(0, dtype=accumulators)
         return dx, _dgates(partial, rows, call.bias, route, tile_list)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..formats import PackedWeight
 from . import configs, weights
 from .route import Routing, Tiles
 
@@ -120,7 +121,8 @@ def grouped_gemm(
     S, E, K, N, R, bound, top_k, y_m, scale: "fp64",  # noqa: F821, UP037
     x_strides, w_strides, b_strides, bias_strides, other_strides,
     X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, OTHER_ROWS: tl.constexpr,
-    WEIGHT: tl.constexpr, PRECISION: tl.constexpr, WHOLE_K: tl.constexpr,
+    WEIGHT: tl.constexpr, TURNED: tl.constexpr, SHARE: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +132,7 @@ def grouped_gemm(
     scale counts where SCALED: the rank-sized products, which leave their accumulators scaled.
 
     x       [rows by X_ROWS, K]
-    w       [E, N, K], as `weights.describe` gives it; WEIGHT is its kind
+    w       [E, N, K], as `weights.describe` gives it, WEIGHT, TURNED and SHARE too
     y       [S by Y_ROWS, N], rows y_m apart
     xa      [S by position, R] contiguous, or None; BLOCK_R divides R
     b       [E, N, R], or None
@@ -172,7 +174,10 @@ def grouped_gemm(
             else:
                 x_tile = tl.load(x_at, mask=k[None, :] < K - done, other=0.0)  # [BM, BK]
             # [BK, BN]
-            w_tile = weights.tile(w_at, w_strides, expert, start, done, K, WEIGHT, WHOLE_K, BLOCK_N, BLOCK_K)
+            w_tile = weights.tile(
+                w_at, w_strides, expert, start, done, N, K, x.dtype.element_ty,
+                WEIGHT, TURNED, SHARE, WHOLE_K, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)
             x_at += step * x_strides[1]
         if xa is not None:
@@ -181,7 +186,10 @@ def grouped_gemm(
             xa_at = xa + tl.minimum(position, last - 1)[:, None].to(tl.int64) * R + r[None, :]
             b_at = weights.first_tile(b, b_strides, expert, start, N, "", BLOCK_N, BLOCK_R)
             for done in tl.range(0, steps_r, BLOCK_R, num_stages=1):
-                b_tile = weights.tile(b_at, b_strides, expert, start, done, R, "", True, BLOCK_N, BLOCK_R)
+                b_tile = weights.tile(
+                    b_at, b_strides, expert, start, done, N, R, x.dtype.element_ty, "", False, 1, True,
+                    BLOCK_N, BLOCK_R,
+                )  # fmt: skip
                 # [BM, BR], [BR, BN]
                 acc = tl.dot(tl.load(xa_at + done), b_tile, acc, input_precision=PRECISION, out_dtype=ACC)
 
@@ -239,15 +247,16 @@ def sum_chunks(parts, starts, out, size, blocks, BLOCK: tl.constexpr):
 
 
 def gemm(
-    x: Rows, w: Tensor, y: Rows, routing: Routing, tiles: Tiles, config: configs.Gemm, *,
+    x: Rows, w: Tensor | PackedWeight, y: Rows, routing: Routing, tiles: Tiles, config: configs.Gemm, *,
     scale: float | None = None, xa: Tensor | None = None, b: Tensor | None = None, bias: Tensor | None = None,
     gates: Tensor | None = None, other: Rows | None = None, partial: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launches `grouped_gemm`, which has the shapes; w is [E, N, K]."""
     experts, n, k = w.shape
+    device = x.tensor.device
     rank = 0 if b is None else b.shape[2]
     block_r = 32 if rank and rank % 32 == 0 else RANK_STEP
-    programs = configs.machine(w.device).processors * config.per_sm
+    programs = configs.machine(device).processors * config.per_sm
     weight = weights.describe(w, config)
     grouped_gemm[(min(programs, tiles.bound * triton.cdiv(n, config.block_n)),)](
         x.tensor, weight.data, y.tensor, xa, b, bias, gates, other and other.tensor, partial,
@@ -257,7 +266,8 @@ def gemm(
         x.tensor.stride(), weight.strides, None if b is None else b.stride(),
         None if bias is None else bias.stride(), None if other is None else other.tensor.stride(),
         X_ROWS=x.by, Y_ROWS=y.by, OTHER_ROWS=other.by if other else "",
-        WEIGHT=weight.kind, PRECISION=configs.precision(w.dtype),
+        WEIGHT=weight.kind, TURNED=weight.turned, SHARE=weight.share,
+        PRECISION=configs.precision(x.tensor.dtype),
         WHOLE_K=k % config.block_k == 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r,
         GROUP_M=config.group_m, SCALED=scale is not None,
