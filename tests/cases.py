@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
+from packings import Packing, packings
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = (BF16, FP16, FP32, FP64)
@@ -29,7 +30,9 @@ ROUTINGS = ("random", "one_expert", "few_experts", "sentinels", "all_sentinels")
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `rank` 0: no LoRA. `lora`, `bias`, `gates`: "none", "same" (x's dtype) or "fp32"."""
+    """One call. `rank` 0: no LoRA. `lora`, `bias`, `gates`: "none", "same" (x's dtype) or "fp32". `packing`:
+    how a packed weight is stored; `weight_layout` is of dense ones.
+    """
 
     tokens: int = 13
     top_k: int = 2
@@ -50,6 +53,7 @@ class Case:
     index_dtype: torch.dtype = torch.int64
     routing: str = "random"
     scaling: float = 0.5
+    packing: Packing | None = None
     seed: int = 0
     reason: str = ""
 
@@ -104,7 +108,37 @@ _ROWS = {
     ),
     "a rank that is no LoRA any more": Case(tokens=64, k=128, n=96, rank=128, dtype=BF16),
 }
+_PACKED = {
+    "NF4 as bitsandbytes has it, down projection": Case(
+        dtype=BF16, x_grouped=True, gates="fp32", lora="fp32", k=128, n=48, packing=Packing("nf4", 64)
+    ),
+    "NF4 nested: runs of 256 scales cross experts": Case(
+        dtype=BF16, k=256, n=37, packing=Packing("nf4", 32, torch.uint8)
+    ),
+    "FP4 turned": Case(k=48, n=64, packing=Packing("fp4", 64, transposed=True), gates="same"),
+    "INT4 with zeros, K one group": Case(
+        dtype=FP16, k=66, n=47, packing=Packing("int4", 0, BF16, zero=True), bias="same"
+    ),
+    "INT4, groups of 96": Case(k=192, n=5, packing=Packing("int4", 96)),
+    "MXFP4: gpt_oss": Case(
+        dtype=BF16, k=64, n=96, packing=Packing("mxfp4", 32, torch.uint8), bias="same", y_grouped=True
+    ),
+    "NVFP4, gate and up with multipliers of their own": Case(
+        dtype=BF16, k=48, n=34, packing=Packing("nvfp4", 16, parts=2)
+    ),
+    "INT8, a scale a row, odd sizes": Case(k=33, n=47, packing=Packing("int8")),
+    "FP8 in blocks, neither size a multiple": Case(
+        dtype=BF16, k=200, n=130, packing=Packing("fp8", 128, rows="block")
+    ),
+    "FP8 in blocks, turned": Case(
+        k=130, n=200, packing=Packing("fp8", 128, rows="block", transposed=True), routing="sentinels"
+    ),
+    "packed, 128 rows an expert": Case(
+        tokens=128, experts=2, k=256, n=192, rank=16, dtype=BF16, lora="fp32", packing=Packing("nf4", 64)
+    ),
+}
 ROWS = tuple(case.with_(reason=reason) for reason, case in _ROWS.items())
+PACKED = tuple(case.with_(reason=reason) for reason, case in _PACKED.items())
 
 REAL_SIZE = Case(
     tokens=512,
@@ -123,8 +157,14 @@ _SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 48, 64, 65, 100)
 
 
 @st.composite
-def cases(draw) -> Case:
-    """Any call: sizes around vector and tile edges, every dtype, layout, order and routing."""
+def cases(draw, packed: bool = False) -> Case:
+    """Any call: sizes around vector and tile edges, every dtype, layout, order and routing; with `packed`
+    every weight format as well.
+    """
+    if packed and draw(st.booleans()):
+        packing, n, k = draw(packings())
+        case = draw(cases().filter(lambda case: case.dtype != FP64))
+        return case.with_(packing=packing, n=n, k=k)
     dtype = draw(st.sampled_from(DTYPES))
     kinds = ("same", "fp32") if dtype in HALVES else ("same",)
     gates = draw(st.sampled_from(("none", *kinds)))

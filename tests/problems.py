@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from cases import BF16, FP16, FP32, FP64, HALVES, Case
+from packings import build as build_packed
 from torch import Tensor
 
 import torch_moelora  # noqa: F401  (defines torch.ops.moelora)
-from torch_moelora import reference
+from torch_moelora import calls, reference
+from torch_moelora.formats import PackedWeight
 
 # ‖out − ref‖ / ‖ref‖. Half types: one rounding of the result, one of x·Aᵀ or dy·B.
 TOLERANCE = {BF16: 3e-3, FP16: 5e-4, FP32: 2e-6, FP64: 1e-13}
@@ -22,7 +24,9 @@ TOLERANCE_FP32_LORA = {BF16: 4e-3, FP16: 6e-4}
 
 @dataclass
 class Problem:
-    """The tensors of one call; `None` where the case has none. dy fits the case's output."""
+    """The tensors of one call; `None` where the case has none. dy fits the case's output. Of a packed weight
+    `weight` is its codes.
+    """
 
     case: Case
     x: Tensor
@@ -34,6 +38,12 @@ class Problem:
     bias: Tensor | None
     gates: Tensor | None
     dy: Tensor
+    packed: PackedWeight | None = None
+
+    @property
+    def packed_args(self) -> tuple:
+        """What stands behind all other arguments where the weight is packed."""
+        return () if self.packed is None else self.packed[1:]
 
     @property
     def routing(self) -> tuple:
@@ -46,13 +56,13 @@ class Problem:
     def forward_args(self) -> tuple:
         return (
             self.x, self.weight, *self.routing, self.lora_a, self.lora_b, self.case.scaling, self.bias,
-            self.gates, *self.orders,
+            self.gates, *self.orders, *self.packed_args,
         )  # fmt: skip
 
     def dx_args(self, with_x: bool = True) -> tuple:
         return (
             self.dy, self.weight, *self.routing, self.lora_a, self.lora_b, self.case.scaling, self.bias,
-            self.gates, self.x if with_x else None, *self.orders,
+            self.gates, self.x if with_x else None, *self.orders, *self.packed_args,
         )  # fmt: skip
 
     def dab_args(self) -> tuple:
@@ -161,9 +171,11 @@ def build(case: Case) -> Problem:
     if case.gates != "none":
         gates = torch.rand((case.tokens, case.top_k), generator=gen, dtype=FP64).to(kinds[case.gates])
     dy = _normal(gen, (case.rows if gates is None else case.tokens, n), case.dtype)
+    packed = None if case.packing is None else build_packed(case.packing, e, n, k, gen)
+    weight = weight_like(weight, case.weight_layout) if packed is None else packed.codes
     return Problem(
-        case, rows_like(x, case.x_layout), weight_like(weight, case.weight_layout), slots, offsets,
-        lora_a, lora_b, bias, gates, rows_like(dy, case.dy_layout),
+        case, rows_like(x, case.x_layout), weight, slots, offsets,
+        lora_a, lora_b, bias, gates, rows_like(dy, case.dy_layout), packed,
     )  # fmt: skip
 
 
@@ -184,6 +196,17 @@ def call(name: str, *args):
         return getattr(torch.ops.moelora, name)(*args)
 
 
+def with_dense_weight(name: str, args: tuple) -> tuple:
+    """The same call of operator `name` on the numbers that a packed weight stands for."""
+    call = calls.CALLS[name](*args)
+    if getattr(call, "weight_format", "dense") == "dense":
+        return args
+    packed = {f: getattr(call, f) for f in call._fields if f.startswith("weight")}
+    dense = reference.dense_weight(*packed.values(), call[0].dtype)
+    defaults = {f: call._field_defaults[f] for f in packed if f != "weight"}
+    return tuple(call._replace(weight=dense, **defaults))
+
+
 def _squares(args: tuple) -> tuple:
     return tuple(
         a.double().square() if isinstance(a, Tensor) and a.is_floating_point()
@@ -199,7 +222,7 @@ def magnitudes(name: str, args: tuple) -> tuple[Tensor, ...]:
     whose
     terms do not happen to cancel: the right scale for rounding errors of few elements.
     """
-    out = reference.REFERENCE[name](*_squares(args))
+    out = reference.REFERENCE[name](*_squares(with_dense_weight(name, args)))
     return tuple(t.sqrt() for t in (out if isinstance(out, tuple) else (out,)))
 
 

@@ -12,6 +12,7 @@ import problems
 import pytest
 import torch
 from cases import BF16, FP16, FP32, FP64, Case
+from packed_errors import SCALE, SCALE2, U8, ZERO, packed, packed_weight
 
 from torch_moelora import checks, functional, nn
 from torch_moelora.calls import ScatterLora
@@ -34,11 +35,18 @@ def arguments(op: str) -> dict:
         "expert_idxs": torch.tensor([[0, 1], [2, 0]]), "num_experts": 3,
         "h": torch.randn(4, 6).to(BF16), "act": "silu", "alpha": 1.0, "limit": None, "up_shift": 0.0,
         "interleaved": False,
+        "weight_scale": None, "weight_scale2": None, "weight_zero": None, "weight_format": "dense",
+        "weight_transposed": False, "sum_fp32": False,
     }  # fmt: skip
     if op == "glu_backward":
         given["dy"] = torch.randn(4, 3).to(BF16)
     schema = getattr(torch.ops.moelora, op).default._schema
     return {argument.name: given[argument.name] for argument in schema.arguments}
+
+
+def meta(t: torch.Tensor) -> torch.Tensor:
+    """Shape, strides and dtype, which `to("meta")` would make dense."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
 class Row(NamedTuple):
@@ -52,7 +60,8 @@ class Row(NamedTuple):
         args = arguments(self.op)
         for name, value in self.change.items():
             args[name] = value(args[name]) if isinstance(value, Callable) else value
-        args = {n: a.to(device) if isinstance(a, torch.Tensor) else a for n, a in args.items()}
+        if device == "meta":
+            args = {n: meta(a) if isinstance(a, torch.Tensor) else a for n, a in args.items()}
         getattr(torch.ops.moelora, self.op)(*args.values())
 
 
@@ -205,6 +214,7 @@ TABLE: dict[str, list[tuple[dict, str]]] = {
         ({"x": to(LONG)}, f"x must have dtype {ALL_FLOATS}, got torch.int64"),
         ({"x": to(torch.complex64)}, f"x must have dtype {ALL_FLOATS}, got torch.complex64"),
         *weight("x"),
+        *packed_weight("x"),
         ({"x": e(6, 7)}, "x must have 8 columns (K of weight), got shape [6, 7]"),
         *PAIR_ROWS,
         *lora("x"),
@@ -223,6 +233,7 @@ TABLE: dict[str, list[tuple[dict, str]]] = {
         *routing("dy"),
         *DY_ROWS,
         *weight("dy"),
+        *packed_weight("dy"),
         ({"dy": e(6, 4)}, "dy must have 5 columns (N of weight), got shape [6, 4]"),
         *PAIR_ROWS,
         *lora("dy"),
@@ -321,6 +332,12 @@ def test_a_slot_given_twice(op):
         Row(op, {"sorted_scattered_idxs": slots}, "").call()
 
 
+PACKED_DEVICE_ROWS = [
+    ("weight", "nf4", "x"),
+    (SCALE, "nf4", "weight"),
+    (SCALE2, "nvfp4", "weight"),
+    (ZERO, "int4", "weight"),
+]
 DEVICE_ROWS = [
     ("weight", "x"),
     ("sorted_scattered_idxs", "x"),
@@ -339,6 +356,21 @@ def test_devices(name, lead):
     message = f"scatter_lora: {name} must be on device cpu (that of {lead}), got meta"
     with pytest.raises(RuntimeError, match=exactly(message)):
         checks.scatter_lora(ScatterLora(**args))
+
+
+def packed_on_another_device(name: str, format_name: str) -> ScatterLora:
+    args = arguments("scatter_lora") | packed(format_name)
+    if name == ZERO:
+        args[ZERO] = e(3, 5, 1, dtype=U8)
+    args[name] = args[name].to("meta")
+    return ScatterLora(**args)
+
+
+@pytest.mark.parametrize(("name", "format_name", "lead"), PACKED_DEVICE_ROWS)
+def test_devices_of_a_packed_weight(name, format_name, lead):
+    message = f"scatter_lora: {name} must be on device cpu (that of {lead}), got meta"
+    with pytest.raises(RuntimeError, match=exactly(message)):
+        checks.scatter_lora(packed_on_another_device(name, format_name))
 
 
 def test_every_check_has_a_row():
@@ -363,6 +395,9 @@ def test_every_check_has_a_row():
         args = arguments("scatter_lora")
         args[name] = args[name].to("meta")
         record(lambda args=args: checks.scatter_lora(ScatterLora(**args)))
+    for name, format_name, _ in PACKED_DEVICE_ROWS:
+        call = packed_on_another_device(name, format_name)
+        record(lambda call=call: checks.scatter_lora(call))
     assert sites <= failed, f"checks.py lines without a test: {sorted(sites - failed)}"
 
 

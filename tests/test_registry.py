@@ -3,13 +3,14 @@
 import ast
 import importlib.util
 import inspect
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import torch_moelora
-from torch_moelora import backends, calls, checks, fake, reference, schemas
+from torch_moelora import backends, calls, checks, fake, formats, reference, schemas
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(torch_moelora.__file__).parent
@@ -137,3 +138,35 @@ def test_the_environment_is_read_in_one_place():
         if path.name != "switches.py":
             text = path.read_text()
             assert "environ" not in text and "getenv" not in text, path
+
+
+FORMATS = list(formats.FORMATS)
+PACKED = [name for name in FORMATS if name != "dense"]
+
+
+def test_every_format_has_its_line_in_the_reference():
+    assert list(reference.FORMATS) == PACKED
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_every_format_has_a_branch_in_triton(name):
+    """`code_value` compares with the names of formats, and ends with an assertion for unknown ones."""
+    tree = ast.parse((PACKAGE / "triton" / "weights.py").read_text())
+    (function,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "code_value")
+    assert name in {n.value for n in ast.walk(function) if isinstance(n, ast.Constant)}
+
+
+def test_the_compiled_operators_have_the_same_formats():
+    header = PACKAGE.parent / "csrc" / "formats" / "formats.h"
+    if not header.exists():
+        pytest.skip("an installed package has no sources")
+    assert re.findall(r'\.name = "(\w+)"', header.read_text()) == FORMATS
+
+
+def test_nothing_else_lists_the_formats():
+    """A file that names all of them is a second table."""
+    allowed = {"formats.py", "reference.py", "weights.py"}
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        if path.name not in allowed:
+            assert not all(f'"{name}"' in text for name in PACKED), path

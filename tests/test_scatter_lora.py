@@ -3,7 +3,7 @@
 import problems
 import pytest
 import torch
-from cases import BF16, FP32, LORA_LAYOUTS, REAL_SIZE, ROW_LAYOUTS, ROWS, WEIGHT_LAYOUTS, Case, cases
+from cases import BF16, FP32, LORA_LAYOUTS, PACKED, REAL_SIZE, ROW_LAYOUTS, ROWS, WEIGHT_LAYOUTS, Case, cases
 from hypothesis import given
 
 from torch_moelora import reference
@@ -16,12 +16,12 @@ def check(case: Case) -> None:
     problems.check("scatter_lora", problems.build(case).forward_args(), case, (case.dtype,))
 
 
-@pytest.mark.parametrize("case", ROWS, ids=lambda case: case.reason)
+@pytest.mark.parametrize("case", [*ROWS, *PACKED], ids=lambda case: case.reason)
 def test_rows(case):
     check(case)
 
 
-@given(cases())
+@given(cases(packed=True))
 def test_matches_reference(case):
     check(case)
 

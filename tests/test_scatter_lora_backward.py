@@ -3,7 +3,7 @@
 import problems
 import pytest
 import torch
-from cases import BF16, FP32, FP64, HALVES, LORA_LAYOUTS, REAL_SIZE, ROWS, WEIGHT_LAYOUTS, Case, cases
+from cases import BF16, FP32, FP64, HALVES, LORA_LAYOUTS, PACKED, REAL_SIZE, ROWS, WEIGHT_LAYOUTS, Case, cases
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,18 +15,19 @@ ops = torch.ops.moelora
 def check(case: Case, with_dgates: bool = True) -> None:
     lora = FP32 if case.lora == "fp32" and case.dtype in HALVES else case.dtype
     dtypes = (case.dtype, FP64 if case.dtype == FP64 else FP32, lora, lora)
-    args = (*problems.build(case).backward_args(), with_dgates)
+    p = problems.build(case)
+    args = (*p.backward_args(), with_dgates, *p.packed_args)
     problems.check("scatter_lora_backward", args, case, dtypes)
 
 
 # Triton's is made of dx's and dab's kernels, which have these tests too.
 @pytest.mark.long_interpreted
-@pytest.mark.parametrize("case", [c for c in ROWS if c.rank], ids=lambda case: case.reason)
+@pytest.mark.parametrize("case", [c for c in (*ROWS, *PACKED) if c.rank], ids=lambda case: case.reason)
 def test_rows(case):
     check(case)
 
 
-@given(cases().filter(lambda case: case.rank), st.booleans())
+@given(cases(packed=True).filter(lambda case: case.rank), st.booleans())
 def test_matches_reference(case, with_dgates):
     check(case, with_dgates)
 

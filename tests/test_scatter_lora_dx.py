@@ -3,7 +3,19 @@
 import problems
 import pytest
 import torch
-from cases import BF16, FP32, FP64, LORA_LAYOUTS, REAL_SIZE, ROW_LAYOUTS, ROWS, WEIGHT_LAYOUTS, Case, cases
+from cases import (
+    BF16,
+    FP32,
+    FP64,
+    LORA_LAYOUTS,
+    PACKED,
+    REAL_SIZE,
+    ROW_LAYOUTS,
+    ROWS,
+    WEIGHT_LAYOUTS,
+    Case,
+    cases,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,12 +28,12 @@ def check(case: Case, with_x: bool = True) -> None:
     problems.check("scatter_lora_dx", args, case, (case.dtype, gate_dtype))
 
 
-@pytest.mark.parametrize("case", ROWS, ids=lambda case: case.reason)
+@pytest.mark.parametrize("case", [*ROWS, *PACKED], ids=lambda case: case.reason)
 def test_rows(case):
     check(case)
 
 
-@given(cases(), st.booleans())
+@given(cases(packed=True), st.booleans())
 def test_matches_reference(case, with_x):
     check(case, with_x)
 

@@ -132,6 +132,12 @@ def glu(
     return torch.ops.moelora.glu(h, act, alpha, limit, up_shift, interleaved)
 
 
+def _routing(expert_idxs: Tensor, num_experts: int) -> dict:
+    """The operators' arguments that say which row goes where."""
+    slots, offsets = flatten_sort_count(expert_idxs, num_experts)
+    return {"sorted_scattered_idxs": slots, "expert_offsets": offsets, "top_k": expert_idxs.shape[1]}
+
+
 def _check_moe_mlp(x, expert_idxs, gates, gate_up_weight, down_weight, gated, activation) -> None:
     """What the operators below could only report in terms of their own argument names.
 
@@ -219,22 +225,19 @@ def moe_mlp(
         gate_up_lora_a, gate_up_lora_b: [E, R, H], [E, 2I, R]; both or neither.
         down_lora_a, down_lora_b: [E, R', I], [E, H, R']; both or neither.
         gate_up_scaling, down_scaling: factors of the LoRA terms. gate_up_bias, down_bias: [E, 2I], [E, H].
-        act, alpha, limit, up_shift, interleaved: those of `glu`.
+        act, alpha, limit, up_shift, interleaved: those of `glu`. sum_fp32: that of `scatter_lora`.
         gated: False: one plain `act`: "silu" (with alpha), "gelu", "gelu_tanh", "relu", "relu2" (its square).
         activation: replaces the activation: a function of h [S, 2I] in grouped order that gives [S, I].
-        sum_fp32: as in `scatter_lora`.
 
     Returns:
-        [T, H], x's dtype but for `sum_fp32`; without gates [T·top_k, H] in slot order, zero where the id is a
-        sentinel.
+        [T, H], x's dtype or `sum_fp32`'s; without gates [T·top_k, H] in slot order, zeros of sentinels.
 
     Raises:
         RuntimeError: an argument has a wrong shape, dtype, device or value; the message names it.
     """
     _check_moe_mlp(x, expert_idxs, gates, gate_up_weight, down_weight, gated, activation)
     _check_ungated(gated, activation, act, alpha, limit, up_shift, interleaved)
-    slots, offsets = flatten_sort_count(expert_idxs, gate_up_weight.shape[0])
-    routing = {"sorted_scattered_idxs": slots, "expert_offsets": offsets, "top_k": expert_idxs.shape[1]}
+    routing = _routing(expert_idxs, gate_up_weight.shape[0])
     h = scatter_lora(
         x, gate_up_weight, **routing, lora_a=gate_up_lora_a, lora_b=gate_up_lora_b, scaling=gate_up_scaling,
         bias=gate_up_bias, y_grouped=True,

@@ -201,6 +201,7 @@ class LoRAExperts(nn.Module):
     def __setattr__(self, name: str, value) -> None:
         if isinstance(value, PackedWeight):
             value = FrozenWeight(value)
+            self._parameters.pop(name, None)
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
