@@ -153,7 +153,8 @@ def test_every_format_has_a_branch_in_triton(name):
     """`code_value` compares with the names of formats, and ends with an assertion for unknown ones."""
     tree = ast.parse((PACKAGE / "triton" / "weights.py").read_text())
     (function,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "code_value")
-    assert name in {n.value for n in ast.walk(function) if isinstance(n, ast.Constant)}
+    compared = [n for n in ast.walk(function) if isinstance(n, ast.Compare)]
+    assert name in {c.value for n in compared for c in n.comparators}
 
 
 def test_the_compiled_operators_have_the_same_formats():

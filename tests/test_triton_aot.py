@@ -18,7 +18,9 @@ if SWITCHES.triton_interpret:
 
 import triton_aot
 
-from torch_moelora.triton import configs, register
+from torch_moelora import formats
+from torch_moelora.calls import ScatterLora, ScatterLoraDx
+from torch_moelora.triton import configs, dx, forward, register
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = {"half": BF16, "tf32": FP32, "fp32": FP32, "fp64": FP64}
@@ -208,3 +210,35 @@ def test_sizes_of_a_batch_are_no_constants(monkeypatch):
         monkeypatch.setitem(globals(), "EXPERTS", 17)
         launch(1024, 512, 16, 2048 + 7, BF16)
     assert len(kernels) == before
+
+
+def packed_weight(name: str, experts: int, n: int, k: int) -> formats.PackedWeight:
+    row, meta = formats.FORMATS[name], triton_aot.meta
+    codes = meta(experts, n, k // row.per_byte, dtype=row.storage)
+    block = row.groups.least if row.groups.kind == "grid" else 1
+    scale = meta(experts, n // block, k // row.groups.least, dtype=row.scale_dtypes[0])
+    scale2 = meta(experts, 2, dtype=FP32) if row.scale2 else None
+    return formats.PackedWeight(codes, scale, scale2, None, name)
+
+
+@pytest.mark.parametrize("name", [name for name in formats.FORMATS if name != "dense"])
+@pytest.mark.parametrize("arch", [pytest.param(a, marks=marks(a)) for a in triton_aot.TARGETS])
+def test_packed_weights(arch, name, monkeypatch):
+    """Forward and dX compile, with the architecture's matrix instructions, within its shared memory."""
+    meta, k, n, tokens = triton_aot.meta, 2048, 1536, 2048
+    routing = {
+        "sorted_scattered_idxs": meta(tokens * TOP_K, dtype=torch.int64),
+        "expert_offsets": meta(EXPERTS, dtype=torch.int32),
+        "top_k": TOP_K,
+    }
+    weight = packed_weight(name, EXPERTS, n, k).operands()
+    x, dy = meta(tokens, k, dtype=BF16), meta(tokens * TOP_K, n, dtype=BF16)
+    with triton_aot.compiling_for(arch, monkeypatch) as found:
+        forward.scatter_lora(ScatterLora(x, **routing, **weight))
+        dx.scatter_lora_dx(ScatterLoraDx(dy, **routing, **weight))
+    kernels = [kernel for kernel in found.values() if kernel.name == "grouped_gemm"]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert f"WEIGHT={name}" in kernel.shape
+        assert MATRIX_INSTRUCTIONS.get(arch, "mma.sync") in kernel.ptx, f"{kernel}"
+        assert kernel.shared <= triton_aot.TARGETS[arch][1]

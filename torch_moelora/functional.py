@@ -244,8 +244,7 @@ def moe_mlp(
     )  # fmt: skip
     down = ScatterLora(
         h, **_operands(down_weight), **routing, lora_a=down_lora_a, lora_b=down_lora_b, scaling=down_scaling,
-        bias=down_bias, gates=gates, x_grouped=True, sum_fp32=sum_fp32,
-    )  # fmt: skip
+        bias=down_bias, gates=gates, x_grouped=True, sum_fp32=sum_fp32)  # fmt: skip
     if gated and activation is None:
         return glu_scatter_lora(down, (act, alpha, limit, up_shift, interleaved))
     inner = plain_activation(h, act, alpha) if activation is None else activation(h)

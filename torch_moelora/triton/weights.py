@@ -22,6 +22,7 @@ from ..formats import FORMATS, NESTED_RUN, PackedWeight, nested_values
 from . import configs
 
 RUN = tl.constexpr(NESTED_RUN)
+NF4, FP4 = (tl.constexpr(FORMATS[name].codes) for name in ("nf4", "fp4"))
 
 
 class Weight(NamedTuple):
@@ -57,12 +58,9 @@ def describe(w: Tensor | PackedWeight, config: configs.Gemm) -> Weight:
 
 
 @functools.cache
-def _table(name: str, device: torch.device) -> Tensor | None:
-    """What codes that are no numbers mean, float32: the 16 values, and behind them those of nested scales."""
-    row = FORMATS[name]
-    if not row.nested:
-        return None
-    return torch.cat((torch.tensor(row.codes, device=device), nested_values(device)))
+def _nested_table(device: torch.device) -> Tensor:
+    """The values of nested scales: copied to a device once, for a copy in every call would wait for it."""
+    return nested_values(device)
 
 
 def _describe_packed(w: PackedWeight, config: configs.Gemm) -> Weight:
@@ -86,7 +84,7 @@ def _describe_packed(w: PackedWeight, config: configs.Gemm) -> Weight:
         rows, columns, rows_each, columns_each, scale.shape[2], part,
     )  # fmt: skip
     codes, scale = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (w.codes, scale))
-    data = (codes, scale, w.scale2, w.zero, _table(w.format, w.device))
+    data = (codes, scale, w.scale2, w.zero, _nested_table(w.device) if w.is_nested else None)
     return Weight(data, strides, w.format, w.transposed, share)
 
 
@@ -134,10 +132,31 @@ def e8m0_value(byte):
 
 
 @triton.jit
-def code_value(code, table, KIND: tl.constexpr):
+def quarter(code, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr):
+    """One of four by the two low bits."""
+    odd = (code & 1) != 0
+    return tl.where((code & 2) != 0, tl.where(odd, d, c), tl.where(odd, b, a))
+
+
+@triton.jit
+def table_value(code, T: tl.constexpr):
+    """T[code] of 16 numbers, by selections: a load for every number would be fetched ahead to shared memory,
+    four bytes for half a byte.
+    """
+    low = tl.where(
+        (code & 4) != 0, quarter(code, T[4], T[5], T[6], T[7]), quarter(code, T[0], T[1], T[2], T[3])
+    )
+    c, d = quarter(code, T[12], T[13], T[14], T[15]), quarter(code, T[8], T[9], T[10], T[11])
+    return tl.where((code & 8) != 0, tl.where((code & 4) != 0, c, d), low)
+
+
+@triton.jit
+def code_value(code, KIND: tl.constexpr):
     """int32 codes → float32, before zero and scale."""
-    if KIND == "nf4" or KIND == "fp4":
-        value = tl.load(table + code)
+    if KIND == "nf4":
+        value = table_value(code, NF4)
+    elif KIND == "fp4":
+        value = table_value(code, FP4)
     elif KIND == "mxfp4" or KIND == "nvfp4":
         value = e2m1_value(code)
     elif KIND == "fp8":
@@ -167,7 +186,7 @@ def scale_value(w, strides, e, row, column, kept, KIND: tl.constexpr):
         run = ((e * strides[10] + row) * strides[14] + block_column) // RUN
         factor = tl.load(scale2 + run * strides[5], mask=kept, other=0.0)
         offset = tl.load(scale2 + run * strides[5] + strides[6], mask=kept, other=0.0)
-        value = tl.load(table + 16 + stored.to(tl.int32)) * factor + offset
+        value = tl.load(table + stored.to(tl.int32)) * factor + offset
     else:
         value = stored.to(tl.float32)
     return value
@@ -239,15 +258,16 @@ def packed_tile(
     k = (done + tl.arange(0, BLOCK_K)).to(tl.int64)
     kept = k[:, None] < K
     codes = codes_tile(w, strides, e, n, k, kept, N, K, start, done, KIND, TURNED, BLOCK_N, BLOCK_K)
-    values = code_value(codes, w[4], KIND)
+    values = code_value(codes, KIND)
+    rows: tl.constexpr = BLOCK_K if TURNED else BLOCK_N
     if TURNED:
         row = k[:, None]
         column = ((start + tl.arange(0, BLOCK_N // SHARE) * SHARE) % N).to(tl.int64)[None, :]
-        shared_kept, rows = kept, BLOCK_K
+        shared_kept = kept
     else:
         row = n[None, :]
         column = (done + tl.arange(0, BLOCK_K // SHARE) * SHARE).to(tl.int64)[:, None]
-        shared_kept, rows = column < K, BLOCK_N
+        shared_kept = column < K
     scale = scale_value(w, strides, e, row, column, shared_kept, KIND)
     if KIND == "int4":
         zero = zero_value(w, strides, e, row, column, shared_kept)
