@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 
-# ops → driver → dispatch → {ukernel, formats} → core; bindings see all but ops.
+# ops → driver → dispatch → {ukernel, formats} → core; bindings see all but ops. Of the two below
+# dispatch, ops see the table of formats, which their checks of a weight are made from, and no kernels.
 MAY_INCLUDE = {
     "core": set(),
     "ukernel": {"core"},

@@ -46,7 +46,8 @@ struct Operation {
   {#name, nullptr, [](const Input& in, char* at, char*) { name(at, static_cast<M>(in.mask), as<A>(in.a)); }},
 #define SHIFT(name) \
   NUMBERED(name, __m512i, 0) NUMBERED(name, __m512i, 1) NUMBERED(name, __m512i, 4) NUMBERED(name, __m512i, 15) \
-  NUMBERED(name, __m512i, 16) NUMBERED(name, __m512i, 31) NUMBERED(name, __m512i, 32)
+  NUMBERED(name, __m512i, 16) NUMBERED(name, __m512i, 31) NUMBERED(name, __m512i, 32) \
+  NUMBERED(name, __m512i, 63) NUMBERED(name, __m512i, 64)
 
 const Operation kOperations[] = {
   UNARY(_mm512_castps_si512, __m512)
