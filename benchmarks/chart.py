@@ -20,6 +20,7 @@ COLOURS = {
     "peft": "#c0504d",
     "peft-fp32": "#e0a8a6",
     "kt-kernel": "#6a9955",
+    "kt-kernel-mxfp4": "#a3c293",
     "grouped-mm": "#8064a2",
     "grouped-mm-fp32": "#bfb1d0",
     "scattermoe": "#7f7f7f",
@@ -51,10 +52,11 @@ def _bars(axes: Axes, rows: list[dict], height: Callable[[dict], float], text: C
     groups = list(dict.fromkeys(map(_group, rows)))
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     width = 0.8 / len(names)
+    colours = {name: plt.colormaps["tab20"](i % 20) for i, name in enumerate(names)} | COLOURS
     for i, name in enumerate(names):
         mine = [row for row in rows if row["contestant"] == name]
         at = [groups.index(_group(row)) + (i - (len(names) - 1) / 2) * width for row in mine]
-        bars = axes.bar(at, [height(row) for row in mine], width * 0.92, label=name, color=COLOURS[name])
+        bars = axes.bar(at, [height(row) for row in mine], width * 0.92, label=name, color=colours[name])
         axes.bar_label(bars, [text(row) for row in mine], fontsize=7, padding=2)
     axes.set_xticks(range(len(groups)), map(_label, groups), fontsize=7)
     axes.set_xlim(-0.5, max(len(groups), 4) - 0.5)

@@ -16,6 +16,7 @@ from .routing import route
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALING = 2.0
+DISTINCT = 16  # experts; the others are copies of these, so that packing a layer takes seconds
 LORA_NAMES = ("gate_up_lora_a", "gate_up_lora_b", "down_lora_a", "down_lora_b")
 
 
@@ -66,9 +67,8 @@ class Layer:
     def shape(self) -> Shape:
         return self.case.shape
 
-    def weight_bytes(self) -> int:
-        biases = (bias for bias in self.biases.values() if bias is not None)
-        return nbytes(*self.weights.values(), *biases)
+    def bias_bytes(self) -> int:
+        return nbytes(*(bias for bias in self.biases.values() if bias is not None))
 
 
 @dataclass
@@ -83,15 +83,17 @@ class Batch:
 
 
 def _expert_weights(experts: int, rows: int, columns: int, std: float, dtype, device, gen) -> Tensor:
-    """[experts, rows, columns]: each expert is a window, at an offset of its own, of one random buffer.
+    """[experts, rows, columns]: each of the DISTINCT experts is a window, at an offset of its own, of one
+    random buffer.
 
     Drawing each element would take longer than the timing.
     """
     size = rows * columns
-    offsets = torch.randint(0, size, (experts,), generator=gen).tolist()
+    offsets = torch.randint(0, size, (DISTINCT,), generator=gen).tolist()
     pool = torch.randn(2 * size, generator=gen).mul_(std).to(dtype).to(device)
     out = torch.empty(experts, rows, columns, dtype=dtype, device=device)
-    for e, offset in enumerate(offsets):
+    for e in range(experts):
+        offset = offsets[e % DISTINCT]
         out[e].view(-1).copy_(pool[offset : offset + size])
     return out
 

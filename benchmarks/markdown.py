@@ -1,6 +1,7 @@
 """`python -m benchmarks.markdown FILE...`: result files of one machine as the README's table.
 
-Prints a block between two comments, the first of which names the files. `--update README.md` renders every
+Prints a block between two comments, the first of which names the files; with `--formats` first a table of
+packed weights (of one file, of `benchmarks.run --format`). `--update README.md` renders every
 such block in that file anew; tests/test_readme.py checks that they are what their files give.
 """
 
@@ -27,6 +28,8 @@ HEADINGS = {
     "grouped-mm": "`grouped_mm` by hand",
     "grouped-mm-fp32": "`grouped_mm` by hand **in fp32**",
 }
+FORMATS = "--formats"
+DENSE = "ours"  # the contestant
 Key = tuple[str, int, int, str]  # shape, tokens, rank, routing
 
 
@@ -86,6 +89,47 @@ def table(results: list[dict]) -> str:
     return "\n".join(text)
 
 
+def table_of_formats(found: dict) -> str:
+    """A line for each kind of weights: median ms, and how much faster than dense at each token count."""
+    rows = {(row["contestant"], row["tokens"]): row for row in _lines(found) if "seconds" in row}
+    names, counts = (list(dict.fromkeys(key[i] for key in rows)) for i in (0, 1))
+    (shape,) = found["shapes"].values()
+    weights = 3 * shape["experts"] * shape["hidden"] * shape["inner"]
+    errors = {
+        check["contestant"]: check["relative_errors_to_original_weights"]
+        for check in reversed(found["checks"])
+    }
+    lines = [["weights", "bits a weight", "error of y", *(f"{count} tokens" for count in counts)]]
+    lines.append(["---", *["---:"] * (2 + len(counts))])
+    for name in names:
+        bits = next(row["weight_bytes"] for (mine, _), row in rows.items() if mine == name) * 8 / weights
+        error = f"{errors[name]['y']:.1%}" if errors.get(name) else ""
+        times = [_beside_dense(rows.get((name, count)), rows[DENSE, count]) for count in counts]
+        lines.append([_of_weights(name, found), f"{bits:.3g}", error, *times])
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([text[0], text[1].replace(" ", ""), *text[2:]])
+
+
+def _of_weights(name: str, found: dict) -> str:
+    """What a contestant at `table_of_formats` runs on; whose it is, if not ours."""
+    if name == DENSE:
+        return f"dense {found['options']['dtype']}"
+    who, _, format = name.rpartition("-") if name.startswith("kt-kernel") else name.partition("-")
+    kind = format.removesuffix("-loop")
+    if who == DENSE:
+        return kind
+    how = {"bitsandbytes": " dense copy, our operators"}.get(who, "")
+    how = " dense copy, `torch.mm` loop" if format != kind else how
+    return f"{kind}, {found['versions'][name]}{how}"
+
+
+def _beside_dense(row: dict | None, dense: dict) -> str:
+    if row is None:
+        return "–"
+    ms = format_ms(row["seconds"]["median"])
+    return ms if row is dense else f"{ms} ({dense['seconds']['median'] / row['seconds']['median']:.2f}×)"
+
+
 def _between(values: list[float], unit: str) -> str:
     low, high = (f"{value / 1e9:.0f}" for value in (min(values), max(values)))
     return f"{high} {unit}" if low == high else f"{low} to {high} {unit}"
@@ -110,15 +154,19 @@ def note(results: list[dict]) -> str:
 
 
 def render(files: list[str]) -> str:
-    """files: relative to the repository, or absolute. ValueError unless all are one machine's."""
-    results = [json.loads((ROOT / file).read_text()) for file in files]
+    """files: relative to the repository, or absolute, with `--formats` before one of packed weights.
+    ValueError unless all are one machine's.
+    """
+    packed = files[0] == FORMATS
+    results = [json.loads((ROOT / file).read_text()) for file in files[packed:]]
+    if packed and len(results) != 1:
+        raise ValueError(f"{FORMATS} takes one file, got {len(results)}")
     told = {(found["machine"], found["instruction_set"], found["options"]["dtype"]) for found in results}
     if len(told) > 1:
         raise ValueError(f"files must be of one machine, instruction set and dtype, got {sorted(told)}")
     named = " ".join(files)
-    return (
-        f"<!-- python -m benchmarks.markdown {named} -->\n{table(results)}\n\n{note(results)}\n<!-- end -->"
-    )
+    made = table_of_formats(results[0]) if packed else table(results)
+    return f"<!-- python -m benchmarks.markdown {named} -->\n{made}\n\n{note(results)}\n<!-- end -->"
 
 
 def update(text: str) -> str:
@@ -131,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.markdown", description=__doc__.split("\n")[0].split(": ")[1]
     )
     parser.add_argument("files", nargs="*", metavar="FILE", help="results of one machine, dtype and set")
+    parser.add_argument(FORMATS, action="store_true", help="a table of packed weights, of one file")
     parser.add_argument("--update", type=Path, metavar="DOCUMENT", help="render its blocks anew instead")
     options = parser.parse_args(argv)
     if bool(options.files) == bool(options.update):
@@ -139,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.update:
             options.update.write_text(update(options.update.read_text()))
         else:
-            print(render(options.files))
+            print(render([FORMATS, *options.files] if options.formats else options.files))
     except (OSError, ValueError, KeyError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -11,6 +11,8 @@ import torch
 
 from .layer import DTYPES
 from .peers import DEFAULT, MODULES
+from .peers.packings import FORMATS
+from .peers.quantised import contestants_of
 from .registry import SHAPES, Shape, find_shape
 from .routing import ROUTINGS
 
@@ -68,6 +70,12 @@ def _shapes(text: str) -> list[Shape]:
     return list({shape.name: shape for shape in map(parse, _listed(str)(text))}.values())
 
 
+def _format(text: str) -> str:
+    if text == "all":
+        return text
+    return _one_of(FORMATS)(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
@@ -86,7 +94,12 @@ def make_parser() -> argparse.ArgumentParser:
     what("--routing", type=_listed(_one_of(ROUTINGS)), default="random", metavar="KINDS",
          help=f"{', '.join(ROUTINGS)}: several are interleaved and compared at equal FLOPs")  # fmt: skip
     what("--contestants", type=_listed(_one_of(MODULES)), metavar="NAMES",
-         help=f"{', '.join(MODULES)}; those that cannot run here are left out, with the reason")  # fmt: skip
+         help=f"{', '.join(MODULES)}; with --format ours alone unless given; those that cannot run here are "
+         "left out, with the reason")  # fmt: skip
+    what("--format", type=_listed(_format), metavar="NAMES",
+         help="packed weights beside the dense ones: ours-NAME, what bitsandbytes and kt-kernel have of it, "
+         "and bytes and errors of each; "
+         f"{', '.join(FORMATS)}, or all")  # fmt: skip
     what("--batch-invariant", action="store_true",
          help="ours also with torch_moelora.set_batch_invariant(True), as ours-batch-invariant")  # fmt: skip
     part = parser.add_mutually_exclusive_group()
@@ -119,9 +132,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options.arguments = sys.argv[1:] if argv is None else argv
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
+    given = options.contestants is not None
     options.contestants = options.contestants or list(DEFAULT[options.device])
     if options.batch_invariant and "ours-batch-invariant" not in options.contestants:
         options.contestants.append("ours-batch-invariant")
+    if options.format and options.operators:
+        parser.error("--format: the whole layer only, not --operators")
+    if options.format:
+        options.layer = True
+        named = FORMATS if "all" in options.format else options.format
+        options.contestants = (options.contestants if given else ["ours"]) + contestants_of(named)
     options.tokens = options.tokens or ([512, 4096, 16384] if options.device == "cuda" else [2048, 256, 32])
     options.lora_dtype = options.lora_dtype or options.dtype
     options.threads = options.threads or torch.get_num_threads()

@@ -49,7 +49,9 @@ def show_ceilings(console: Console, machine: Machine, dtype: str, threads: int, 
 def show_checks(console: Console, outcome: Outcome) -> None:
     """The layer's, and whatever failed."""
     shown = [check for check in outcome.checks if check.part == "layer" or not check.passed]
+    rounded = any(check.original for check in shown)
     columns = ["shape", "of", "contestant", "T", "r", "worst", "error", "tolerance", ""]
+    columns += ["y beside the\noriginal weights"] if rounded else []
     table = _table("Correctness, before timing: relative error against torch_moelora.reference", columns)
     for check in shown:
         name, error = check.worst
@@ -57,6 +59,7 @@ def show_checks(console: Console, outcome: Outcome) -> None:
         table.add_row(
             check.case.shape.name, check.part, check.contestant, str(check.case.tokens), str(check.case.rank),
             name, f"{error:.1e}", f"{check.tolerance:.0e}", verdict,
+            *([f"{check.original['y']:.1e}" if check.original else ""] if rounded else []),
         )  # fmt: skip
     if shown:
         console.print(table)
@@ -101,7 +104,7 @@ def show_layer(console: Console, rows: list[Row | StoppedRow], ceilings: Ceiling
     ratios = _against_balanced([row for row in rows if isinstance(row, Row)])
     _, unit = _rate_unit(ceilings)
     columns = ["T", "r", "routing", "contestant", "ms", "min | quartiles", "fwd + bwd", "floor ms", unit,
-               "of peak", "of bw", "GB beyond\nweights"]  # fmt: skip
+               "of peak", "of bw", "GB beyond\nweights", "GB of\nweights"]  # fmt: skip
     title = f"{rows[0].case.shape.name}, {rows[0].case.dtype}: whole layer, forward + backward"
     table = _table(title, [*columns, "× balanced"] if ratios else columns)
     for group in _grouped(rows):
@@ -114,6 +117,7 @@ def show_layer(console: Console, rows: list[Row | StoppedRow], ceilings: Ceiling
             forward, backward = row.timing.phases
             cells += [*_times(row), f"{format_ms(forward)} + {format_ms(backward)}", *_limits(row)]
             cells.append("" if row.memory is None else f"{row.memory / 1e9:.2f}")
+            cells.append(f"{row.weights / 1e9:.2f}")
             table.add_row(*cells, *([f"{ratios[id(row)]:.2f}"] if id(row) in ratios else []))
         table.add_section()
     console.print(table)

@@ -49,6 +49,7 @@ def as_json(outcome: Outcome, options: argparse.Namespace, machine: Machine, aft
             "tokens": check.case.tokens,
             "rank": check.case.rank,
             "relative_errors": check.errors,
+            "relative_errors_to_original_weights": check.original,
             "tolerance": check.tolerance,
             "passed": check.passed,
         }
@@ -93,6 +94,7 @@ def stem(options: argparse.Namespace, machine: Machine) -> str:
     names = [_slug(shape.name) for shape in options.shape]
     shapes = "-".join(names) if len(names) <= 2 else f"{len(names)}-shapes"
     part = "layer" if options.layer else "operators" if options.operators else "all"
+    part += "-formats" if options.format else ""
     fields = [_slug(str(machine)), _slug(machine.instruction_set), options.dtype, shapes, part]
     if options.device == "cpu" and options.threads != machine.cores:
         fields.append(f"{options.threads}-threads")

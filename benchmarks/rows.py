@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from .ceilings import Ceilings
-from .layer import DTYPES, Case
+from .layer import Case
 from .operators import Call
 from .timing import Timing
 
@@ -25,6 +25,7 @@ class Row:
     ceilings: Ceilings  # measured in turn with the contestants
     active_experts: int | None = None
     memory: int | None = None  # peak bytes beyond the weights
+    weights: int | None = None  # bytes of all experts' weights
 
     @property
     def floor(self) -> float:
@@ -59,6 +60,7 @@ class Row:
             "share_of_peak": self.of_peak,
             "share_of_bandwidth": self.of_bandwidth,
             "peak_memory_beyond_weights_bytes": self.memory,
+            "weight_bytes": self.weights,
         }
 
 
@@ -89,12 +91,14 @@ def count_active(expert_idxs: Tensor) -> int:
 
 
 def layer_row(
-    case: Case, contestant: str, timing: Timing, active: int, ceilings: Ceilings, memory: int | None = None
+    case: Case, contestant: str, timing: Timing, active: int, ceilings: Ceilings, weights: int
 ) -> Row:
-    """Forward and backward of the whole layer: each active expert's weights are read once in each."""
+    """Forward and backward of the whole layer: each active expert's weights are read once in each.
+    weights: bytes of those of all experts.
+    """
     flops = case.shape.base_flops(case.tokens)
-    moved = 2 * active * case.shape.weights_per_expert * DTYPES[case.dtype].itemsize
-    return Row("layer", case, contestant, timing, flops, moved, ceilings, active, memory)
+    moved = 2 * active * weights // case.shape.experts
+    return Row("layer", case, contestant, timing, flops, moved, ceilings, active, weights=weights)
 
 
 def operator_row(

@@ -30,8 +30,9 @@ class Check:
     case: Case
     part: str
     contestant: str
-    errors: dict[str, float]
+    errors: dict[str, float]  # beside the reference with the weights that the contestant computes with
     tolerance: float
+    original: dict[str, float] | None = None  # beside that with the layer's, where rounding made others
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -67,6 +68,7 @@ class Entrant:
     contestant: Contestant
     runner: Runner
     held: int  # bytes its own loading took on the device, CUDA only
+    weights: int  # bytes of those of all experts
 
     @property
     def name(self) -> str:
@@ -158,7 +160,8 @@ class Suite:
         )
         if runner is None:
             return None
-        return Entrant(contestant, runner, memory.allocated(layer.case.device) - before)
+        held = memory.allocated(layer.case.device) - before
+        return Entrant(contestant, runner, held, contestant.weight_bytes(layer))
 
     def _run_layer(self, layer: Layer) -> None:
         """On the CPU each contestant is tried out in a process of its own at first, while no other one's
@@ -180,7 +183,8 @@ class Suite:
                 case = replace(layer.case, tokens=tokens)
                 checked = make_batch(case.for_check())
                 want = correctness.expected(layer, checked)
-                self._time_layer(layer, case, [e for e in mine if self._gate(checked, want, e)], peaks)
+                passed = [entrant for entrant in mine if self._gate(layer, checked, want, entrant)]
+                self._time_layer(layer, case, passed, peaks)
         finally:
             for entrant in entrants:
                 entrant.runner.close()
@@ -198,17 +202,21 @@ class Suite:
         if found is not None:
             peaks[name, case] = None if o.no_memory else found
 
-    def _gate(self, batch: Batch, want: dict, entrant: Entrant) -> bool:
-        """Whether it may be timed."""
+    def _gate(self, layer: Layer, batch: Batch, want: dict, entrant: Entrant) -> bool:
+        """Whether it may be timed. want: what the layer's own weights give."""
         case, name = batch.case, entrant.name
         self.say(f"{_label(case)}: checking {name}")
         got = self._attempt(case, name, self._watched(lambda: entrant.runner.results(batch)))
         if got is None:
             return False
-        return self._judge(case, "layer", name, correctness.errors(got, want))
+        errors, weights = correctness.errors(got, want), entrant.contestant.numbers(layer)
+        if weights is layer.weights:
+            return self._judge(case, "layer", name, errors)
+        own = correctness.errors(got, correctness.expected(replace(layer, weights=weights), batch))
+        return self._judge(case, "layer", name, own, original=errors)
 
-    def _judge(self, case: Case, part: str, name: str, errors: dict[str, float]) -> bool:
-        check = Check(case, part, name, errors, correctness.TOLERANCE[case.dtype])
+    def _judge(self, case: Case, part: str, name: str, errors: dict, original: dict | None = None) -> bool:
+        check = Check(case, part, name, errors, correctness.TOLERANCE[case.dtype], original)
         self.outcome.checks.append(check)
         return check.passed
 
@@ -232,7 +240,8 @@ class Suite:
         by_name = {entrant.name: entrant for entrant in entrants}
         for (name, routing), taken in times.items():
             batch, entrant = batches[routing], by_name[name]
-            row = layer_row(batch.case, name, taken, count_active(batch.expert_idxs), ceilings)
+            active = count_active(batch.expert_idxs)
+            row = layer_row(batch.case, name, taken, active, ceilings, entrant.weights)
             row.memory = peaks[name, batch.case]
             if case.device == "cuda":
                 row.memory = memory.cuda_peak(layer, batch, entrant.runner, entrant.held)

@@ -44,8 +44,8 @@ class Worker:
         gc.collect()
         before = memory.resident()
         layer = make_layer(self.case)
-        self.baseline = before + layer.weight_bytes()
         self.runner = found.load_here(layer)
+        self.baseline = before + found.weight_bytes(layer) + layer.bias_bytes()
         return {}
 
     def _batch(self, case: dict) -> Batch:

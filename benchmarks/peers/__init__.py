@@ -15,6 +15,7 @@ MODULES = {
     "peft": "transformers_peft",
     "peft-fp32": "in_fp32",
     "kt-kernel": "kt_kernel",
+    "kt-kernel-mxfp4": "kt_kernel",
     "grouped-mm": "grouped_mm",
     "grouped-mm-fp32": "in_fp32",
     "scattermoe": "scattermoe_lora",
@@ -26,5 +27,8 @@ DEFAULT = {
 
 
 def find_contestant(name: str) -> Contestant:
+    """One of MODULES, or one of packed weights (`quantised.contestants_of`)."""
+    if name not in MODULES:
+        return import_module(".quantised", __name__).find(name)
     module = import_module(f".{MODULES[name]}", __name__)
     return module.CONTESTANTS[name]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..layer import LORA_NAMES, Batch, Case, Layer
+from ..layer import LORA_NAMES, Batch, Case, Layer, nbytes
 
 # "y", "dx", "dgates", and "d" + each of LORA_NAMES in the parameter's shape.
 Results = dict[str, Tensor]
@@ -121,6 +121,14 @@ class Contestant:
     def load_here(self, layer: Layer) -> Runner:
         """The runner holds on to what it needs of the layer, and to nothing else."""
         raise NotImplementedError
+
+    def numbers(self, layer: Layer) -> dict[str, Tensor]:
+        """The weights that it computes with, by projection: the layer's, or what rounding made of them."""
+        return layer.weights
+
+    def weight_bytes(self, layer: Layer) -> int:
+        """Of all experts' weights as it keeps them."""
+        return nbytes(*layer.weights.values())
 
     def operators(self) -> dict[str, Callable]:
         """Single operators it has, by the names and with the arguments of torch_moelora's schemas."""

@@ -1,5 +1,5 @@
-"""kt-kernel's AMXBF16_SFT_MOE, in a process of its own: it may need an environment of its own
-(benchmarks/README.md), prints a lot, and has its own threads.
+"""kt-kernel's AMXBF16_SFT_MOE and MXFP4_SFT_MOE, in a process of their own: they may need an environment of
+their own (benchmarks/README.md), print a lot, and have their own threads.
 
 Its adapters keep gate and up apart: both get the same A, so that their gradients add up to the fused one's.
 """
@@ -16,9 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torch_moelora.formats import PackedWeight, e8m0_values
+
 from .. import memory
 from ..layer import SCALING, Batch, Case, Layer
 from .base import Contestant, Results, Runner
+from .packings import Packings
 
 LORA = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 IMPORT_SECONDS = 120
@@ -33,7 +36,7 @@ def _lora(layer: Layer) -> list[Tensor]:
     return [part.detach().clone(memory_format=torch.contiguous_format) for part in parts]
 
 
-def _make_wrapper(layer: Layer, threads: int):
+def _make_wrapper(layer: Layer, threads: int, **method):
     from kt_kernel.sft.amx import AMXSFTMoEWrapper
 
     shape, rank = layer.shape, layer.case.rank
@@ -51,20 +54,41 @@ def _make_wrapper(layer: Layer, threads: int):
         chunked_prefill_size=longest,
         lora_rank=rank,
         lora_alpha=SCALING * rank,
-        method="AMXBF16_SFT",
+        **method,
     )
+    return wrapper
+
+
+def _dense(layer: Layer, threads: int):
+    wrapper, inner = _make_wrapper(layer, threads, method="AMXBF16_SFT"), layer.shape.inner
     gate_up = layer.weights["gate_up"]
-    wrapper.load_weights_from_tensors(
-        gate_up[:, : shape.inner], gate_up[:, shape.inner :], layer.weights["down"], None
-    )
+    wrapper.load_weights_from_tensors(gate_up[:, :inner], gate_up[:, inner:], layer.weights["down"], None)
+    return wrapper
+
+
+def _mxfp4(layer: Layer, packed: dict[str, PackedWeight], threads: int):
+    """The gate's clamp, which it must have, is out of reach."""
+    inner = layer.shape.inner
+    method = {"method": "MXFP4_SFT", "group_size": 32, "zero_point": False, "swiglu_limit": 1e30}
+    wrapper = _make_wrapper(layer, threads, **method)
+    named = {}
+    for part, weight, rows in (
+        ("gate", packed["gate_up"], slice(0, inner)),
+        ("up", packed["gate_up"], slice(inner, None)),
+        ("down", packed["down"], slice(None)),
+    ):
+        scales = e8m0_values(weight.scale).bfloat16()  # powers of two: exact
+        named[part] = [codes[rows].contiguous() for codes in weight.codes]
+        named[f"{part}_scale"] = [scale[rows].contiguous() for scale in scales]
+    wrapper.load_mxfp4_weights(named, None)
     return wrapper
 
 
 class _Local(Runner):
     """In the process that has kt-kernel."""
 
-    def __init__(self, layer: Layer, threads: int) -> None:
-        self.wrapper = _make_wrapper(layer, threads)
+    def __init__(self, layer: Layer, wrapper) -> None:
+        self.wrapper = wrapper
         lora = _lora(layer)
         self.grads = [torch.zeros_like(part) for part in lora]
         self.wrapper.init_lora_weights(*lora, *self.grads)
@@ -146,7 +170,7 @@ class KtKernel(Contestant):
         return f"kt-kernel {found.stdout.strip()}"
 
     def load_here(self, layer: Layer) -> Runner:
-        return _Local(layer, torch.get_num_threads())
+        return _Local(layer, _dense(layer, torch.get_num_threads()))
 
     def load(self, layer: Layer, threads: int, limit: float | None = None) -> Runner:
         from ..remote import Remote, RemoteRunner
@@ -162,4 +186,21 @@ class KtKernel(Contestant):
         return RemoteRunner(remote)
 
 
-CONTESTANTS = {"kt-kernel": KtKernel()}
+class KtMxfp4(KtKernel):
+    """On codes and scales as torch_moelora.formats has them."""
+
+    name = "kt-kernel-mxfp4"
+    format = "mxfp4"
+
+    def numbers(self, layer: Layer) -> dict[str, Tensor]:
+        return Packings.of(layer, self.format).numbers()
+
+    def weight_bytes(self, layer: Layer) -> int:
+        return Packings.of(layer, self.format).nbytes
+
+    def load_here(self, layer: Layer) -> Runner:
+        packed = Packings.of(layer, self.format)
+        return _Local(layer, _mxfp4(layer, packed.weights, torch.get_num_threads()))
+
+
+CONTESTANTS = {contestant.name: contestant for contestant in (KtKernel(), KtMxfp4())}

@@ -37,6 +37,23 @@ def _invariantly(operator: Callable) -> Callable:
     return call
 
 
+def layer_function(moe_mlp: Callable, layer: Layer, weights: dict) -> Callable:
+    """The layer on `weights` (dense or packed, by projection) as a function of (x, expert_idxs, gates)."""
+    keywords = {
+        **layer.lora,
+        "gate_up_scaling": SCALING,
+        "down_scaling": SCALING,
+        "gate_up_bias": layer.biases["gate_up"],
+        "down_bias": layer.biases["down"],
+        **layer.shape.glu,
+    }
+
+    def forward(x, expert_idxs, gates):
+        return moe_mlp(x, expert_idxs, gates, weights["gate_up"], weights["down"], **keywords)
+
+    return forward
+
+
 class Ours(Contestant):
     own = True
 
@@ -61,20 +78,8 @@ class Ours(Contestant):
         from torch_moelora.functional import moe_mlp
 
         call = torch.compile(moe_mlp, fullgraph=True, dynamic=True) if self.compiled else moe_mlp
-        keywords = {
-            **layer.lora,
-            "gate_up_scaling": SCALING,
-            "down_scaling": SCALING,
-            "gate_up_bias": layer.biases["gate_up"],
-            "down_bias": layer.biases["down"],
-            **layer.shape.glu,
-        }
-        weights = layer.weights
-
-        def forward(x, expert_idxs, gates):
-            return call(x, expert_idxs, gates, weights["gate_up"], weights["down"], **keywords)
-
         runner = _InvariantRunner if self.invariant else AutogradRunner
+        forward = layer_function(call, layer, layer.weights)
         return runner(forward, [layer.lora[name] for name in LORA_NAMES])
 
     def operators(self) -> dict[str, Callable]:
