@@ -1,18 +1,25 @@
-"""`python -m torch_moelora`: prints `torch_moelora.info()`."""
+"""`python -m torch_moelora`: prints `torch_moelora.info()`; with `formats`, what each weight format runs on."""
 
 import argparse
 import json
 import sys
 
 from .report import info, rows
+from .support import columns, matrix
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m torch_moelora", description="What torch_moelora can run on this machine."
     )
+    parser.add_argument(
+        "what", nargs="?", choices=["formats"], help="formats: weight formats by instruction set"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args(argv)
+    if args.what:
+        print(json.dumps(columns(), indent=2) if args.json else matrix())
+        return 0
     report = info()
     if args.json:
         print(json.dumps(report, indent=2))

@@ -2,6 +2,7 @@
 #include "bindings/arrays.h"
 #include "bindings/rates.h"
 #include "dispatch/table.h"
+#include "formats/formats.h"
 
 namespace moelora {
 namespace {
@@ -30,6 +31,24 @@ py::dict isa_report() {
   return report;
 }
 
+// Instruction set -> format -> dtypes that it unpacks the format to with kernels of its own.
+py::dict format_report() {
+  py::dict report;
+  for (const KernelChoice& choice : usable_kernels()) {
+    py::str isa(name_of(choice.isa));
+    if (!report.contains(isa)) report[isa] = py::dict();
+    for (const FormatRow& row : kFormats) {
+      if (row.format == Format::dense) continue;
+      py::dict sets = report[isa];
+      if (!sets.contains(row.name)) sets[row.name] = py::list();
+      for (DType t : {DType::bf16, DType::f16, DType::f32, DType::f64})
+        if (choice.kernels->unpack[static_cast<int>(row.code)][static_cast<int>(t)])
+          py::list(sets[row.name]).append(name_of(t));
+    }
+  }
+  return report;
+}
+
 }  // namespace
 }  // namespace moelora
 
@@ -40,6 +59,8 @@ PYBIND11_MODULE(_C, m) {
     throw pybind11::import_error(e.what());
   }
   m.def("isa_report", &moelora::isa_report, "Instruction sets built, detected, permitted, usable and chosen.");
+  m.def("format_report", &moelora::format_report,
+        "Instruction set -> weight format -> dtypes it is unpacked to; of the usable sets.");
   m.attr("sanitizers") = MOELORA_SANITIZERS;
   m.attr("wide_emulated") = static_cast<bool>(MOELORA_WIDE_EMULATED);
   moelora::bind_arena(m);
