@@ -1,4 +1,4 @@
-"""`python -m torch_moelora`: prints `torch_moelora.info()`; with `formats`, what each weight format runs on."""
+"""`python -m torch_moelora`: prints `torch_moelora.info()`; with `formats`, what the formats run on."""
 
 import argparse
 import json
