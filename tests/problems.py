@@ -88,6 +88,11 @@ def _normal(gen: torch.Generator, shape: tuple, dtype: torch.dtype, std: float =
     return (torch.randn(shape, generator=gen, dtype=FP64) * std).to(dtype)
 
 
+def on_meta(t: Tensor) -> Tensor:
+    """Shape, strides and dtype, which `to("meta")` would make dense."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
 def weight_like(values: Tensor, layout: str) -> Tensor:
     """The same values [E, N, K] behind other strides."""
     e, n, k = values.shape

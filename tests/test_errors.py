@@ -44,11 +44,6 @@ def arguments(op: str) -> dict:
     return {argument.name: given[argument.name] for argument in schema.arguments}
 
 
-def meta(t: torch.Tensor) -> torch.Tensor:
-    """Shape, strides and dtype, which `to("meta")` would make dense."""
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-
-
 class Row(NamedTuple):
     """`change` maps argument names to new values, or to functions of the old ones."""
 
@@ -61,7 +56,7 @@ class Row(NamedTuple):
         for name, value in self.change.items():
             args[name] = value(args[name]) if isinstance(value, Callable) else value
         if device == "meta":
-            args = {n: meta(a) if isinstance(a, torch.Tensor) else a for n, a in args.items()}
+            args = {n: problems.on_meta(a) if isinstance(a, torch.Tensor) else a for n, a in args.items()}
         getattr(torch.ops.moelora, self.op)(*args.values())
 
 
