@@ -107,6 +107,10 @@ def scales() -> list[tuple[dict, str]]:
             "weight_scale must have shape [3, 5, 2] (E=3, K=5, N/32), got [3, 4, 2]",
         ),
         (
+            packed("mxfp4", weight_scale=e(30, dtype=U8)),
+            "weight_scale must have shape [3, 5, 2] (E=3, N=5, K/32), got [30]",
+        ),
+        (
             packed("mxfp4", weight=e(3, 5, 20, dtype=U8)),
             "weight must have K that is a multiple of 32 when weight_format is mxfp4, got K=40",
         ),

@@ -74,7 +74,8 @@ class Checker {
     int64_t i = 0;
     for (const int64_t size : sizes) {
       expected += (i ? ", " : "") + std::to_string(size);
-      same = same && t.size(i++) == size;
+      same = same && t.size(i) == size;
+      ++i;
     }
     require(same, [&] {
       return std::string(name) + " must have shape [" + expected + "] (" + why + "), got " + shape_text(t);
