@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from moelora import adapters, experts
 from moelora.errors import MoeloraError
@@ -125,7 +125,7 @@ def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
     )
 
 
-def _reason(served: tuple[Tensor, Tensor] | str) -> str | None:
+def _reason(served: list[experts.Factors] | str) -> str | None:
     return served if isinstance(served, str) else None
 
 
