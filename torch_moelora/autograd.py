@@ -209,8 +209,8 @@ def _kernel(name: str) -> Callable:
     class Formula(torch.autograd.Function):
         @staticmethod
         def forward(ctx, keyset, *args):
-            # Autograd turns recording off in here; the next transform's own is below and must stay on, as must
-            # forward mode, which would otherwise find no tangent there.
+            # Autograd turns recording off in here; the next transform's own is below and must stay on, and
+            # forward mode with it, which would find no tangent there.
             with contextlib.ExitStack() as stack:
                 if torch._C._are_functorch_transforms_active():
                     stack.enter_context(torch.enable_grad())

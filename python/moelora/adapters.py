@@ -52,7 +52,7 @@ def _by_peft(wrapper: ParamWrapper, told: str, x: Tensor, *args: Any, **kwargs: 
 
 
 def served(wrapper: PeftParamWrapper, adapters: list[str]) -> list[Factors] | str:
-    """The factors of `adapters`, this wrapper's active ones, if the operators can apply them; else why not."""
+    """The factors of `adapters`, this wrapper's active ones, if the operators can apply them; or why not."""
     module = wrapper.get_base_layer()
     binding = getattr(module, "_moelora", None)
     if binding is None:
