@@ -331,3 +331,29 @@ def test_forward_mode_raises(make):
         torch.func.jvp(lambda x: f(x, *rest), (x,), (x,))
     with pytest.raises(RuntimeError, match=message), torch.autograd.forward_ad.dual_level():
         f(torch.autograd.forward_ad.make_dual(x, x), *rest)
+
+
+@pytest.mark.parametrize("make", TRANSFORMED)
+def test_forward_mode_over_a_gradient_raises(make):
+    """A Hessian: the operators are in a graph of autograd's when the tangent comes."""
+    f, (x, *rest) = make()
+    loss = lambda x: f(x, *rest).square().sum()  # noqa: E731
+    message = r"moelora operators have no forward-mode derivative, got a tensor with a tangent"
+    for differentiated in (
+        lambda: torch.func.jvp(torch.func.grad(loss), (x,), (x,)),
+        lambda: torch.func.hessian(loss)(x),
+        lambda: torch.func.jacfwd(torch.func.jacrev(loss))(x),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            differentiated()
+
+
+@pytest.mark.parametrize("make", TRANSFORMED)
+def test_jacrev_has_a_row_for_every_output(make):
+    f, (x, *rest) = make()
+    jacobian = torch.func.jacrev(lambda x: f(x, *rest))(x)
+    y = f(x.requires_grad_(), *rest)
+    assert jacobian.shape == (*y.shape, *x.shape)
+    for i in range(y.shape[1]):
+        (row,) = torch.autograd.grad(y[0, i], x, retain_graph=True)
+        torch.testing.assert_close(jacobian[0, i], row)

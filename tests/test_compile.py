@@ -1,5 +1,5 @@
 """torch.compile(fullgraph=True, dynamic=True) and torch.export: no graph breaks, no recompiles over changing
-T.
+T. And torch.jit.trace.
 """
 
 import pytest
@@ -149,3 +149,15 @@ def test_rows_chosen_by_data():
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x.detach(), ids, keep), f(x.detach(), ids, keep))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and warns of each shape that is compared
+@pytest.mark.parametrize("options", [{"bias": True}, {"gated": False, "act": "relu2"}])
+def test_traced_by_torch_jit_and_saved(options, tmp_path):
+    """The file has no number of tokens in it, and gradients."""
+    experts = module(**options)
+    torch.jit.save(torch.jit.trace(experts, inputs(5)), tmp_path / "experts.pt")
+    loaded = torch.jit.load(tmp_path / "experts.pt")
+    for tokens in (5, 9, 1):
+        got, expected = grads_of(loaded, tokens), grads_of(experts, tokens)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

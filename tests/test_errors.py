@@ -202,6 +202,8 @@ TABLE: dict[str, list[tuple[dict, str]]] = {
             "expert_idxs must have at most 2147483647 elements, got 2147483648",
         ),
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
+        ({"num_experts": 2**24 + 1}, "num_experts must be at most 16777216, got 16777217"),
+        ({"num_experts": 2**62}, "num_experts must be at most 16777216, got 4611686018427387904"),
     ],
     "scatter_lora": [
         *routing("x"),

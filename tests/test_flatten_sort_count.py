@@ -65,3 +65,8 @@ def test_extreme_ids_are_sentinels():
 def test_more_rows_than_one_thread_takes():
     ids = torch.randint(-1, 129, (20_000, 8), generator=torch.Generator().manual_seed(0))
     check(ids, 128)
+
+
+def test_a_million_experts():
+    ids = torch.randint(0, 2**20, (50, 2), generator=torch.Generator().manual_seed(0))
+    check(ids, 2**20)

@@ -84,6 +84,22 @@ def test_cuda_without_triton_says_why():
         kernel(torch.zeros(1, 2))
 
 
+@pytest.mark.skipif(backends.triton_unavailable() is not None, reason="triton is not installed")
+def test_interpreter_refuses_bf16():
+    """As it comes: it would multiply the bit patterns. In these tests it has bf16 (triton_interpreter.py)."""
+    code = (
+        "import torch, torch_moelora as m; h = torch.tensor([[1.0, 2.0]])\n"
+        "for dtype in (torch.float16, torch.bfloat16): print(m.glu(h.to(dtype)))"
+    )
+    done = run("-c", code, MOELORA_BACKEND="triton", TRITON_INTERPRET="1")
+    assert "1.4619" in done.stdout and "bfloat16" not in done.stdout, done.stderr
+    message = (
+        "RuntimeError: glu: h must have dtype torch.float16 or torch.float32 in Triton's interpreter, "
+        "which has no bf16 arithmetic, got torch.bfloat16"
+    )
+    assert message in done.stderr
+
+
 def test_isa_override():
     code = "import torch_moelora as m; print(m.info()['cpu']['chosen']['bf16'], m.info()['cpu']['override'])"
     assert run("-c", code, MOELORA_ISA="portable").stdout.split() == ["portable", "portable"]

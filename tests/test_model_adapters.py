@@ -17,6 +17,8 @@ from model_tiny import (
     wrappers,
 )
 from moelora import errors
+from moelora.adapters import together
+from moelora.experts import Factors
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -47,7 +49,9 @@ _STATES = {
     ),
     "unmerged": (lambda m: (m.merge_adapter(), m.unmerge_adapter()), "operators"),
     "scaled": (lambda m: [w.set_scale("default", 3.0) for w in wrappers(m)], "operators"),
-    "two active": (lambda m: _both(m), "PEFT"),
+    "two active": (lambda m: _both(m), "operators"),
+    "two active, of one scaling": (lambda m: (_both(m), _scale_alike(m)), "operators"),
+    "two active, then one": (lambda m: (_both(m), logits(m), m.set_adapter("second")), "operators"),
     "another dtype": (lambda m: [w.to(torch.bfloat16) for w in _factor_modules(m)], "PEFT"),
     "eager chosen": (lambda m: m.get_base_model().set_experts_implementation("eager"), "PEFT"),
 }
@@ -59,12 +63,22 @@ def _again(model: PeftModel) -> None:
     fill(model, seed=6)
 
 
-def _factor_modules(model: PeftModel) -> list[nn.Module]:
-    return [factors["default"] for w in wrappers(model) for factors in (w.lora_A, w.lora_B)]
+def _factor_modules(model: PeftModel, adapter: str = "default") -> list[nn.Module]:
+    return [factors[adapter] for w in wrappers(model) for factors in (w.lora_A, w.lora_B)]
 
 
 def _both(model: PeftModel) -> None:
     model.base_model.set_adapter(["default", "second"])
+
+
+def _bf16_second(model: PeftModel) -> None:
+    for factor in _factor_modules(model, "second"):
+        factor.to(torch.bfloat16)
+
+
+def _scale_alike(model: PeftModel) -> None:
+    for wrapper in wrappers(model):
+        wrapper.scaling.update(default=1.5, second=1.5)
 
 
 @pytest.mark.parametrize("state", _STATES)
@@ -173,14 +187,35 @@ def test_fallback_is_reported_and_warned_of_once(caplog, monkeypatch):
     model = _two_adapters()
     moelora.enable(model)
     _both(model)
-    assert "by PEFT: 2 adapters are active, activate one with set_adapter" in str(moelora.report(model))
+    _bf16_second(model)
+    reason = "of second, its factors are torch.bfloat16 beside torch.float32 weights"
+    assert f"by PEFT: {reason}" in str(moelora.report(model))
     for _ in range(2):
         logits(model)
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 2 and all("2 adapters are active" in message for message in messages)
+    assert len(messages) == 2 and all(reason in message for message in messages)
     assert {"gate_up_proj", "down_proj"} == {
         word for m in messages for word in m.split() if word.endswith("_proj")
     }
+
+
+@pytest.mark.parametrize("scalings", [(0.7, 0.7, 0.7), (0.7, 2.0, -1.0)])
+def test_adapters_side_by_side(scalings):
+    """As the sum of what each adds, exactly but for one rounding of half-precision factors' products."""
+    generator = torch.Generator().manual_seed(0)
+    several = []
+    for rank, scaling in zip((1, 3, 2), scalings, strict=True):
+        a, b = (torch.randn(s, generator=generator).to(torch.bfloat16) for s in ((4, rank, 8), (4, 6, rank)))
+        several.append(Factors(a.requires_grad_(), b.requires_grad_(), scaling))
+    one = together(several)
+    assert one.a.shape == (4, 6, 8) and one.b.shape == (4, 6, 6)
+    assert one.a.dtype == (torch.bfloat16 if len(set(scalings)) == 1 else torch.float32)
+    found = one.scaling * one.b.double() @ one.a.double()
+    expected = sum(f.scaling * f.b.double() @ f.a.double() for f in several)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    every = [t for f in several for t in (f.a, f.b)]
+    pairs = zip(*(torch.autograd.grad(y.square().sum(), every) for y in (found, expected)), strict=True)
+    assert all(difference(got, want) < 1e-6 for got, want in pairs)
 
 
 def test_adapter_that_came_late_trains_and_is_told_of(caplog, monkeypatch):

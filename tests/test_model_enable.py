@@ -1,12 +1,15 @@
 """`enable`, `disable` and `report`: what they change, what they leave, what they say."""
 
+import contextlib
 import copy
 import json
 
 import moelora
 import pytest
 import torch
+from accelerate import init_empty_weights
 from model_tiny import (
+    CONFIGS,
     adapt,
     build,
     difference,
@@ -18,9 +21,11 @@ from model_tiny import (
 )
 from moelora import experts
 from moelora.experts import recognise_activation
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
 
@@ -273,9 +278,74 @@ def test_gpt_oss_gate_is_fused():
     }
 
 
-def test_gate_is_recognised_whatever_the_default_device():
+# ---- where nothing can be computed
+
+
+@contextlib.contextmanager
+def _meta_as_default():
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        lambda: torch.device("meta"),
+        _meta_as_default,
+        lambda: init_empty_weights(include_buffers=True),
+        FakeTensorMode,
+    ],
+    ids=["meta", "default device", "init_empty_weights", "fake"],
+)
+def test_enabled_under_a_mode_as_without(mode):
+    model, expected = adapt(build("gpt_oss")), moelora.enable(adapt(build("gpt_oss")))
+    with mode():
+        report = moelora.enable(model)
+    assert report == expected and report.layers[0].gate == "fused"
+    gradients(model)
+    assert not moelora.report(model).untrained
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
+def test_a_model_without_values_is_enabled_run_and_reported_of(mode):
+    with mode():
+        model = AutoModelForCausalLM.from_config(CONFIGS["qwen3_moe"](), experts_implementation="eager")
+        (first, second) = moelora.enable(model).layers
+        assert first.gate == second.gate == "fused" and first.path == "operators"
+        ids = torch.zeros(2, 5, dtype=torch.int64)
+        assert model(input_ids=ids, labels=ids).logits.shape == (2, 5, 64)
+
+
+def test_gradients_without_values_are_unknown():
     with torch.device("meta"):
-        assert recognise_activation(_with_gate())["act"] == "silu"
+        model = AutoModelForCausalLM.from_config(CONFIGS["qwen3_moe"](), experts_implementation="eager")
+        lora = LoraConfig(target_modules=[], target_parameters=["experts.down_proj"])
+        model = get_peft_model(model, lora)
+        moelora.enable(model)
+        ids = torch.zeros(2, 5, dtype=torch.int64)
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert [a.gradient for layer in moelora.report(model).layers for a in layer.adapters] == [None] * 2
+
+
+def _clamped_by_buffer(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return self.act_fn(gate.clamp(max=self.bound)) * up.clamp(-self.bound, self.bound)
+
+
+def test_a_gate_without_values_is_tried_again_in_the_first_real_call():
+    module = _with_gate(_clamped_by_buffer, limit=5.0)
+    module.register_buffer("bound", torch.empty((), device="meta"))
+    assert moelora.enable(module).layers[0].gate == "module"
+    module.bound = torch.tensor(5.0)
+    x, ids, gates = torch.randn(7, 8), torch.randint(0, 3, (7, 2)), torch.rand(7, 2)
+    y = module(x, ids, gates)
+    assert moelora.report(module).layers[0].gate == "fused"
+    inner = module._apply_gate(torch.einsum("th,tjih->tji", x, module.gate_up_proj[ids]))
+    expected = torch.einsum("tj,tji,tjhi->th", gates, inner, module.down_proj[ids])
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_ungated_experts():

@@ -73,20 +73,54 @@ def test_compiled_training_follows_eager_over_shapes():
 
 
 @pytest.mark.slow
-def test_two_active_adapters_break_the_graph_with_our_reason():
+def test_what_peft_computes_breaks_the_graph_with_our_reason():
     """PEFT's own path cannot be traced; a compilation that allows breaks runs it."""
     model = _model(enabled=True)
-    names = ["experts.gate_up_proj", "experts.down_proj"]
-    model.add_adapter("second", LoraConfig(r=2, target_modules=["o_proj"], target_parameters=names))
-    fill(model, seed=4)
-    model.base_model.set_adapter(["default", "second"])
+    for module in model.modules():
+        if type(module).__name__ == "ParamWrapper":
+            module.lora_A.to(torch.bfloat16)
+            module.lora_B.to(torch.bfloat16)
     expected = gradients(model)[0]
     torch._dynamo.reset()
-    reason = "down_proj to a copy of the weights: 2 adapters are active, activate one with set_adapter"
+    reason = "down_proj to a copy of the weights: its factors are torch.bfloat16 beside torch.float32 weights"
     with pytest.raises(torch._dynamo.exc.Unsupported, match=reason):
         torch.compile(model, fullgraph=True, backend="eager")(input_ids=tokens())
     found = torch.compile(model, backend="eager")(input_ids=tokens()).logits
     assert difference(found, expected) < 1e-5
+
+
+@pytest.mark.slow
+def test_adapters_are_switched_under_compile():
+    """One, the other, both and back: one graph for each of the three, and the gradients are those of PEFT."""
+
+    def two(enabled: bool) -> nn.Module:
+        model = _model(enabled)
+        names = ["experts.gate_up_proj", "experts.down_proj"]
+        second = LoraConfig(r=2, lora_alpha=7, target_modules=["o_proj"], target_parameters=names)
+        model.add_adapter("second", second)
+        fill(model, seed=4)
+        if enabled:
+            moelora.enable(model)
+        return model
+
+    plain, enabled = two(enabled=False), two(enabled=True)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(enabled, fullgraph=True, backend="aot_eager")
+    for active in (["default"], ["second"], ["default", "second"], ["default"], ["second"]):
+        for model in (plain, enabled):
+            model.base_model.set_adapter(active)
+            model.zero_grad(set_to_none=True)
+        expected = plain(input_ids=tokens(), labels=tokens())
+        found = compiled(input_ids=tokens(), labels=tokens())
+        assert difference(found.logits, expected.logits) < 1e-5
+        expected.loss.backward()
+        found.loss.backward()
+        grads = {n: p.grad for n, p in enabled.named_parameters() if p.grad is not None}
+        assert len(grads) == 12 * len(active) and all(any(f".{a}." in n for a in active) for n in grads)
+        for name, parameter in plain.named_parameters():
+            assert parameter.grad is None or difference(grads[name], parameter.grad) < 1e-5, name
+    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
 
 
 # ---- checkpointing

@@ -209,9 +209,12 @@ def _kernel(name: str) -> Callable:
     class Formula(torch.autograd.Function):
         @staticmethod
         def forward(ctx, keyset, *args):
-            # Autograd turns recording off in here; the next transform's own is below and must stay on.
-            nested = torch._C._are_functorch_transforms_active()
-            with torch.enable_grad() if nested else contextlib.nullcontext():
+            # Autograd turns recording off in here; the next transform's own is below and must stay on, and
+            # forward mode with it, which would find no tangent there.
+            with contextlib.ExitStack() as stack:
+                if torch._C._are_functorch_transforms_active():
+                    stack.enter_context(torch.enable_grad())
+                    stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
                 out = below(keyset, *args)
             ctx.batch_invariant = flag_for_backward()
             setup(ctx, kind(*args), ctx.needs_input_grad[1:])

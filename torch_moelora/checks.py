@@ -32,6 +32,9 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ACTS = ("silu", "gelu", "gelu_tanh")
 # Rows are counted in int32: expert_offsets.
 MOST_ROWS = 2**31 - 1
+# The running counts and the sort's own take 12 bytes an expert: a number that nobody meant would end the
+# process.
+MOST_EXPERTS = 2**24
 
 
 def text(t: Tensor) -> str:
@@ -273,7 +276,7 @@ def _finite(op: str, name: str, value: float) -> None:
 
 
 def flatten_sort_count(call: FlattenSortCount) -> None:
-    """expert_idxs [T, top_k] int32/int64, top_k ≥ 1, num_experts ≥ 1."""
+    """expert_idxs [T, top_k] int32/int64, top_k ≥ 1, 1 ≤ num_experts ≤ 2²⁴."""
     op = "flatten_sort_count"
     expert_idxs, num_experts = call
     _dim(op, "expert_idxs", expert_idxs, 2, "T, top_k")
@@ -290,6 +293,10 @@ def flatten_sort_count(call: FlattenSortCount) -> None:
         lambda: f"{op}: expert_idxs must have at most {MOST_ROWS} elements, got {expert_idxs.numel()}",
     )
     torch._check(num_experts >= 1, lambda: f"{op}: num_experts must be at least 1, got {num_experts}")
+    torch._check(
+        num_experts <= MOST_EXPERTS,
+        lambda: f"{op}: num_experts must be at most {MOST_EXPERTS}, got {num_experts}",
+    )
 
 
 def scatter_lora(call: ScatterLora) -> None:

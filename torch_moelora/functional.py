@@ -32,7 +32,7 @@ def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, T
     Args:
         expert_idxs: [T, top_k] int32 or int64, the experts of each token. An id outside [0, num_experts) is a
             sentinel: its row is computed nowhere and is zero in every result.
-        num_experts: E ≥ 1.
+        num_experts: E, from 1 to 2²⁴.
 
     Returns:
         sorted_scattered_idxs: [T·top_k] int64, position in grouped order → slot. A permutation.

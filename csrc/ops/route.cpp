@@ -5,6 +5,9 @@
 namespace moelora::ops {
 namespace {
 
+// The running counts and the sort's own take 12 bytes an expert: a number that nobody meant would end the process.
+constexpr int64_t most_experts = int64_t{1} << 24;
+
 std::tuple<Tensor, Tensor> flatten_sort_count(Tensor expert_idxs, int64_t num_experts) {
   const Checker check("flatten_sort_count");
   check.require(expert_idxs.dim() == 2,
@@ -16,6 +19,9 @@ std::tuple<Tensor, Tensor> flatten_sort_count(Tensor expert_idxs, int64_t num_ex
     return "expert_idxs must have at most 2147483647 elements, got " + std::to_string(expert_idxs.numel());
   });
   check.require(num_experts >= 1, [&] { return "num_experts must be at least 1, got " + std::to_string(num_experts); });
+  check.require(num_experts <= most_experts, [&] {
+    return "num_experts must be at most " + std::to_string(most_experts) + ", got " + std::to_string(num_experts);
+  });
 
   Tensor slots = new_tensor(expert_idxs, {expert_idxs.numel()}, ScalarType::Long);
   Tensor offsets = new_tensor(expert_idxs, {num_experts}, ScalarType::Int);

@@ -39,7 +39,7 @@ class ParamWrapper(PeftParamWrapper):
                 torch._dynamo.graph_break(msg=told)  # which PEFT's own code would do, in other words
             return _by_peft(self, told, x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
-        lora = {**kwargs.pop(LORA, {}), self.parameter_name: factors(self, present[0], *found)}
+        lora = {**kwargs.pop(LORA, {}), self.parameter_name: together(found)}
         return self.base_layer(x, *args, **kwargs, **{LORA: lora})
 
 
@@ -51,8 +51,8 @@ def _by_peft(wrapper: ParamWrapper, told: str, x: Tensor, *args: Any, **kwargs: 
         return PeftParamWrapper.forward(wrapper, x, *args, **kwargs)
 
 
-def served(wrapper: PeftParamWrapper, adapters: list[str]) -> tuple[Tensor, Tensor] | str:
-    """A's and B's weights if the operators can apply `adapters`, this wrapper's active ones; else why not."""
+def served(wrapper: PeftParamWrapper, adapters: list[str]) -> list[Factors] | str:
+    """The factors of `adapters`, this wrapper's active ones, if the operators can apply them; or why not."""
     module = wrapper.get_base_layer()
     binding = getattr(module, "_moelora", None)
     if binding is None:
@@ -63,11 +63,15 @@ def served(wrapper: PeftParamWrapper, adapters: list[str]) -> tuple[Tensor, Tens
         return f"the experts implementation is {module.config._experts_implementation!r}"
     if wrapper.parameter_name not in projections(module):
         return f"{wrapper.parameter_name} is not a projection's weight"
-    if len(adapters) != 1:
-        return f"{len(adapters)} adapters are active, activate one with set_adapter"
-    # Once: a parametrization computes them at each access.
-    a, b = wrapper.lora_A[adapters[0]].weight, wrapper.lora_B[adapters[0]].weight
-    return _unusable(wrapper, adapters[0], a, b) or (a, b)
+    found = []
+    for adapter in adapters:
+        # Once: a parametrization computes them at each access.
+        a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+        reason = _unusable(wrapper, adapter, a, b)
+        if reason is not None:
+            return reason if len(adapters) == 1 else f"of {adapter}, {reason}"
+        found.append(factors(wrapper, adapter, a, b))
+    return found
 
 
 def factors(wrapper: PeftParamWrapper, adapter: str, a: Tensor, b: Tensor) -> Factors:
@@ -78,6 +82,23 @@ def factors(wrapper: PeftParamWrapper, adapter: str, a: Tensor, b: Tensor) -> Fa
         b.unflatten(1, (-1, experts)).permute(2, 0, 1),
         float(wrapper.scaling[adapter]),
     )
+
+
+def together(several: list[Factors]) -> Factors:
+    """One adapter that does what `several` do: their ranks side by side. A copy of the factors, if there are
+    two or more; gradients go to each one's own.
+    """
+    if len(several) == 1:
+        return several[0]
+    if all(factors.scaling == several[0].scaling for factors in several):  # nothing to fold into B
+        pairs, scaling = [(f.a, f.b) for f in several], several[0].scaling
+    else:  # in float32: a half-precision B would be rounded once more
+        pairs, scaling = [(_wide(f.a), _wide(f.b) * f.scaling) for f in several], 1.0
+    return Factors(torch.cat([a for a, _ in pairs], 1), torch.cat([b for _, b in pairs], 2), scaling)
+
+
+def _wide(factor: Tensor) -> Tensor:
+    return factor.float() if factor.dtype.itemsize == 2 else factor
 
 
 def _unusable(wrapper: PeftParamWrapper, adapter: str, a: Tensor, b: Tensor) -> str | None:

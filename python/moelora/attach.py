@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
-from torch import Tensor, nn
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from moelora import adapters, experts
 from moelora.errors import MoeloraError
 from moelora.reporting import AdapterReport, LayerReport, Report
-from moelora.watch import held, nonzero
+from moelora.watch import has_values, held, nonzero
 
 # What wrappers of modules add to the names of what is inside.
 _WRAPPERS = ("base_layer", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
@@ -71,13 +72,14 @@ def disable(model: nn.Module) -> None:
 def report(model: nn.Module) -> Report:
     """The state of an enabled model's expert layers and their adapters, as `enable` returns it."""
     by_module = adapters.wrappers(model)
-    return Report(
-        tuple(
-            _layer(name, module, by_module.get(id(module), []))
-            for name, module in model.named_modules()
-            if vars(module).get("_moelora") is not None
+    with unset_fake_temporarily():  # which refuses tensors that are real
+        return Report(
+            tuple(
+                _layer(name, module, by_module.get(id(module), []))
+                for name, module in model.named_modules()
+                if vars(module).get("_moelora") is not None
+            )
         )
-    )
 
 
 def _layer(name: str, module: nn.Module, wrappers: list[PeftParamWrapper]) -> LayerReport:
@@ -120,12 +122,12 @@ def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
         reason=reason or "",
         active=adapter in active and not wrapper.disable_adapters,
         trainable=any(tensor.requires_grad for tensor in tensors),
-        gradient=any(bool(nonzero(t.grad)) for t in parameters if t.grad is not None)
+        gradient=any(bool(nonzero(t.grad)) for t in parameters if t.grad is not None and has_values(t.grad))
         or (watch.seen if watch is not None else None),
     )
 
 
-def _reason(served: tuple[Tensor, Tensor] | str) -> str | None:
+def _reason(served: list[experts.Factors] | str) -> str | None:
     return served if isinstance(served, str) else None
 
 

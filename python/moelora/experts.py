@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from moelora.errors import MoeloraError, warn_once
-from moelora.watch import Watch
+from moelora.watch import Watch, has_values
 from torch_moelora.functional import glu, moe_mlp
 
 IMPLEMENTATION = "moelora"
@@ -59,6 +60,7 @@ class Binding:
     experts: int  # how many it has
     interface: ExpertsInterface  # where its class looks functions up
     activation: dict[str, Any]  # `moe_mlp`'s arguments for what happens between the projections
+    settled: bool = True  # False: the gate holds tensors without values so far, and is to be tried again
     by_peft: set[str] = field(default_factory=set)  # parameters whose wrapper leaves its LoRA to PEFT
     watches: dict[tuple[str, str], Watch] = field(default_factory=dict)  # by (parameter, adapter)
 
@@ -115,7 +117,9 @@ def bind(module: nn.Module) -> Binding:
     activation = {} if reason else recognise_activation(module)
     last = getattr(module, projections(module)[1], None)
     experts = len(last) if isinstance(last, Tensor) and last.ndim else 0
-    return Binding(module.config._experts_implementation, reason, experts, _interface(module), activation)
+    settled = all(map(has_values, module.buffers()))
+    previous, interface = module.config._experts_implementation, _interface(module)
+    return Binding(previous, reason, experts, interface, activation, settled)
 
 
 def recognise_activation(module: nn.Module) -> dict[str, Any]:
@@ -132,12 +136,14 @@ def recognise_activation(module: nn.Module) -> dict[str, Any]:
     if any(name.partition(".")[0] != POST_NORM for name in others):
         return {"activation": own}  # a learned gate can look like a fused one until it is trained
     width = module.gate_up_proj.shape[2 if module.is_transposed else 1]
-    with torch.device("cpu"):  # whatever the default is now
+    with unset_fake_temporarily(), torch.device("cpu"):  # whatever the default is now
         probe = torch.randn(16, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         probe *= torch.logspace(-1, 4, 16).unsqueeze(1)
         try:
             expected = _with_gradient(own, probe)
-        except (RuntimeError, ValueError, TypeError):  # a gate that only runs on its own device or dtype
+        except (AssertionError, RuntimeError, ValueError, TypeError):  # runs on its own device or dtype only
+            return {"activation": own}
+        if not all(map(has_values, expected)):
             return {"activation": own}
         for candidate in _fused_candidates(module):
             found = _with_gradient(partial(glu, **candidate), probe)
@@ -197,6 +203,8 @@ def experts_forward(
         binding = self._moelora = bind(self)
     if not torch.compiler.is_compiling():
         _warn_of_late_adapters(self, binding)
+        if not binding.settled and has_values(hidden_states):
+            binding.activation, binding.settled = recognise_activation(self), True
     if binding.reason is not None:
         return fallback(self, binding)(self, hidden_states, top_k_index, top_k_weights)
     weight = getattr(self, projections(self)[0])

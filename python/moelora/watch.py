@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
@@ -83,6 +84,9 @@ class Watch:
     def _look(self, gradient: Tensor | None) -> None:
         if self._seen is True or gradient is None:
             return
+        if not has_values(gradient):
+            self.blind = True
+            return
         found = nonzero(gradient)
         with _LOCK:
             if found.device.type == "cpu":
@@ -108,3 +112,8 @@ def replaced(factor: nn.Module) -> bool:
 def nonzero(gradient: Tensor) -> Tensor:
     """Whether any element of this rank's part of a gradient is not zero, as a 0-d bool tensor."""
     return getattr(gradient, "to_local", lambda: gradient)().any()
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor can be looked at: those on the meta device and fake ones are shapes only."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
