@@ -15,9 +15,11 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
-from moelora.errors import warn_once
+from moelora import stored
+from moelora.errors import MoeloraError, warn_once
 from moelora.experts import DTYPES, IMPLEMENTATION, LORA, Factors, projections
 from moelora.watch import Watch, replaced
+from torch_moelora.formats import PackedWeight
 
 # PEFT changes the module for the time of a call, and torch has one cache of parametrizations for all threads.
 _BY_PEFT = threading.RLock()
@@ -34,6 +36,7 @@ class ParamWrapper(PeftParamWrapper):
         watch(self, running=True)
         found = served(self, present)
         if isinstance(found, str):
+            _refuse_copy(self, found)
             told = f"PEFT adds the LoRA of {self.parameter_name} to a copy of the weights: {found}"
             if torch.compiler.is_compiling():
                 torch._dynamo.graph_break(msg=told)  # which PEFT's own code would do, in other words
@@ -41,6 +44,17 @@ class ParamWrapper(PeftParamWrapper):
         self._check_forward_args(x, *args, **kwargs)
         lora = {**kwargs.pop(LORA, {}), self.parameter_name: together(found)}
         return self.base_layer(x, *args, **kwargs, **{LORA: lora})
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        _refuse_copy(self, "merging would write into them")
+        super().merge(safe_merge, adapter_names)
+
+
+def _refuse_copy(wrapper: PeftParamWrapper, why: str) -> None:
+    """Where experts are packed PEFT's own code makes a dense copy of all, or silently trains nothing."""
+    module, name = wrapper.get_base_layer(), wrapper.parameter_name
+    if stored.is_packed(module, name):
+        raise MoeloraError(f"{name} is packed, and PEFT cannot add LoRA to packed weights: {why}")
 
 
 @torch.compiler.disable(reason="PEFT changes the module")
@@ -104,19 +118,21 @@ def _wide(factor: Tensor) -> Tensor:
 def _unusable(wrapper: PeftParamWrapper, adapter: str, a: Tensor, b: Tensor) -> str | None:
     """What is unusual about one adapter's tensors, or None."""
     module, name = wrapper.get_base_layer(), wrapper.parameter_name
-    weight = getattr(module, name)
+    weight = stored.weight_of(module, name)
     if getattr(module, "_is_expert_parallel", False):
         return "its experts are spread over processes, which PEFT's LoRA on them does not support"
     if wrapper.num_experts == 1:
         return "a single expert is a plain matrix to PEFT"
-    if (weight.ndim, a.ndim, b.ndim) == (3, 2, 2):  # between calls FSDP1 has them flat
-        experts, out, inner = weight.transpose(1, 2).shape if module.is_transposed else weight.shape
+    if (len(weight.shape), a.ndim, b.ndim) == (3, 2, 2):  # between calls FSDP1 has them flat
+        experts, out, inner = stored.oriented(module, weight).shape
         rows = experts * wrapper.r[adapter]
         if (a.shape, b.shape) != ((rows, inner), (out, rows)):
             shapes = f"{[rows, inner]} and {[out, rows]}"
             return f"its factors are {list(a.shape)} and {list(b.shape)}, expected {shapes}"
     if b.dtype != a.dtype or a.dtype not in DTYPES:
         return f"its factors are {a.dtype} and {b.dtype}"
+    if isinstance(weight, PackedWeight):
+        return None
     if a.dtype != weight.dtype and not (a.dtype == torch.float32 and weight.dtype.itemsize == 2):
         return f"its factors are {a.dtype} beside {weight.dtype} weights"
     return None

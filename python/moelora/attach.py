@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from moelora import adapters, experts
+from moelora import adapters, experts, stored
 from moelora.errors import MoeloraError
 from moelora.reporting import AdapterReport, LayerReport, Report
 from moelora.watch import has_values, held, nonzero
+from torch_moelora.formats import PackedWeight
 
 # What wrappers of modules add to the names of what is inside.
 _WRAPPERS = ("base_layer", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
@@ -94,9 +97,20 @@ def _layer(name: str, module: nn.Module, wrappers: list[PeftParamWrapper]) -> La
         experts=binding.experts,
         projections=experts.projections(module),
         gate="module" if "activation" in binding.activation else "fused",
+        **_stored(module),
         weights="trainable" if any(p.requires_grad for p in module.parameters()) else "frozen",
         adapters=tuple(_adapter(w, name) for w in reversed(wrappers) for name in w.lora_A),
     )
+
+
+def _stored(module: nn.Module) -> dict[str, Any]:
+    """The format and bytes of the module's weights."""
+    try:
+        weights = [stored.weight_of(module, name) for name in experts.projections(module)]
+    except (ValueError, AttributeError):  # then the layer has a reason
+        return {"format": "unknown", "nbytes": 0}
+    names = {weight.format if isinstance(weight, PackedWeight) else "dense" for weight in weights}
+    return {"format": ", ".join(sorted(names)), "nbytes": sum(weight.nbytes for weight in weights)}
 
 
 def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
+from moelora import stored
 from moelora.errors import MoeloraError, warn_once
 from moelora.watch import Watch, has_values
+from torch_moelora.formats import PackedWeight
 from torch_moelora.functional import glu, moe_mlp
 
 IMPLEMENTATION = "moelora"
@@ -98,25 +100,52 @@ def projections(module: nn.Module) -> tuple[str, str]:
 def unsupported(module: nn.Module) -> str | None:
     """Why the operators cannot run this experts module, or None if they can."""
     for name in projections(module):
-        weight = getattr(module, name, None)
-        if not isinstance(weight, Tensor):
+        try:
+            weight = stored.weight_of(module, name)
+        except AttributeError:
             return f"has no parameter {name}"
-        if weight.ndim != 3:
-            return f"{name} has {weight.ndim} dimensions, expected [experts, out, in]"
-        if weight.dtype not in DTYPES:
-            found = str(weight.dtype).removeprefix("torch.")
-            return f"{name} is {found}, expected a 16-, 32- or 64-bit float: load the model dequantised"
-        if weight.device.type not in DEVICES:
-            return f"{name} is on {weight.device}, expected cpu or cuda"
+        except ValueError as error:
+            return f"{name} {error}"
+        reason = _unsupported(weight) or stored.check_tables(module, name)
+        if reason is not None:
+            return f"{name} {reason}"
     return None
+
+
+def _unsupported(weight: Any) -> str | None:
+    """The rest of a sentence on a weight."""
+    if isinstance(weight, PackedWeight):
+        try:
+            weight.checked("enable")
+        except RuntimeError as error:
+            return f"is packed, and {str(error).removeprefix('enable: ')}"
+    elif not isinstance(weight, Tensor):
+        return "is no parameter"
+    elif weight.ndim != 3:
+        return f"has {weight.ndim} dimensions, expected [experts, out, in]"
+    elif weight.dtype not in DTYPES:
+        found = str(weight.dtype).removeprefix("torch.")
+        return f"is {found}, expected a 16-, 32- or 64-bit float: load the model dequantised"
+    if weight.device.type not in DEVICES:
+        return f"is on {weight.device}, expected cpu or cuda"
+    return None
+
+
+def _count(module: nn.Module) -> int:
+    """How many experts it has, 0 where that cannot be seen."""
+    name = projections(module)[1]
+    try:
+        shape = stored.weight_of(module, name).shape
+    except (ValueError, AttributeError):
+        shape = getattr(module._parameters.get(name), "shape", ())
+    return shape[0] if shape else 0
 
 
 def bind(module: nn.Module) -> Binding:
     """A new binding for an experts module, without touching the module."""
     reason = unsupported(module)
     activation = {} if reason else recognise_activation(module)
-    last = getattr(module, projections(module)[1], None)
-    experts = len(last) if isinstance(last, Tensor) and last.ndim else 0
+    experts = _count(module)
     settled = all(map(has_values, module.buffers()))
     previous, interface = module.config._experts_implementation, _interface(module)
     return Binding(previous, reason, experts, interface, activation, settled)
@@ -131,11 +160,11 @@ def recognise_activation(module: nn.Module) -> dict[str, Any]:
     if not module.has_gate:
         return {"gated": False, "activation": module.act_fn}
     own: Callable[[Tensor], Tensor] = module._apply_gate
-    known = {f"{name}{suffix}" for name in projections(module) for suffix in ("", "_bias")}
+    known = {part for name in projections(module) for part in (*stored.parts(name), f"{name}_bias")}
     others = (name for name, _ in module.named_parameters() if name not in known)
     if any(name.partition(".")[0] != POST_NORM for name in others):
         return {"activation": own}  # a learned gate can look like a fused one until it is trained
-    width = module.gate_up_proj.shape[2 if module.is_transposed else 1]
+    width = stored.oriented(module, stored.weight_of(module, "gate_up_proj")).shape[1]
     with unset_fake_temporarily(), torch.device("cpu"):  # whatever the default is now
         probe = torch.randn(16, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         probe *= torch.logspace(-1, 4, 16).unsqueeze(1)
@@ -207,10 +236,12 @@ def experts_forward(
             binding.activation, binding.settled = recognise_activation(self), True
     if binding.reason is not None:
         return fallback(self, binding)(self, hidden_states, top_k_index, top_k_weights)
-    weight = getattr(self, projections(self)[0])
+    weight = stored.weight_of(self, projections(self)[0])
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     # As transformers' own functions do: norms may hand over fp32 where the experts are 16-bit.
-    x = x if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+    # Packed weights take any.
+    if isinstance(weight, Tensor) and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
     ids = top_k_index.reshape(-1, top_k_index.shape[-1])
     gates = top_k_weights.reshape(ids.shape)
     gates = gates if gates.dtype in (x.dtype, torch.float32) else gates.to(x.dtype)
@@ -223,7 +254,9 @@ def experts_forward(
 
 def _warn_of_late_adapters(module: nn.Module, binding: Binding) -> None:
     """PEFT parametrizes a weight for a wrapper that `enable` has not seen; for the others it was asked to."""
-    for name in getattr(module, "parametrizations", {}).keys() - binding.by_peft:
+    for name in stored.with_peft(module) - binding.by_peft:
+        if stored.is_packed(module, name):
+            raise MoeloraError(f"{name} is packed, and PEFT cannot add LoRA to packed weights: {LATE}")
         warn_once(f"PEFT adds the LoRA of {name} to a copy of the weights: {LATE}")
 
 
@@ -231,8 +264,8 @@ def _parameters(module: nn.Module, binding: Binding, lora: dict[str, Factors]) -
     """`moe_mlp`'s arguments other than its inputs and the routing."""
     first, second = projections(module)
     return {
-        "gate_up_weight": _oriented(module, getattr(module, first)),
-        "down_weight": _oriented(module, getattr(module, second)),
+        "gate_up_weight": stored.oriented(module, stored.weight_of(module, first)),
+        "down_weight": stored.oriented(module, stored.weight_of(module, second)),
         "gate_up_bias": getattr(module, f"{first}_bias") if module.has_bias else None,
         "down_bias": getattr(module, f"{second}_bias") if module.has_bias else None,
         **_lora("gate_up", lora.get(first)),
@@ -264,8 +297,3 @@ def _lora(projection: str, factors: Factors | None) -> dict[str, Any]:
         return {}
     values = zip(("lora_a", "lora_b", "scaling"), factors, strict=True)
     return {f"{projection}_{name}": value for name, value in values}
-
-
-def _oriented(module: nn.Module, weight: Tensor) -> Tensor:
-    """The weight as [E, out, in], a view."""
-    return weight.transpose(1, 2) if module.is_transposed else weight

@@ -57,6 +57,8 @@ class LayerReport:
     projections: tuple[str, str]  # the names of its weights
     gate: str  # "fused" or "module": who computes what is between the projections
     weights: str  # "frozen" or "trainable": the experts' own
+    format: str  # of the weights: "dense", or a name of torch_moelora.formats
+    nbytes: int  # of the weights, scales included
     adapters: tuple[AdapterReport, ...]
 
 
@@ -101,8 +103,9 @@ class Report:
         for names, layer in _rows(self.layers):
             path = layer.path if not layer.reason else f"{layer.path}: {layer.reason}"
             path += " (own gate)" if layer.path == "operators" and layer.gate == "module" else ""
+            kind = layer.kind if layer.format == "dense" else f"{layer.kind}, {layer.format}"
             adapters = ", ".join(map(str, layer.adapters)) or "none"
-            table.add_row(names, layer.kind, str(layer.experts), path, adapters)
+            table.add_row(names, kind, str(layer.experts), path, adapters)
         console = Console(file=StringIO(), width=200, color_system=None)
         console.print(table)
         console.print(*self._summary(), sep="\n", markup=False, highlight=False)
