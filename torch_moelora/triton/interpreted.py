@@ -34,7 +34,7 @@ def computes_bf16() -> bool:
     return torch.allclose(y.double(), exact, rtol=0.004, atol=1e-6)  # half a step, 2⁻⁸, and the sum in fp32
 
 
-def check(op: str, call: NamedTuple) -> None:
+def refuse_bf16(op: str, call: NamedTuple) -> None:
     """Raises RuntimeError for a bf16 argument that the interpreter would make something else of."""
     for name, t in zip(call._fields, call, strict=True):
         if isinstance(t, Tensor) and t.dtype == torch.bfloat16 and SWITCHES.triton_interpret:

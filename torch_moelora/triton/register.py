@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 
 from ..calls import CALLS
-from . import backward, dab, dx, forward, glu, interpreted, route
+from . import backward, dab, dx, forward, glu, route
+from .interpreted import refuse_bf16
 
 
 def _takes_arguments(function: Callable) -> Callable:
@@ -19,7 +20,7 @@ def _takes_arguments(function: Callable) -> Callable:
     @functools.wraps(function)
     def implementation(*args):
         call = kind(*args)
-        interpreted.check(function.__name__, call)
+        refuse_bf16(function.__name__, call)
         with torch.cuda.device(call[0].device) if call[0].is_cuda else contextlib.nullcontext():
             return function(call)
 

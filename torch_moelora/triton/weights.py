@@ -205,16 +205,16 @@ def zero_value(w, strides, e, row, column, kept):
 
 
 @triton.jit
-def spread(t, rows: tl.constexpr, share: tl.constexpr, TURNED: tl.constexpr):
-    """Each of t's columns as stored `share` times: [c, rows] → [c·share, rows], of a turned weight [rows, c]
-    → [rows, c·share].
+def spread(t, lines: tl.constexpr, share: tl.constexpr, TURNED: tl.constexpr):
+    """Each of t's columns as stored `share` times: [c, lines] → [c·share, lines], of a turned weight [lines, c]
+    → [lines, c·share].
     """
     if TURNED:
-        wide = tl.broadcast_to(t[:, :, None], (rows, t.shape[1], share))
-        out = wide.reshape(rows, t.shape[1] * share)
+        wide = tl.broadcast_to(t[:, :, None], (lines, t.shape[1], share))
+        out = wide.reshape(lines, t.shape[1] * share)
     else:
-        wide = tl.broadcast_to(t[:, None, :], (t.shape[0], share, rows))
-        out = wide.reshape(t.shape[0] * share, rows)
+        wide = tl.broadcast_to(t[:, None, :], (t.shape[0], share, lines))
+        out = wide.reshape(t.shape[0] * share, lines)
     return out
 
 
@@ -259,7 +259,7 @@ def packed_tile(
     kept = k[:, None] < K
     codes = codes_tile(w, strides, e, n, k, kept, N, K, start, done, KIND, TURNED, BLOCK_N, BLOCK_K)
     values = code_value(codes, KIND)
-    rows: tl.constexpr = BLOCK_K if TURNED else BLOCK_N
+    lines: tl.constexpr = BLOCK_K if TURNED else BLOCK_N
     if TURNED:
         row = k[:, None]
         column = ((start + tl.arange(0, BLOCK_N // SHARE) * SHARE) % N).to(tl.int64)[None, :]
@@ -272,8 +272,8 @@ def packed_tile(
     if KIND == "int4":
         zero = zero_value(w, strides, e, row, column, shared_kept)
         zero = tl.broadcast_to(zero, scale.shape)
-        values -= spread(zero, rows, SHARE, TURNED)
-    values *= spread(scale, rows, SHARE, TURNED)
+        values -= spread(zero, lines, SHARE, TURNED)
+    values *= spread(scale, lines, SHARE, TURNED)
     return tl.where(kept, values, 0.0).to(dtype)
 
 
