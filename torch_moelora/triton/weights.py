@@ -206,8 +206,8 @@ def zero_value(w, strides, e, row, column, kept):
 
 @triton.jit
 def spread(t, lines: tl.constexpr, share: tl.constexpr, TURNED: tl.constexpr):
-    """Each of t's columns as stored `share` times: [c, lines] → [c·share, lines], of a turned weight [lines, c]
-    → [lines, c·share].
+    """Each of t's columns as stored `share` times: [c, lines] → [c·share, lines]; of a turned weight
+    [lines, c] → [lines, c·share].
     """
     if TURNED:
         wide = tl.broadcast_to(t[:, :, None], (lines, t.shape[1], share))
