@@ -17,6 +17,9 @@ struct Blocking {
   int64_t thin_depth;  //   this deep, and
   int64_t thin_strip;  //   this wide, a multiple of strip; packed, they fit L2
   int64_t strip;       // else this wide: outputs that are packed together, a multiple of the widest tile
+  int64_t packed_strip;      // the same of packed weights, and
+  int64_t packed_depth;      //   how deep: codes are unpacked in wide, shallow strips
+  int64_t packed_flat_rows;  // up to so many rows, some steps of packed weights at a time are unpacked for flat tiles
   int64_t segment;     // weight rows per accumulator block in the row orientation; the block stays in L2
   int64_t depth;       // contraction steps per pass; two packed panels of them fit half of L2
   int64_t chain;       // steps that are one chain of additions, longer contractions are sums of these; passes divide it

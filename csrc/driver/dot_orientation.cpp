@@ -35,7 +35,7 @@ void DotRows::tile_row(int64_t out, int64_t height, int64_t p, bool fetch, char*
   const Kernels& k = *choice_.kernels;
   const int64_t steps = min64(pass_of(k), w_.depth() - p), acc = accumulator_size(k);
   const bool with_lora = rank_ && p + steps == w_.depth();
-  const WeightTiles::DotOperand w_rows = w_.dot_rows(out, height, p, steps, arena);
+  const WeightTiles::DotOperand w_rows = w_.dot_rows(out, height, p, steps, fetch, arena);
   const LeftRows b_rows = with_lora ? b_.rows(out, height, 0, rank_, arena) : LeftRows{};
   for (int64_t g = 0; g < groups_; ++g) {
     const int64_t first = g * rows_ / groups_, cols = (g + 1) * rows_ / groups_ - first;
@@ -49,7 +49,7 @@ void DotRows::tile_row(int64_t out, int64_t height, int64_t p, bool fetch, char*
                   c + first * ldc * acc,
                   ldc,
                   p > 0,
-                  fetch && g == 0 ? w_.rows_ahead(out + height, height, p, steps) : Ahead{}});
+                  fetch && g == 0 && !w_.is_packed() ? w_.rows_ahead(out + height, height, p, steps) : Ahead{}});
   }
 }
 
