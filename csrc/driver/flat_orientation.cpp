@@ -70,7 +70,7 @@ class BaseSteps {
     char* some = static_cast<char*>(arena.take(lined() / k.pack * steps_.r.rows.stride));
     for (int64_t p = p0; p < p1; p += lined()) {
       const int64_t steps = min64(lined(), p1 - p);
-      w_.lines(out_ + first, width, p, steps, some, steps_.r.rows.stride, lined(), arena);
+      w_.lines(out_ + first, width, p, steps, some, steps_.r.rows.stride, 2 * lined(), arena);
       steps_.multiply(p, steps, some, 0, first, width, p == p0 ? Start::zero : Start::resume, c);
     }
   }

@@ -10,39 +10,49 @@ float fp32(const Matrix& m, int64_t row, int64_t col) { return *reinterpret_cast
 void PackedRows::unpack(const PackedPart& part, void* to, int64_t stride, int64_t ahead, Arena& arena) const {
   if (part.n <= 0 || part.rows <= 0) return;
   Arena::Scope scope(arena);
-  UnpackArgs args = unpack_args(part, arena);
+  UnpackArgs args = unpack_args(part, ahead, arena);
   args.to = to;
   args.to_stride = stride;
-  args.ahead = ahead * packed_.row_stride;
   run_unpack(k_, packed_.code, values_, args);
 }
 
 void PackedRows::unpack_lines(const PackedPart& part, void* to, int64_t stride, int64_t ahead, Arena& arena) const {
   if (part.n <= 0 || part.rows <= 0) return;
   Arena::Scope scope(arena);
-  UnpackArgs args = unpack_args(part, arena);
+  UnpackArgs args = unpack_args(part, ahead, arena);
   args.to = to;
   args.to_stride = stride;
-  args.ahead = ahead * packed_.row_stride;
   run_unpack_lines(k_, packed_.code, values_, args);
 }
 
 // All but where to.
-UnpackArgs PackedRows::unpack_args(const PackedPart& part, Arena& arena) const {
+UnpackArgs PackedRows::unpack_args(const PackedPart& part, int64_t ahead, Arena& arena) const {
   const Scales& zero = packed_.zero;
   const int64_t each = packed_.scale.cols_each, group = part.first / each;
   const int64_t groups = ceil_div(part.first + part.n, each) - group;
   float* scales = arena.take_array<float>(part.rows * groups);
-  const bool ordinary = read_scales(part.row, part.rows, group, groups, scales);
+  const bool ordinary = read_scales(part.row, part.rows, group, groups, ahead, scales);
   float* zeros = nullptr;
   if (zero.data) {
     zeros = arena.take_array<float>(part.rows * groups);
     run_scales(k_, zero.type,
                {zero.at(expert_, part.row, group), part.rows, groups, zero.row_stride, zero.col_stride, 1.0f, 0.0f,
-                nullptr, zeros, groups});
+                nullptr, zeros, groups, ahead});
   }
-  return {row_codes(part.row), packed_.row_stride, part.rows, part.first, part.n, packed_.values, scales, zeros, groups,
-          each, ordinary, nullptr, 0, 0};
+  return {row_codes(part.row),
+          packed_.row_stride,
+          part.rows,
+          part.first,
+          part.n,
+          packed_.values,
+          scales,
+          zeros,
+          groups,
+          each,
+          ordinary,
+          nullptr,
+          0,
+          ahead * packed_.row_stride};
 }
 
 // Up to which row scales go on as at `row`.
@@ -55,7 +65,7 @@ int64_t PackedRows::rows_alike(int64_t row) const {
 }
 
 // to: [rows][n], those of groups [group, group + n). Whether all are ordinary.
-bool PackedRows::read_scales(int64_t row, int64_t rows, int64_t group, int64_t n, float* to) const {
+bool PackedRows::read_scales(int64_t row, int64_t rows, int64_t group, int64_t n, int64_t ahead, float* to) const {
   const Scales& scale = packed_.scale;
   bool ordinary = true;
   for (int64_t end = row + rows, next; row < end; to += (next - row) * n, row = next) {
@@ -68,9 +78,10 @@ bool PackedRows::read_scales(int64_t row, int64_t rows, int64_t group, int64_t n
     float factor = 1.0f;
     if (scale.type == ScaleType::e4m3)
       factor = fp32(packed_.scale2, expert_, row / (packed_.rows / packed_.scale2.cols));
-    ordinary &= run_scales(k_, scale.type,
-                           {scale.at(expert_, row / scale.rows_each, group), next - row, n,
-                            scale.rows_each == 1 ? scale.row_stride : 0, scale.col_stride, factor, 0.0f, nullptr, to, n});
+    ordinary &= run_scales(
+        k_, scale.type,
+        {scale.at(expert_, row / scale.rows_each, group), next - row, n, scale.rows_each == 1 ? scale.row_stride : 0,
+         scale.col_stride, factor, 0.0f, nullptr, to, n, ahead});
   }
   return ordinary;
 }
@@ -82,10 +93,10 @@ bool PackedRows::read_nested(int64_t row, int64_t group, int64_t n, float* to) c
   for (int64_t i = 0, end; i < n; i = end) {
     const int64_t block = (before + i) / kNestedBlock;
     end = min64(n, (block + 1) * kNestedBlock - before);
-    ordinary &= run_scales(k_, scale.type,
-                           {scale.at(expert_, row, group + i), 1, end - i, 0, scale.col_stride,
-                            fp32(packed_.scale2, block, 0), fp32(packed_.scale2, block, 1), packed_.scale_values,
-                            to + i, n});
+    ordinary &=
+        run_scales(k_, scale.type,
+                   {scale.at(expert_, row, group + i), 1, end - i, 0, scale.col_stride, fp32(packed_.scale2, block, 0),
+                    fp32(packed_.scale2, block, 1), packed_.scale_values, to + i, n, 0});
   }
   return ordinary;
 }

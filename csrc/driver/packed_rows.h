@@ -25,8 +25,8 @@ class PackedRows {
   Ahead codes(const PackedPart& part) const;
 
  private:
-  UnpackArgs unpack_args(const PackedPart& part, Arena& arena) const;
-  bool read_scales(int64_t row, int64_t rows, int64_t group, int64_t n, float* to) const;
+  UnpackArgs unpack_args(const PackedPart& part, int64_t ahead, Arena& arena) const;
+  bool read_scales(int64_t row, int64_t rows, int64_t group, int64_t n, int64_t ahead, float* to) const;
   bool read_nested(int64_t row, int64_t group, int64_t n, float* to) const;
   int64_t rows_alike(int64_t row) const;
 

@@ -36,7 +36,7 @@ LeftRows WeightTiles::unpacked_rows(int64_t out, int64_t count, int64_t p, int64
   const int64_t pitch = copy_pitch(k_, steps), size = size_of(k_.compute);
   char* to = static_cast<char*>(arena.take(count * pitch));
   if (!turned_) {
-    packed_->unpack({out, count, p, steps}, to, pitch, fetch ? count : 0, arena);
+    packed_->unpack({out, count, p, steps}, to, pitch, fetch ? 2 * count : 0, arena);
     return {to, pitch};
   }
   // Rows across the codes: only of weights of one output or one step, whose memory is in either order.

@@ -58,7 +58,8 @@ void flat_tile(const moelora::FlatArgs& args) {
   for (; j < args.width; j += Op::lanes) {
     const int64_t left = args.width - j, n = left < Op::lanes ? left : Op::lanes;
     block.template operator()<1>(
-        j, [n](const T* at) { return Op::load_run(at, n * Pack); }, [n](const acc_t* from) { return Op::load_n(from, n); },
+        j, [n](const T* at) { return Op::load_run(at, n * Pack); },
+        [n](const acc_t* from) { return Op::load_n(from, n); },
         [n](acc_t* to, typename Op::vec v) { Op::store_n(to, v, n); });
   }
 }

@@ -142,8 +142,8 @@ struct PackArgs {
   int64_t panels_apart = 0;  // bytes; pack_depth goes on in the next panel where n is more than panel_lanes
 };
 
-// Columns [first, first + n) of some packed rows, in the compute type: rows `to_stride` bytes apart. As lines of a panel
-// rows are p and columns its lanes: a line for every `pack` rows, a missing last row is zero.
+// Columns [first, first + n) of some packed rows, in the compute type: rows `to_stride` bytes apart. As lines of a
+// panel rows are p and columns its lanes: a line for every `pack` rows, a missing last row is zero.
 struct UnpackArgs {
   const uint8_t* codes;  // of column 0 of the first row
   int64_t codes_stride;  // bytes between rows
@@ -168,10 +168,13 @@ struct ScaleArgs {
   const float* values;  // [256], of these
   float* to;
   int64_t to_stride;  // elements
+  int64_t ahead;      // rows: those so far behind these will be wanted soon; 0: none
 };
 
 // Scales are ordinary if they are zero or of a size from the first to the second.
 constexpr float kLeastOrdinary = 0x1p-100f, kMostOrdinary = 0x1p100f;
+// The same with their bits moved up by one, over the sign.
+constexpr uint32_t kLeastOrdinaryBits = uint32_t{127 - 100} << 24, kMostOrdinaryBits = uint32_t{127 + 100} << 24;
 
 enum class Activation : uint8_t { silu, gelu, gelu_tanh };
 

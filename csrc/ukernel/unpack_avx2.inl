@@ -13,7 +13,7 @@ struct Avx2Unpack {
   static __m128i load_bytes(const uint8_t* p, int64_t n) {
     if (n >= 8) return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     uint64_t part = 0;
-    __builtin_memcpy(&part, p, static_cast<uint64_t>(n));
+    for (int64_t i = n; i-- > 0;) part = part << 8 | p[i];
     return _mm_cvtsi64_si128(static_cast<int64_t>(part));
   }
   // E4M3 as half precision of the 256th part, which has room for it: its exponent begins 8 earlier.
@@ -53,13 +53,24 @@ struct Avx2Unpack {
     return _mm256_blendv_ps(v, nan, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
   }
 
-  static bool ordinary(__m256 v) {
-    const __m256 size = _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)));
-    const __m256 zero = _mm256_cmp_ps(size, _mm256_setzero_ps(), _CMP_EQ_OQ);
-    const __m256 least = _mm256_cmp_ps(size, _mm256_set1_ps(moelora::kLeastOrdinary), _CMP_GE_OQ);
-    const __m256 most = _mm256_cmp_ps(size, _mm256_set1_ps(moelora::kMostOrdinary), _CMP_LE_OQ);
-    return _mm256_movemask_ps(_mm256_or_ps(zero, _mm256_and_ps(least, most))) == 0xff;
-  }
+  // Their bits moved up, over the sign: the largest, and the least but zeros, which wrap.
+  class Sizes {
+   public:
+    void add(__m256 v) {
+      const __m256i size = _mm256_slli_epi32(_mm256_castps_si256(v), 1);
+      most_ = _mm256_max_epu32(most_, size);
+      least_ = _mm256_min_epu32(least_, _mm256_add_epi32(size, _mm256_set1_epi32(-1)));
+    }
+    bool ordinary() const {
+      const __m256i most = _mm256_set1_epi32(static_cast<int>(moelora::kMostOrdinaryBits));
+      const __m256i least = _mm256_set1_epi32(static_cast<int>(moelora::kLeastOrdinaryBits - 1));
+      return _mm256_movemask_epi8(_mm256_and_si256(_mm256_cmpeq_epi32(_mm256_max_epu32(most_, most), most),
+                                                   _mm256_cmpeq_epi32(_mm256_min_epu32(least_, least), least))) == -1;
+    }
+
+   private:
+    __m256i most_ = _mm256_setzero_si256(), least_ = _mm256_set1_epi32(-1);
+  };
 
   static __m256i rounding_to_bf16(__m256 v) {
     const __m256i u = _mm256_castps_si256(v);
@@ -87,9 +98,13 @@ struct Avx2Unpack {
   }
 
   static constexpr int64_t kBlock = 16;
+  template <Code C>
+  static __m256 block_factor(float scale) {
+    return _mm256_set1_ps(C == Code::int8 ? scale : 256.0f * scale);
+  }
   template <Code C, class T>
-  static void block(elem* to, const uint8_t* codes, float scale) {
-    __m256 low, high, factor = _mm256_set1_ps(C == Code::int8 ? scale : 256.0f * scale);
+  static void block(elem* to, const uint8_t* codes, __m256 factor) {
+    __m256 low, high;
     if constexpr (C == Code::int8) {
       low = bytes<C>(codes, 8);
       high = bytes<C>(codes + 8, 8);
@@ -121,9 +136,24 @@ struct Avx2Unpack {
   template <class T, bool Ordinary>
   struct Table;
 
+  // Whole groups of a multiple of 32.
+  template <class T, bool High>
+  static void groups(elem* to, const uint8_t* codes, const float* values, const float* scales, const float* zeros,
+                     int64_t group, int64_t n, int64_t ahead) {
+    for (const elem* end = to + n; to < end; ++scales, to += group, codes += group / 2) {
+      const Table<T, true> table(values, *scales, zeros);
+      if (zeros) ++zeros;
+      for (int64_t i = 0; i < group; i += 32) {
+        fetch(codes + i / 2, ahead);
+        table.template lookup_32<High>(to + i, codes + i / 2);
+      }
+    }
+  }
+
   static constexpr int64_t kSmallGroup = 16;
   template <class T, bool High>
-  static void small_groups(elem* to, const uint8_t* codes, const float* values, const float* scales, int64_t n);
+  static void small_groups(elem* to, const uint8_t* codes, const float* values, const float* scales, int64_t n,
+                           int64_t ahead);
 
   // Nibbles one by one.
   template <bool High, class Numbers>
@@ -158,6 +188,10 @@ struct Avx2Unpack::Table<float, Ordinary> {
     }
     lookup_rest<High>(*this, to + i, codes + i / 2, n - i);
   }
+  template <bool High>
+  void lookup_32(elem* to, const uint8_t* codes) const {
+    lookup<High>(to, codes, 32);
+  }
 };
 
 // 16-bit numbers: their bytes are looked up.
@@ -174,8 +208,8 @@ struct Avx2Unpack::Table {
     };
     // Both numbers' words in one.
     const __m256i low = bits(all.low), high = bits(all.high);
-    const __m256i words = kHalf ? _mm256_or_si256(low, _mm256_slli_epi32(high, 16))
-                                : _mm256_or_si256(_mm256_srli_epi32(low, 16), high);
+    const __m256i words =
+        kHalf ? _mm256_or_si256(low, _mm256_slli_epi32(high, 16)) : _mm256_or_si256(_mm256_srli_epi32(low, 16), high);
     const __m256i each = _mm256_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15,  //
                                           0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
     const __m256i bytes = _mm256_shuffle_epi8(words, each);
@@ -224,15 +258,18 @@ struct Avx2Unpack::Table {
   }
 
   template <bool High>
+  void lookup_32(elem* to, const uint8_t* codes) const {
+    __m256i low, high;
+    lookup_bytes<High>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), low, high);
+    store(to, _mm256_unpacklo_epi8(low, high));
+    store(to + 16, _mm256_unpackhi_epi8(low, high));
+  }
+  template <bool High>
   void lookup(elem* to, const uint8_t* codes, int64_t n) const {
     int64_t i = 0;
-    __m256i low, high;
-    for (; i + 32 <= n; i += 32) {
-      lookup_bytes<High>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i / 2)), low, high);
-      store(to + i, _mm256_unpacklo_epi8(low, high));
-      store(to + i + 16, _mm256_unpackhi_epi8(low, high));
-    }
+    for (; i + 32 <= n; i += 32) lookup_32<High>(to + i, codes + i / 2);
     if (i + 16 <= n) {
+      __m256i low, high;
       lookup_bytes<High>(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 2)), low, high);
       store(to + i, _mm256_unpacklo_epi8(low, high));
       i += 16;
@@ -243,9 +280,11 @@ struct Avx2Unpack::Table {
 
 // Values are looked up, then scaled: they are numbers of bf16.
 template <class T, bool High>
-void Avx2Unpack::small_groups(elem* to, const uint8_t* codes, const float* values, const float* scales, int64_t n) {
+void Avx2Unpack::small_groups(elem* to, const uint8_t* codes, const float* values, const float* scales, int64_t n,
+                              int64_t ahead) {
   const Table<bf16_t, true> table(values, 1.0f, nullptr);
   for (int64_t i = 0; i < n; i += 32, scales += 2) {
+    fetch(codes + i / 2, ahead);
     __m256i low, high;
     table.template lookup_bytes<High>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i / 2)), low, high);
     const auto scaled = [&](elem* at, __m256i words, float scale) {

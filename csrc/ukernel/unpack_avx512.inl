@@ -17,8 +17,7 @@ struct Avx512Values {
   static __m512i as_halves(__m256i bytes) {
     const __m512i wide = _mm512_cvtepu8_epi16(bytes);
     // Adding it once more moves the sign up.
-    const __m512i half =
-        _mm512_slli_epi16(_mm512_add_epi16(wide, _mm512_and_si512(wide, _mm512_set1_epi16(0x80))), 7);
+    const __m512i half = _mm512_slli_epi16(_mm512_add_epi16(wide, _mm512_and_si512(wide, _mm512_set1_epi16(0x80))), 7);
     const __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_add_epi16(half, half), _mm512_set1_epi16(0x7f00));
     return _mm512_mask_blend_epi16(nan, half, _mm512_set1_epi16(0x7e00));
   }
@@ -52,12 +51,24 @@ struct Avx512Values {
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_castps_si512(v), nan, _mm512_set1_epi32(0x7fc00000)));
   }
-  static bool ordinary(__m512 v) {
-    const __m512 size = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
-    const int zero = _mm512_cmp_ps_mask(size, _mm512_setzero_ps(), _CMP_EQ_OQ);
-    const int least = _mm512_cmp_ps_mask(size, _mm512_set1_ps(moelora::kLeastOrdinary), _CMP_GE_OQ);
-    return (zero | (least & _mm512_cmp_ps_mask(size, _mm512_set1_ps(moelora::kMostOrdinary), _CMP_LE_OQ))) == 0xffff;
-  }
+  // Their bits moved up, over the sign: the largest, and the least but zeros, which wrap.
+  class Sizes {
+   public:
+    void add(__m512 v) {
+      const __m512i size = _mm512_slli_epi32(_mm512_castps_si512(v), 1);
+      most_ = _mm512_max_epu32(most_, size);
+      least_ = _mm512_min_epu32(least_, _mm512_add_epi32(size, _mm512_set1_epi32(-1)));
+    }
+    bool ordinary() const {
+      const __m512i most = _mm512_set1_epi32(static_cast<int>(moelora::kMostOrdinaryBits));
+      const __m512i least = _mm512_set1_epi32(static_cast<int>(moelora::kLeastOrdinaryBits - 1));
+      return _mm512_cmpeq_epi32_mask(_mm512_max_epu32(most_, most), most) == 0xffff &&
+             _mm512_cmpeq_epi32_mask(_mm512_min_epu32(least_, least), least) == 0xffff;
+    }
+
+   private:
+    __m512i most_ = _mm512_setzero_si512(), least_ = _mm512_set1_epi32(-1);
+  };
   // The 16 numbers of a group, before they are rounded.
   static __m512 scaled(const float* values, float scale, const float* zero) {
     __m512 v = _mm512_loadu_ps(values);
@@ -71,16 +82,19 @@ struct Avx512Values {
   }
   // Unlike the instruction for it this one keeps subnormals.
   static __m256i to_bf16(__m512 v) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounding_to_bf16(v), 16)); }
-  // 32 bytes as numbers times scale: ordinary ones.
+  static constexpr int64_t kBlock = 32;
   template <Code C>
-  static void scaled_block(const uint8_t* codes, float scale, __m512& low, __m512& high) {
+  static __m512 block_factor(float scale) {
+    return _mm512_set1_ps(C == Code::int8 ? scale : 256.0f * scale);
+  }
+  // So many bytes as numbers times scale: ordinary ones.
+  template <Code C>
+  static void scaled_block(const uint8_t* codes, __m512 factor, __m512& low, __m512& high) {
     if constexpr (C == Code::int8) {
-      const __m512 factor = _mm512_set1_ps(scale);
       low = _mm512_mul_ps(bytes<C>(codes, 16), factor);
       high = _mm512_mul_ps(bytes<C>(codes + 16, 16), factor);
     } else {
       const __m512i halves = as_halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-      const __m512 factor = _mm512_set1_ps(256.0f * scale);
       low = _mm512_mul_ps(low_numbers(halves), factor);
       high = _mm512_mul_ps(high_numbers(halves), factor);
     }
@@ -110,13 +124,39 @@ struct Avx512Unpack : Avx512Values {
   static void put(elem* to, __m512 v, int64_t n) {
     V::store_n(to, round_as(v, T{}), n);
   }
-  static constexpr int64_t kBlock = 32;
   template <Code C, class T>
-  static void block(elem* to, const uint8_t* codes, float scale) {
+  static void block(elem* to, const uint8_t* codes, __m512 factor) {
     __m512 low, high;
-    scaled_block<C>(codes, scale, low, high);
+    scaled_block<C>(codes, factor, low, high);
     V::store(to, round_ordinary(low, T{}));
     V::store(to + 16, round_ordinary(high, T{}));
+  }
+
+  template <class T, bool Ordinary>
+  struct Table;
+
+  // Whole groups of a multiple of 32.
+  template <class T, bool High>
+  static void groups(elem* to, const uint8_t* codes, const float* values, const float* scales, const float* zeros,
+                     int64_t group, int64_t n, int64_t ahead) {
+    for (const elem* end = to + n; to < end; ++scales, to += group, codes += group / 2) {
+      const Table<T, true> table(values, *scales, zeros);
+      if (zeros) ++zeros;
+      for (int64_t i = 0; i < group; i += 32) {
+        fetch(codes + i / 2, ahead);
+        table.template lookup_32<High>(to + i, codes + i / 2);
+      }
+    }
+  }
+
+  static constexpr int64_t kSmallGroup = 16;
+  template <class T, bool High>
+  static void small_groups(elem* to, const uint8_t* codes, const float* values, const float* scales, int64_t n,
+                           int64_t ahead) {
+    for (int64_t i = 0; i < n; i += 16, ++scales) {
+      fetch(codes + i / 2, ahead);
+      Table<T, true>(values, *scales, nullptr).template lookup_16<High>(to + i, codes + i / 2);
+    }
   }
 
   template <class T, bool Ordinary>
@@ -134,23 +174,34 @@ struct Avx512Unpack : Avx512Values {
     }
     // Only the low four bits of an index count.
     template <bool High>
+    __m512 numbers_of(__m128i codes) const {
+      const __m512i pairs = _mm512_cvtepu8_epi64(codes);
+      const __m512i index = High ? _mm512_or_si512(_mm512_srli_epi64(pairs, 4), _mm512_slli_epi64(pairs, 32))
+                                 : _mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28));
+      return _mm512_permutexvar_ps(index, numbers);
+    }
+    template <bool High>
+    void lookup_16(elem* to, const uint8_t* codes) const {
+      V::store(to, numbers_of<High>(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
+    }
+    template <bool High>
+    void lookup_32(elem* to, const uint8_t* codes) const {
+      lookup_16<High>(to, codes);
+      lookup_16<High>(to + 16, codes + 8);
+    }
+    template <bool High>
     void lookup(elem* to, const uint8_t* codes, int64_t n) const {
-      const auto numbers_of = [&](__m128i some) {
-        const __m512i pairs = _mm512_cvtepu8_epi64(some);
-        const __m512i index = High ? _mm512_or_si512(_mm512_srli_epi64(pairs, 4), _mm512_slli_epi64(pairs, 32))
-                                   : _mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28));
-        return _mm512_permutexvar_ps(index, numbers);
-      };
       int64_t i = 0;
-      for (; i + 16 <= n; i += 16)
-        V::store(to + i, numbers_of(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 2))));
-      if (i < n) V::store_n(to + i, numbers_of(load_bytes(codes + i / 2, (n - i + 1) / 2)), n - i);
+      for (; i + 16 <= n; i += 16) lookup_16<High>(to + i, codes + i / 2);
+      if (i < n) V::store_n(to + i, numbers_of<High>(load_bytes(codes + i / 2, (n - i + 1) / 2)), n - i);
     }
   };
 };
 
 struct Bf16Unpack : Avx512Values {
   using elem = bf16_t;
+  template <class, bool Ordinary>
+  struct Table;
 
   template <class>
   static void put(elem* to, __m512 v, int64_t n) {
@@ -159,11 +210,10 @@ struct Bf16Unpack : Avx512Values {
   // Ordinary numbers.
   static __m512i both_to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-  static constexpr int64_t kBlock = 32;
   template <Code C, class>
-  static void block(elem* to, const uint8_t* codes, float scale) {
+  static void block(elem* to, const uint8_t* codes, __m512 factor) {
     __m512 low, high;
-    scaled_block<C>(codes, scale, low, high);
+    scaled_block<C>(codes, factor, low, high);
     _mm512_storeu_si512(to, both_to_bf16(low, high));
   }
 
@@ -177,15 +227,31 @@ struct Bf16Unpack : Avx512Values {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
   }
 
+  // Whole groups of a multiple of 32.
+  template <class T, bool High>
+  static void groups(elem* to, const uint8_t* codes, const float* values, const float* scales, const float* zeros,
+                     int64_t group, int64_t n, int64_t ahead) {
+    for (const elem* end = to + n; to < end; ++scales, to += group, codes += group / 2) {
+      const Table<T, true> table(values, *scales, zeros);
+      if (zeros) ++zeros;
+      for (int64_t i = 0; i < group; i += 32) {
+        fetch(codes + i / 2, ahead);
+        table.template lookup_32<High>(to + i, codes + i / 2);
+      }
+    }
+  }
+
   static constexpr int64_t kSmallGroup = 16;
   // Two groups' numbers in one table.
   template <class, bool High>
-  static void small_groups(elem* to, const uint8_t* codes, const float* values, const float* scales, int64_t n) {
+  static void small_groups(elem* to, const uint8_t* codes, const float* values, const float* scales, int64_t n,
+                           int64_t ahead) {
     const __m512 all = _mm512_loadu_ps(values);
     const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
     for (int64_t i = 0; i < n; i += 32, scales += 2) {
-      const __m512i table = both_to_bf16(_mm512_mul_ps(all, _mm512_set1_ps(scales[0])),
-                                         _mm512_mul_ps(all, _mm512_set1_ps(scales[1])));
+      fetch(codes + i / 2, ahead);
+      const __m512i table =
+          both_to_bf16(_mm512_mul_ps(all, _mm512_set1_ps(scales[0])), _mm512_mul_ps(all, _mm512_set1_ps(scales[1])));
       const __m512i code = _mm512_and_si512(index_of<High>(pairs_at(codes + i / 2)), _mm512_set1_epi16(15));
       _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(_mm512_or_si512(code, second), table));
     }
@@ -205,10 +271,13 @@ struct Bf16Unpack : Avx512Values {
       return all[i];
     }
     template <bool High>
+    void lookup_32(elem* to, const uint8_t* codes) const {
+      _mm512_storeu_si512(to, _mm512_permutexvar_epi16(index_of<High>(pairs_at(codes)), numbers));
+    }
+    template <bool High>
     void lookup(elem* to, const uint8_t* codes, int64_t n) const {
       int64_t i = 0;
-      for (; i + 32 <= n; i += 32)
-        _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(index_of<High>(pairs_at(codes + i / 2)), numbers));
+      for (; i + 32 <= n; i += 32) lookup_32<High>(to + i, codes + i / 2);
       if (i == n) return;
       const __m512i pairs = _mm512_cvtepu8_epi32(load_bytes(codes + i / 2, (n - i + 1) / 2));
       _mm512_mask_storeu_epi16(to + i, (1u << (n - i)) - 1u, _mm512_permutexvar_epi16(index_of<High>(pairs), numbers));
@@ -256,17 +325,17 @@ struct Bf16Lines {
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(index(codes), table));
   }
   template <Code C>
-  static void bytes_16(bf16_t* to, const uint8_t* a, const uint8_t* b, float scale_a, float scale_b) {
+  static void bytes_16(bf16_t* to, const uint8_t* a, const uint8_t* b, __m512 factor_a, __m512 factor_b) {
     __m512 first, second;
     const __m128i at_a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
     const __m128i at_b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
     if constexpr (C == Code::int8) {
-      first = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(at_a)), _mm512_set1_ps(scale_a));
-      second = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(at_b)), _mm512_set1_ps(scale_b));
+      first = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(at_a)), factor_a);
+      second = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(at_b)), factor_b);
     } else {
       const __m512i halves = U::as_halves(_mm256_set_m128i(at_b, at_a));
-      first = _mm512_mul_ps(U::low_numbers(halves), _mm512_set1_ps(256.0f * scale_a));
-      second = _mm512_mul_ps(U::high_numbers(halves), _mm512_set1_ps(256.0f * scale_b));
+      first = _mm512_mul_ps(U::low_numbers(halves), factor_a);
+      second = _mm512_mul_ps(U::high_numbers(halves), factor_b);
     }
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -279,14 +348,21 @@ struct Bf16Lines {
                                            const PackedRow<bf16_t>& b, int64_t g, int64_t column, int64_t stop,
                                            bf16_t* line) {
     if constexpr (moelora::bits_of(C) == 8) {
-      for (; column < stop; column += 16)
-        bytes_16<C>(line + 2 * column, a.codes + column, b.codes + column, a.scale[g], b.scale[g]);
+      const __m512 factor_a = U::block_factor<C>(a.scale[g]), factor_b = U::block_factor<C>(b.scale[g]);
+      for (; column < stop; column += 16) {
+        fetch(a.codes + column, args.ahead);
+        fetch(b.codes + column, args.ahead);
+        bytes_16<C>(line + 2 * column, a.codes + column, b.codes + column, factor_a, factor_b);
+      }
     } else {
       constexpr bool kHigh = C == Code::nibbles_high;
       const __m512i numbers = a.zero ? table(args.values, a.scale[g], b.scale[g], a.zero[g], b.zero[g])
                                      : table(args.values, a.scale[g], b.scale[g]);
-      for (; column + 32 <= stop; column += 32)
+      for (; column + 32 <= stop; column += 32) {
+        fetch(a.codes + column / 2, args.ahead);
+        fetch(b.codes + column / 2, args.ahead);
         nibbles_32<kHigh>(line + 2 * column, a.codes + column / 2, b.codes + column / 2, numbers);
+      }
       if (column < stop) nibbles_16<kHigh>(line + 2 * column, a.codes + column / 2, b.codes + column / 2, numbers);
     }
   }
@@ -316,14 +392,14 @@ struct Bf16Lines {
   }
 
   template <Code C>
-  static void unpack_lines(const UnpackArgs& args) {
+  static void unpack_lines(const UnpackArgs& given) {
+    const UnpackArgs args = given;  // not in memory that stores might change
     const int64_t first_group = args.first / args.group;
-    const bool aligned = args.ordinary && args.first % 16 == 0 && (args.group % 16 == 0 || args.group >= args.first + args.n);
+    const bool aligned =
+        args.ordinary && args.first % 16 == 0 && (args.group % 16 == 0 || args.group >= args.first + args.n);
     for (int64_t p = 0; p < args.rows; p += 2) {
       const bool has_b = p + 1 < args.rows;
       const PackedRow<bf16_t> a(args, p, first_group), b(args, has_b ? p + 1 : p, first_group);
-      fetch_ahead<moelora::bits_of(C)>(args, a.codes);
-      if (has_b) fetch_ahead<moelora::bits_of(C)>(args, b.codes);
       bf16_t* line = reinterpret_cast<bf16_t*>(static_cast<char*>(args.to) + p / 2 * args.to_stride) - 2 * args.first;
       const int64_t whole = aligned && has_b ? args.n / 16 * 16 : 0;
       UnpackArgs sixteens = args;

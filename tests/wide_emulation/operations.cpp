@@ -82,6 +82,8 @@ const Operation kOperations[] = {
   UNARY(_mm512_reduce_add_ps, __m512)
   BINARY(_mm512_add_epi16, __m512i, __m512i)
   BINARY(_mm512_add_epi32, __m512i, __m512i)
+  BINARY(_mm512_min_epu32, __m512i, __m512i)
+  BINARY(_mm512_max_epu32, __m512i, __m512i)
   BINARY(_mm512_and_si512, __m512i, __m512i)
   BINARY(_mm512_andnot_si512, __m512i, __m512i)
   BINARY(_mm512_or_si512, __m512i, __m512i)
