@@ -19,8 +19,8 @@ struct Cut {
   Cut(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range) {
     const Blocking& b = choice.blocking;
     const bool thin = in_thin_passes(choice, range), packed = op.w.is_packed();
-    width = min64(packed ? b.packed_strip : thin ? b.thin_strip : b.strip, range.out1 - range.out0);
-    pass = max64(1, min64(packed ? b.packed_depth : thin ? b.thin_depth : b.depth, op.w.cols()));
+    width = min64(packed ? b.packed_strips * b.strip : thin ? b.thin_strip : b.strip, range.out1 - range.out0);
+    pass = max64(1, min64(packed ? min64(b.packed_depth, b.chain) : thin ? b.thin_depth : b.depth, op.w.cols()));
   }
   Region first(const GroupedLinear& op, const BlockRange& range) const {
     return {range.expert, range.out0, width, 0, min64(pass, op.w.cols())};
