@@ -19,7 +19,13 @@ QUICK, SPARSE, SEARCH, FUZZ = (
 )
 DRIVERS = "tests/test_drivers_numpy.py"
 THE_BUILD = "tests/test_ukernel.py::test_the_build_under_test"
-CORE = ("tests/test_core.py", "tests/test_ukernel.py", "tests/test_ukernel_tiles.py", DRIVERS)
+CORE = (
+    "tests/test_core.py",
+    "tests/test_ukernel.py",
+    "tests/test_ukernel_tiles.py",
+    "tests/test_ukernel_unpack.py",
+    DRIVERS,
+)
 TRITON = {"MOELORA_BACKEND": "triton", "TRITON_INTERPRET": "1"}
 
 

@@ -161,6 +161,36 @@ BROKEN = [
     (WIDEST, "pack_depth", "rows", 0, "rows must not be null"),
     (WIDEST, "pack_depth", "row", 0, "no row may be null"),
 ]
+UNPACKING = next((k for k in KERNEL_SETS if k.compute != "fp64"), None)
+BROKEN += [
+    (UNPACKING, kernel, *row)
+    for kernel in ("unpack", "unpack_lines")
+    for row in (
+        ("rows", -1, "rows must be"),
+        ("first", -1, "first must be"),
+        ("n", -1, "n must be"),
+        ("group", 0, "group must be"),
+        ("codes", 0, "codes must not be null"),
+        ("values", 0, "nibbles must have values"),
+        ("scale", 0, "scale must not be null"),
+        ("scale_stride", 0, "scale_stride must hold every group"),
+        ("zero", 0, "only nibbles may have zero points"),
+        ("to", 0, "to must not be null"),
+        ("to", 1, "to must be aligned"),
+        ("to_stride", 4, "to_stride must hold a"),
+        ("ordinary", 0, "ordinary scales must be"),
+        ("nan", 0, "a scale that is NaN must stay it"),
+        ("numbers", 0, "there must be an unpack"),
+    )
+]
+BROKEN += [
+    (UNPACKING, "scales", "rows", -1, "rows must be"),
+    (UNPACKING, "scales", "n", -1, "n must be"),
+    (UNPACKING, "scales", "from", 0, "from must not be null"),
+    (UNPACKING, "scales", "to", 0, "to must not be null"),
+    (UNPACKING, "scales", "to_stride", 0, "to_stride must hold a row"),
+    (UNPACKING, "scales", "values", 0, "indexed scales must have values"),
+]
 WEAVING = [
     ("weave.vecs", 1, "only the widest tiles weave"),
     ("weave.half", 1, "no half vector"),
@@ -199,6 +229,9 @@ def test_the_contract_holds_for_small_calls(k):
         core.check_contract(k, kernel)
     if k.compute in k.flat_storage:
         core.check_contract(k, "flat_tile")
+    if k.compute != "fp64":
+        for kernel in ("unpack", "unpack_lines", "scales"):
+            core.check_contract(k, kernel)
     if k.weaves:
         core.check_contract(k, "tile", "weave")
         core.check_contract(k, "tile", "own")

@@ -66,5 +66,6 @@ void bind_arena(py::module_& m);
 void bind_contract(py::module_& m);
 void bind_kernels(py::module_& m);
 void bind_drivers(py::module_& m);
+void bind_unpack(py::module_& m);
 
 }  // namespace moelora

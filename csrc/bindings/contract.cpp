@@ -103,6 +103,40 @@ void check_pack(const KernelChoice& choice, bool lanes, const std::string& chang
   lanes ? check_pack_lanes(*choice.kernels, args) : check_pack_depth(*choice.kernels, args);
 }
 
+void check_unpacking(const KernelChoice& choice, bool lines, const std::string& change, int64_t to) {
+  static const float values[16] = {};
+  float scale[2] = {1.0f, 1.0f};
+  const Kernels& k = *choice.kernels;
+  Code code = Code::nibbles_low;
+  UnpackArgs args{
+      reinterpret_cast<const uint8_t*>(memory), 8, 1, 0, 4, values, scale, nullptr, 2, 32, true, memory, 64, 0};
+  if (change == "rows") args.rows = to;
+  if (change == "first") args.first = to;
+  if (change == "n") args.n = to;
+  if (change == "group") args.group = to;
+  if (change == "codes") args.codes = nullptr;
+  if (change == "values") args.values = nullptr;
+  if (change == "scale") args.scale = nullptr;
+  if (change == "scale_stride") args.scale_stride = to, args.rows = 2;
+  if (change == "zero") args.zero = scale, code = Code::int8;
+  if (change == "to") args.to = to ? memory + to : nullptr;
+  if (change == "to_stride") args.to_stride = to, args.rows = 3;
+  if (change == "ordinary") scale[0] = 0x1p-120f;
+  if (change == "nan") scale[0] = bit_cast<float>(0x7fffffffu), args.ordinary = false;
+  const DType numbers = change == "numbers" ? DType::f64 : DType::bf16;
+  lines ? check_unpack_lines(k, code, numbers, args) : check_unpack(k, code, numbers, args);
+}
+
+void check_reading_scales(const KernelChoice& choice, const std::string& change, int64_t to) {
+  ScaleArgs args{memory, 1, 1, 1, 1, 1.0f, 0.0f, nullptr, reinterpret_cast<float*>(memory), 1, 0};
+  if (change == "rows") args.rows = to;
+  if (change == "n") args.n = to;
+  if (change == "from") args.from = nullptr;
+  if (change == "to") args.to = nullptr;
+  if (change == "to_stride") args.to_stride = to, args.rows = 2;
+  check_scales(*choice.kernels, change == "values" ? ScaleType::indexed : ScaleType::f32, args);
+}
+
 }  // namespace
 
 void bind_contract(py::module_& m) {
@@ -112,6 +146,9 @@ void bind_contract(py::module_& m) {
         if (kernel == "tile") return check_tile(choice, change, to);
         if (kernel == "dot_tile") return check_dot(choice, change, to);
         if (kernel == "flat_tile") return check_flat(choice, change, to);
+        if (kernel == "unpack" || kernel == "unpack_lines")
+          return check_unpacking(choice, kernel == "unpack_lines", change, to);
+        if (kernel == "scales") return check_reading_scales(choice, change, to);
         require(kernel == "pack_lanes" || kernel == "pack_depth", "no kernel is called " + kernel);
         check_pack(choice, kernel == "pack_lanes", change, to);
       },

@@ -28,6 +28,9 @@ constexpr BlockingValue kBlocking[] = {
     {"thin_depth", &Blocking::thin_depth, 1},
     {"thin_strip", &Blocking::thin_strip, 1},
     {"strip", &Blocking::strip, 1},
+    {"packed_strips", &Blocking::packed_strips, 1},
+    {"packed_depth", &Blocking::packed_depth, 1},
+    {"packed_flat_rows", &Blocking::packed_flat_rows, 0},
     {"chain", &Blocking::chain, 1},
     {"segment", &Blocking::segment, 1},
     {"depth", &Blocking::depth, 1},
@@ -58,7 +61,8 @@ KernelChoice with_blocking(const KernelChoice& choice, const py::kwargs& changes
   }
   const Blocking& b = changed.blocking;
   const int64_t pack = choice.kernels->pack, widest = choice.kernels->lanes * choice.kernels->vecs;
-  require(b.depth % pack == 0 && b.thin_depth % pack == 0, "depth and thin_depth must be multiples of pack");
+  require(b.depth % pack == 0 && b.thin_depth % pack == 0 && b.packed_depth % pack == 0,
+          "depth, thin_depth and packed_depth must be multiples of pack");
   require(b.chain % b.depth == 0 && b.chain % b.thin_depth == 0, "chain must be a multiple of depth and thin_depth");
   require(b.strip % widest == 0 && b.thin_strip % b.strip == 0,
           "strip must be a multiple of the widest tile's lanes, thin_strip one of strip");

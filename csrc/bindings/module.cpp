@@ -67,5 +67,6 @@ PYBIND11_MODULE(_C, m) {
   moelora::bind_contract(m);
   moelora::bind_kernels(m);
   moelora::bind_drivers(m);
+  moelora::bind_unpack(m);
   moelora::bind_rates(m);
 }

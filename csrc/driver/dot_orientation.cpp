@@ -3,12 +3,6 @@
 #include "driver/rows.h"
 
 namespace moelora {
-namespace {
-
-// Steps of a pass: some rows of so many bytes stay in L1.
-int64_t pass_of(const Kernels& k) { return 4096 / size_of(k.compute); }
-
-}  // namespace
 
 DotRows::DotRows(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range, Arena& arena)
     : choice_(choice),
@@ -24,24 +18,38 @@ DotRows::DotRows(const KernelChoice& choice, const GroupedLinear& op, const Bloc
 }
 
 void DotRows::operator()(int64_t out, int64_t width, bool fetch, char* c, int64_t ldc, Arena& arena) const {
-  for (int64_t p = 0; p < w_.depth(); p += pass_of(*choice_.kernels))
-    for (int64_t i = 0; i < width; i += height_)
-      tile_row(out + i, min64(height_, width - i), p, fetch, c + i * accumulator_size(*choice_.kernels), ldc, arena);
+  const Kernels& k = *choice_.kernels;
+  for (int64_t p = 0; p < w_.depth(); p += pass_of(k))
+    for (int64_t i = 0; i < width; i += height_) {
+      Arena::Scope scope(arena);
+      const int64_t height = min64(height_, width - i), steps = min64(pass_of(k), w_.depth() - p);
+      const WeightTiles::DotOperand rows = w_.dot_rows(out + i, height, p, steps, fetch, arena);
+      const Ahead ahead = fetch && !w_.is_packed() ? w_.rows_ahead(out + i + height, height, p, steps) : Ahead{};
+      tile_row(rows, ahead, out + i, height, p, c + i * accumulator_size(k), ldc, arena);
+    }
+}
+
+void DotRows::pass(const LeftRows& w, int64_t out, int64_t width, int64_t p, char* c, int64_t ldc, Arena& arena) const {
+  const Kernels& k = *choice_.kernels;
+  for (int64_t i = 0; i < width; i += height_) {
+    Arena::Scope scope(arena);
+    tile_row({{w.data + i * w.stride, w.stride}, k.compute}, {}, out + i, min64(height_, width - i), p,
+             c + i * accumulator_size(k), ldc, arena);
+  }
 }
 
 // Weight rows [out, out + height), one pass.
-void DotRows::tile_row(int64_t out, int64_t height, int64_t p, bool fetch, char* c, int64_t ldc, Arena& arena) const {
-  Arena::Scope scope(arena);
+void DotRows::tile_row(const WeightTiles::DotOperand& w, const Ahead& ahead, int64_t out, int64_t height, int64_t p,
+                       char* c, int64_t ldc, Arena& arena) const {
   const Kernels& k = *choice_.kernels;
   const int64_t steps = min64(pass_of(k), w_.depth() - p), acc = accumulator_size(k);
   const bool with_lora = rank_ && p + steps == w_.depth();
-  const WeightTiles::DotOperand w_rows = w_.dot_rows(out, height, p, steps, arena);
   const LeftRows b_rows = with_lora ? b_.rows(out, height, 0, rank_, arena) : LeftRows{};
   for (int64_t g = 0; g < groups_; ++g) {
     const int64_t first = g * rows_ / groups_, cols = (g + 1) * rows_ / groups_ - first;
-    const DotSegment base{w_rows.rows.data, w_rows.rows.stride, x_.at(first, p * size_of(k.compute)), x_.stride, steps};
+    const DotSegment base{w.rows.data, w.rows.stride, x_.at(first, p * size_of(k.compute)), x_.stride, steps};
     const DotSegment lora{b_rows.data, b_rows.stride, u_.at(first, 0), u_.stride, rank_};
-    run_dot_tile(k, w_rows.storage,
+    run_dot_tile(k, w.storage,
                  {{base, lora},
                   with_lora ? 2 : 1,
                   static_cast<int>(height),
@@ -49,7 +57,7 @@ void DotRows::tile_row(int64_t out, int64_t height, int64_t p, bool fetch, char*
                   c + first * ldc * acc,
                   ldc,
                   p > 0,
-                  fetch && g == 0 ? w_.rows_ahead(out + height, height, p, steps) : Ahead{}});
+                  g == 0 ? ahead : Ahead{}});
   }
 }
 

@@ -19,31 +19,82 @@ struct Steps {
   int64_t rows, ldc;
 
   void add(int64_t p0, int64_t p1, int64_t first, int64_t width, Start start, char* c) const {
+    const char* from = r.rows.data + first * size_of(r.storage) * (r.lines ? k.pack : 1);
+    for (int64_t p = p0, step = kStep; p < p1; p += step, start = Start::resume)
+      multiply(p, min64(step, p1 - p), from + p / (r.lines ? k.pack : 1) * r.rows.stride, kStep * r.rows.stride, first,
+               width, start, c);
+  }
+
+  // `from`: outputs from `first` on of step p; memory so far ahead will be wanted soon.
+  void multiply(int64_t p, int64_t steps, const char* from, int64_t ahead, int64_t first, int64_t width, Start start,
+                char* c) const {
     const int64_t groups = ceil_div(rows, kMaxFlatRows);
-    const char* from = r.rows.data + first * size_of(r.storage);
-    for (int64_t p = p0; p < p1; p += kStep, start = Start::resume)
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t row = g * rows / groups, height = (g + 1) * rows / groups - row;
-        run_flat_tile(k, r.storage,
-                      {l.at(row, p * size_of(k.compute)), l.stride, from + p * r.rows.stride, r.rows.stride,
-                       min64(kStep, p1 - p), width, static_cast<int>(height),
-                       c + (row * ldc + first) * accumulator_size(k), ldc, start, g == 0 ? kStep * r.rows.stride : 0});
-      }
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t row = g * rows / groups, height = (g + 1) * rows / groups - row;
+      const FlatArgs args{l.at(row, p * size_of(k.compute)),
+                          l.stride,
+                          from,
+                          r.rows.stride,
+                          steps,
+                          width,
+                          static_cast<int>(height),
+                          c + (row * ldc + first) * accumulator_size(k),
+                          ldc,
+                          start,
+                          g == 0 ? ahead : 0};
+      r.lines ? run_flat_lines(k, args) : run_flat_tile(k, r.storage, args);
+    }
   }
 };
 
-// LoRA's rows as lanes: in place, or packed into one panel, which is the same with one p a line.
+// The base's rows: in place, or of packed weights some at a time in L1.
+class BaseSteps {
+ public:
+  BaseSteps(const Kernels& k, const WeightTiles& w, const LeftRows& x, int64_t rows, int64_t out, int64_t width)
+      : w_(w), out_(out), steps_{k, x, {}, rows, width} {
+    if (!w.has_lines()) steps_.r = w.flat_rows(out, 0);
+  }
+
+  // Bytes that wait in L1 for each output.
+  int64_t bytes_each() const {
+    const Kernels& k = steps_.k;
+    return steps_.rows * accumulator_size(k) + (w_.has_lines() ? lined() * size_of(k.compute) : 0);
+  }
+
+  void add(int64_t p0, int64_t p1, int64_t first, int64_t width, char* c, Arena& arena) {
+    if (!w_.has_lines()) return steps_.add(p0, p1, first, width, Start::zero, c);
+    Arena::Scope scope(arena);
+    const Kernels& k = steps_.k;
+    steps_.r.lines = true;
+    steps_.r.rows.stride = copy_pitch(k, width * k.pack);
+    char* some = static_cast<char*>(arena.take(lined() / k.pack * steps_.r.rows.stride));
+    for (int64_t p = p0; p < p1; p += lined()) {
+      const int64_t steps = min64(lined(), p1 - p);
+      w_.lines(out_ + first, width, p, steps, some, steps_.r.rows.stride, 2 * lined(), arena);
+      steps_.multiply(p, steps, some, 0, first, width, p == p0 ? Start::zero : Start::resume, c);
+    }
+  }
+
+ private:
+  int64_t lined() const { return kStep * steps_.k.pack; }
+
+  const WeightTiles& w_;
+  const int64_t out_;
+  Steps steps_;
+};
+
+// LoRA's rows as lanes: in place, or packed into one panel.
 WeightTiles::FlatOperand lora_rows(const Kernels& k, const WeightTiles& b, int64_t out, int64_t width, Arena& arena) {
   if (b.flat_as_stored()) return b.flat_rows(out, 0);
   const int64_t lanes = round_up(width, k.lane_step());
   char* panel = static_cast<char*>(arena.take(panel_bytes(k, b.depth(), lanes)));
   b.strip(out, width, 0, b.depth(), panel, lanes, 0, arena);
-  return {{panel, lanes * size_of(k.compute)}, k.compute};
+  return {{panel, lanes * k.pack * size_of(k.compute)}, k.compute, true};
 }
 
 }  // namespace
 
-// x: rows in place.  W[e]: [depth][outputs] rows in place.  C: [rows][outputs].
+// x: rows in place.  W[e]: [depth][outputs] rows in place, or unpacked some at a time.  C: [rows][outputs].
 void flat_orientation_block(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range,
                             const TokenSums* sums, Arena& arena) {
   Arena::Scope scope(arena);
@@ -53,7 +104,7 @@ void flat_orientation_block(const KernelChoice& choice, const GroupedLinear& op,
   const int64_t rows = range.row1 - range.row0, depth = w.depth(), chain = choice.blocking.chain;
   const int64_t width = range.out1 - range.out0, acc = accumulator_size(k);
   const int64_t bytes = rows * width * acc, piece = segment_width(choice, op);
-  const Steps base{k, x_rows(k, op, range, arena), w.flat_rows(range.out0, 0), rows, width};
+  BaseSteps base(k, w, x_rows(k, op, range, arena), rows, range.out0, width);
   Steps lora{k, {}, {}, rows, width};
   const int64_t rank = op.u.data ? op.b.cols : 0;
   if (rank) {
@@ -63,12 +114,12 @@ void flat_orientation_block(const KernelChoice& choice, const GroupedLinear& op,
   char* c = static_cast<char*>(arena.take(bytes));
   char* total = depth > chain ? static_cast<char*>(arena.take(bytes)) : nullptr;
   // C of as many outputs as stay in L1.
-  const int64_t outputs = max64(1, kResident / (rows * acc * piece)) * piece;
+  const int64_t outputs = max64(1, kResident / (base.bytes_each() * piece)) * piece;
   for (int64_t p = 0; p < depth; p += chain) {
     const int64_t end = min64(depth, p + chain);
     for (int64_t j = 0; j < width; j += outputs) {
       const int64_t n = min64(outputs, width - j);
-      base.add(p, end, j, n, Start::zero, c);
+      base.add(p, end, j, n, c, arena);
       if (rank && end == depth) lora.add(0, rank, j, n, Start::resume, c);
     }
     if (total && p == 0)

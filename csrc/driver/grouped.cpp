@@ -20,9 +20,13 @@ void run_block(const KernelChoice& choice, const GroupedLinear& op, const BlockR
   if (uses_row_orientation(op)) {
     const bool few = k.dots() && rows <= choice.blocking.dot_rows;
     (few ? dot_orientation_block : row_orientation_block)(choice, op, range, sums, arena);
-  } else if (rows <= choice.blocking.flat_rows && WeightTiles(k, op.w, range.expert).flat_as_stored()) {
+    return;
+  }
+  const WeightTiles w(k, op.w, range.expert);
+  if (w.has_lines() ? rows <= choice.blocking.packed_flat_rows
+                    : rows <= choice.blocking.flat_rows && w.flat_as_stored()) {
     flat_orientation_block(choice, op, range, sums, arena);
-  } else if (!WeightTiles(k, op.w, range.expert).weaves(k.lanes * k.vecs, k.pack)) {
+  } else if (!w.weaves(k.lanes * k.vecs, k.pack)) {
     strip_orientation_block(choice, op, range, sums, arena);
   } else {
     (in_thin_passes(choice, range) ? thin_orientation_block : panel_orientation_block)(choice, op, range, sums, arena);

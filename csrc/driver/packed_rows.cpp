@@ -7,45 +7,103 @@ float fp32(const Matrix& m, int64_t row, int64_t col) { return *reinterpret_cast
 
 }  // namespace
 
-void PackedRows::unpack(int64_t row, int64_t first, int64_t n, void* to, Arena& arena) const {
-  if (n <= 0) return;
+void PackedRows::unpack(const PackedPart& part, void* to, int64_t stride, int64_t ahead, Arena& arena) const {
+  if (part.n <= 0 || part.rows <= 0) return;
   Arena::Scope scope(arena);
-  const Scales &scale = packed_.scale, &zero = packed_.zero;
-  const int64_t group = first / scale.cols_each, groups = ceil_div(first + n, scale.cols_each) - group;
-  float* scales = arena.take_array<float>(groups);
-  read_scales(row, group, groups, scales);
-  float* zeros = nullptr;
-  if (zero.data) {
-    zeros = arena.take_array<float>(groups);
-    k_.scales[static_cast<int>(zero.type)](
-        {zero.at(expert_, row / zero.rows_each, group), groups, zero.col_stride, 1.0f, 0.0f, nullptr, zeros});
-  }
-  unpack_({row_codes(row), first, n, packed_.values, scales, zeros, scale.cols_each, to});
+  UnpackArgs args = unpack_args(part, ahead, arena);
+  args.to = to;
+  args.to_stride = stride;
+  run_unpack(k_, packed_.code, values_, args);
 }
 
-// Those of groups [group, group + n).
-void PackedRows::read_scales(int64_t row, int64_t group, int64_t n, float* to) const {
+void PackedRows::unpack_lines(const PackedPart& part, void* to, int64_t stride, int64_t ahead, Arena& arena) const {
+  if (part.n <= 0 || part.rows <= 0) return;
+  Arena::Scope scope(arena);
+  UnpackArgs args = unpack_args(part, ahead, arena);
+  args.to = to;
+  args.to_stride = stride;
+  run_unpack_lines(k_, packed_.code, values_, args);
+}
+
+// All but where to.
+UnpackArgs PackedRows::unpack_args(const PackedPart& part, int64_t ahead, Arena& arena) const {
+  const Scales& zero = packed_.zero;
+  const int64_t each = packed_.scale.cols_each, group = part.first / each;
+  const int64_t groups = ceil_div(part.first + part.n, each) - group;
+  float* scales = arena.take_array<float>(part.rows * groups);
+  const bool ordinary = read_scales(part.row, part.rows, group, groups, ahead, scales);
+  float* zeros = nullptr;
+  if (zero.data) {
+    zeros = arena.take_array<float>(part.rows * groups);
+    run_scales(k_, zero.type,
+               {zero.at(expert_, part.row, group), part.rows, groups, zero.row_stride, zero.col_stride, 1.0f, 0.0f,
+                nullptr, zeros, groups, ahead});
+  }
+  return {row_codes(part.row),
+          packed_.row_stride,
+          part.rows,
+          part.first,
+          part.n,
+          packed_.values,
+          scales,
+          zeros,
+          groups,
+          each,
+          ordinary,
+          nullptr,
+          0,
+          ahead * packed_.row_stride};
+}
+
+// Up to which row scales go on as at `row`.
+int64_t PackedRows::rows_alike(int64_t row) const {
+  int64_t end = packed_.rows;
+  if (packed_.scale.rows_each > 1) end = (row / packed_.scale.rows_each + 1) * packed_.scale.rows_each;
+  if (packed_.scale.type != ScaleType::e4m3) return end;
+  const int64_t part = packed_.rows / packed_.scale2.cols;
+  return min64(end, (row / part + 1) * part);
+}
+
+// to: [rows][n], those of groups [group, group + n). Whether all are ordinary.
+bool PackedRows::read_scales(int64_t row, int64_t rows, int64_t group, int64_t n, int64_t ahead, float* to) const {
   const Scales& scale = packed_.scale;
-  const int64_t row_group = row / scale.rows_each;
-  const auto read = k_.scales[static_cast<int>(scale.type)];
-  if (scale.type != ScaleType::indexed) {
+  bool ordinary = true;
+  for (int64_t end = row + rows, next; row < end; to += (next - row) * n, row = next) {
+    if (scale.type == ScaleType::indexed) {
+      next = row + 1;
+      ordinary &= read_nested(row, group, n, to);
+      continue;
+    }
+    next = min64(end, rows_alike(row));
     float factor = 1.0f;
     if (scale.type == ScaleType::e4m3)
       factor = fp32(packed_.scale2, expert_, row / (packed_.rows / packed_.scale2.cols));
-    return read({scale.at(expert_, row_group, group), n, scale.col_stride, factor, 0.0f, nullptr, to});
+    ordinary &= run_scales(
+        k_, scale.type,
+        {scale.at(expert_, row / scale.rows_each, group), next - row, n, scale.rows_each == 1 ? scale.row_stride : 0,
+         scale.col_stride, factor, 0.0f, nullptr, to, n, ahead});
   }
+  return ordinary;
+}
+
+bool PackedRows::read_nested(int64_t row, int64_t group, int64_t n, float* to) const {
+  const Scales& scale = packed_.scale;
   const int64_t in_row = packed_.cols / scale.cols_each, before = (expert_ * packed_.rows + row) * in_row + group;
+  bool ordinary = true;
   for (int64_t i = 0, end; i < n; i = end) {
     const int64_t block = (before + i) / kNestedBlock;
     end = min64(n, (block + 1) * kNestedBlock - before);
-    read({scale.at(expert_, row_group, group + i), end - i, scale.col_stride, fp32(packed_.scale2, block, 0),
-          fp32(packed_.scale2, block, 1), packed_.scale_values, to + i});
+    ordinary &=
+        run_scales(k_, scale.type,
+                   {scale.at(expert_, row, group + i), 1, end - i, 0, scale.col_stride, fp32(packed_.scale2, block, 0),
+                    fp32(packed_.scale2, block, 1), packed_.scale_values, to + i, n, 0});
   }
+  return ordinary;
 }
 
-Ahead PackedRows::ahead(int64_t row, int64_t rows, int64_t first, int64_t n) const {
+Ahead PackedRows::codes(const PackedPart& part) const {
   const int bits = bits_of(packed_.code);
-  return {row_codes(row) + first * bits / 8, packed_.row_stride, rows, ceil_div(n * bits, 8)};
+  return {row_codes(part.row) + part.first * bits / 8, packed_.row_stride, part.rows, ceil_div(part.n * bits, 8)};
 }
 
 }  // namespace moelora

@@ -100,30 +100,46 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
   char* c = static_cast<char*>(arena.take(c_bytes + (count - 1) * c_apart));
   char* by_row = static_cast<char*>(arena.take(c_bytes));
 
+  // What takes work to make is made once for both: so many steps at a time that they are whole passes of either.
+  const bool shared = odd > 0 && count > 0 && w.is_packed();
+  const int64_t pass = choice.blocking.depth, span = shared ? round_up(DotRows::pass_of(k), pass) : pass;
+  char* odd_c = static_cast<char*>(arena.take(odd * segment * acc));
+
   for (int64_t out = range.out0; out < range.out1; out += segment) {
     const int64_t width = min64(segment, range.out1 - out);
-    for (int64_t p = 0; p < depth && count > 0; p += choice.blocking.depth) {
-      Arena::Scope pass(arena);
-      const int64_t steps = min64(choice.blocking.depth, depth - p);
-      const bool last = p + steps == depth;
-      PassRows rows{
-          w.rows(out, width, p, steps, arena), {}, out, width, p, steps, last ? rank : 0, choice.blocking.start(p)};
-      if (rows.rank) rows.b = b.rows(out, width, 0, rank, arena);
-      NextRows next = next_rows(choice, op, range, rows, tile_count(k, panels, count, width));
-      for (int64_t j = 0; j < count; ++j) {
-        const LanePanel& panel = panels[j];
-        char* c_panel = c + j * c_apart;
-        if (last) epilogue.expect(range.row0 + panel.first, panel.rows, out, width);
-        multiply_panel(k, w, rows, panel, j == 0, next, c_panel, widest);
-        if (!last) continue;
-        k.transpose(by_row, segment, c_panel, widest, width, panel.rows);
-        epilogue(range.row0 + panel.first, panel.rows, by_row, segment * acc, out, width);
+    for (int64_t q = 0; q < depth && count > 0; q += span) {
+      Arena::Scope scope_of_span(arena);
+      const LeftRows some = w.rows(out, width, q, min64(span, depth - q), arena);
+      for (int64_t p = q; p < min64(q + span, depth); p += pass) {
+        const int64_t steps = min64(pass, depth - p);
+        const bool last = p + steps == depth;
+        PassRows rows{{some.data + (p - q) * size_of(k.compute), some.stride},
+                      {},
+                      out,
+                      width,
+                      p,
+                      steps,
+                      last ? rank : 0,
+                      choice.blocking.start(p)};
+        if (rows.rank) rows.b = b.rows(out, width, 0, rank, arena);
+        NextRows next = next_rows(choice, op, range, rows, tile_count(k, panels, count, width));
+        for (int64_t j = 0; j < count; ++j) {
+          const LanePanel& panel = panels[j];
+          char* c_panel = c + j * c_apart;
+          if (last) epilogue.expect(range.row0 + panel.first, panel.rows, out, width);
+          multiply_panel(k, w, rows, panel, j == 0, next, c_panel, widest);
+          if (!last) continue;
+          k.transpose(by_row, segment, c_panel, widest, width, panel.rows);
+          epilogue(range.row0 + panel.first, panel.rows, by_row, segment * acc, out, width);
+        }
       }
+      for (int64_t p = q; shared && p < min64(q + span, depth); p += DotRows::pass_of(k))
+        dots.pass({some.data + (p - q) * size_of(k.compute), some.stride}, out, width, p, odd_c, segment, arena);
     }
     if (odd == 0) continue;
     epilogue.expect(rest.row0, odd, out, width);
-    dots(out, width, count == 0, by_row, segment, arena);
-    epilogue(rest.row0, odd, by_row, segment * acc, out, width);
+    if (!shared) dots(out, width, count == 0, odd_c, segment, arena);
+    epilogue(rest.row0, odd, odd_c, segment * acc, out, width);
   }
 }
 

@@ -18,9 +18,9 @@ struct Cut {
 
   Cut(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range) {
     const Blocking& b = choice.blocking;
-    const bool thin = in_thin_passes(choice, range);
-    width = min64(thin ? b.thin_strip : b.strip, range.out1 - range.out0);
-    pass = max64(1, min64(thin ? b.thin_depth : b.depth, op.w.cols()));
+    const bool thin = in_thin_passes(choice, range), packed = op.w.is_packed();
+    width = min64(packed ? b.packed_strips * b.strip : thin ? b.thin_strip : b.strip, range.out1 - range.out0);
+    pass = max64(1, min64(packed ? min64(b.packed_depth, b.chain) : thin ? b.thin_depth : b.depth, op.w.cols()));
   }
   Region first(const GroupedLinear& op, const BlockRange& range) const {
     return {range.expert, range.out0, width, 0, min64(pass, op.w.cols())};
@@ -41,11 +41,13 @@ class StripBlock {
         rank_(op.u.data ? b_.depth() : 0),
         rows_(range.row1 - range.row0),
         lanes_(k_.lanes * k_.vecs),
-        pitch_(round_up(cut_.width, lanes_)) {
+        pitch_(round_up(cut_.width, lanes_)),
+        layout_(k_, w_.has_lines(), cut_.width, cut_.pass),
+        b_layout_(k_, w_.has_lines(), cut_.width, rank_) {
     x_ = x_rows(k_, op, range, arena);
     if (rank_) u_ = left_rows(k_, op.u, range.row0, rows_, 0, rank_, arena);
-    panels_ = static_cast<char*>(arena.take(pitch_ / lanes_ * panel_bytes(k_, cut_.pass, lanes_)));
-    b_panels_ = static_cast<char*>(arena.take(pitch_ / lanes_ * panel_bytes(k_, rank_, lanes_)));
+    panels_ = static_cast<char*>(arena.take(layout_.bytes));
+    b_panels_ = static_cast<char*>(arena.take(b_layout_.bytes));
     c_ = static_cast<char*>(arena.take(c_bytes()));
     if (chains_in_passes()) total_ = static_cast<char*>(arena.take(c_bytes()));
   }
@@ -99,9 +101,8 @@ class StripBlock {
   // c: [rows][pitch] (+)= rows times the region.
   void multiply(const Region& now, const Region& next, Arena& arena) {
     const bool with_lora = rank_ && now.p + now.steps == w_.depth();
-    const int64_t apart = panel_bytes(k_, cut_.pass, lanes_), b_apart = panel_bytes(k_, rank_, lanes_);
-    w_.strip(now.out, now.width, now.p, now.steps, panels_, lanes_, apart, arena);
-    if (with_lora) b_.strip(now.out, now.width, 0, rank_, b_panels_, lanes_, b_apart, arena);
+    w_.strip(now.out, now.width, now.p, now.steps, panels_, layout_, arena);
+    if (with_lora) b_.strip(now.out, now.width, 0, rank_, b_panels_, b_layout_, arena);
     const int64_t panels = ceil_div(now.width, lanes_), tallest = k_.max_rows[k_.vecs - 1];
     const int64_t groups = ceil_div(rows_, tallest);
     // A panel stays in L1 while the rows pass by.
@@ -109,14 +110,14 @@ class StripBlock {
       const int64_t lanes = round_up(min64(lanes_, now.width - j * lanes_), k_.lane_step());
       for (int64_t t = 0; t < groups; ++t) {
         const int64_t row = t * rows_ / groups, height = (t + 1) * rows_ / groups - row;
-        const Segment base{x_.at(row, now.p * size_of(k_.compute)), x_.stride, panels_ + j * apart, now.steps};
-        const Segment lora{u_.at(row, 0), u_.stride, b_panels_ + j * b_apart, rank_};
+        const Segment base{x_.at(row, now.p * size_of(k_.compute)), x_.stride, panels_ + j * layout_.apart, now.steps};
+        const Segment lora{u_.at(row, 0), u_.stride, b_panels_ + j * b_layout_.apart, rank_};
         run_tile(k_, {{base, lora},
                       with_lora ? 2 : 1,
                       static_cast<int>(height),
                       k_.vectors(lanes),
                       k_.ends_in_half(lanes),
-                      lanes_,
+                      layout_.line,
                       c_ + (row * pitch_ + j * lanes_) * accumulator_size(k_),
                       pitch_,
                       start(now.p),
@@ -132,6 +133,7 @@ class StripBlock {
   const WeightTiles w_, b_;
   const Cut cut_;
   const int64_t chain_, rank_, rows_, lanes_, pitch_;
+  const StripLayout layout_, b_layout_;
   LeftRows x_{}, u_{};
   char *panels_, *b_panels_, *c_, *total_ = nullptr;
 };

@@ -15,6 +15,21 @@ struct LaneRows {
   int64_t stride;  // bytes
 };
 
+// How a strip of panels of the widest tile lies in memory: lines of `line` lanes each, panels `apart` bytes from one to
+// the next. Each by itself, or side by side in lines as long as the strip is wide, which is how codes are unpacked.
+struct StripLayout {
+  bool side_by_side;
+  int64_t line, apart, bytes;
+
+  StripLayout(const Kernels& k, bool beside, int64_t width, int64_t steps) : side_by_side(beside) {
+    const int64_t lanes = k.lanes * k.vecs, lane_bytes = k.pack * size_of(k.compute);
+    // An odd number of cache lines, so that lines do not share sets.
+    line = beside ? (ceil_div(round_up(width, lanes) * lane_bytes, 64) | 1) * 64 / lane_bytes : lanes;
+    apart = beside ? lanes * lane_bytes : panel_bytes(k, steps, lanes);
+    bytes = (beside ? 1 : ceil_div(width, lanes)) * panel_bytes(k, steps, line);
+  }
+};
+
 // [outputs, depth]
 class WeightTiles {
  public:
@@ -32,7 +47,7 @@ class WeightTiles {
 
   // Outputs [out, out + count), steps [p, p + steps): unit stride, compute type. In place, or in `arena`.
   LeftRows rows(int64_t out, int64_t count, int64_t p, int64_t steps, Arena& arena) const {
-    if (packed_) return unpacked_rows(out, count, p, steps, arena);
+    if (packed_) return unpacked_rows(out, count, p, steps, false, arena);
     return left_rows(k_, matrix_, out, count, p, steps, arena);
   }
   // The same for dot products, which take some storage types as they are.
@@ -44,7 +59,9 @@ class WeightTiles {
   bool dots_as_stored() const {
     return k_.dot_tile[static_cast<int>(matrix_.dtype)] && (matrix_.col_stride == 1 || matrix_.cols <= 1);
   }
-  DotOperand dot_rows(int64_t out, int64_t count, int64_t p, int64_t steps, Arena& arena) const;
+  DotOperand dot_rows(int64_t out, int64_t count, int64_t p, int64_t steps, bool fetch, Arena& arena) const;
+  // Whether dot_rows fetches the codes of what follows itself.
+  bool is_packed() const { return packed_.has_value(); }
   // What such rows will be made of.
   Ahead rows_ahead(int64_t out, int64_t count, int64_t p, int64_t steps) const;
 
@@ -54,6 +71,8 @@ class WeightTiles {
     if (packed_) return unpacked_strip(out, width, p, steps, panels, lanes, apart, arena);
     pack_panels(k_, matrix_, out, width, p, steps, panels, lanes, apart, arena);
   }
+  void strip(int64_t out, int64_t width, int64_t p, int64_t steps, char* panels, const StripLayout& layout,
+             Arena& arena) const;
   // What such a strip will be made of.
   Ahead strip_ahead(int64_t out, int64_t width, int64_t p, int64_t steps) const;
 
@@ -61,11 +80,21 @@ class WeightTiles {
   struct FlatOperand {
     LaneRows rows;
     DType storage;
+    bool lines = false;  // of a panel
   };
   bool flat_as_stored() const {
     return !packed_ && k_.flat_tile[static_cast<int>(matrix_.dtype)] && (matrix_.row_stride == 1 || matrix_.rows <= 1);
   }
   FlatOperand flat_rows(int64_t out, int64_t p) const { return {lane_rows(out, p), matrix_.dtype}; }
+
+  // Whether there are `lines`: lanes of a panel, unpacked.
+  bool has_lines() const { return packed_ && turned_ && k_.flat_lines; }
+  // Outputs [out, out + width) as lanes of lines `stride` bytes apart, steps [p, p + steps); the same of steps so far
+  // ahead will be wanted soon.
+  void lines(int64_t out, int64_t width, int64_t p, int64_t steps, void* to, int64_t stride, int64_t ahead,
+             Arena& arena) const {
+    packed_->unpack_lines({p, steps, out, width}, to, stride, ahead, arena);
+  }
 
   // Whether tiles can pack such a strip themselves, from `lane_rows`.
   bool weaves(int64_t width, int64_t steps) const;
@@ -74,7 +103,7 @@ class WeightTiles {
   }
 
  private:
-  LeftRows unpacked_rows(int64_t out, int64_t count, int64_t p, int64_t steps, Arena& arena) const;
+  LeftRows unpacked_rows(int64_t out, int64_t count, int64_t p, int64_t steps, bool fetch, Arena& arena) const;
   void unpacked_strip(int64_t out, int64_t width, int64_t p, int64_t steps, void* panels, int64_t lanes, int64_t apart,
                       Arena& arena) const;
 

@@ -128,9 +128,10 @@ void check(const Kernels& k, const DotArgs& args, DType l) {
   call.require(args.ahead.runs == nullptr, "ahead must have no runs", 1);
 }
 
-void check(const Kernels& k, const FlatArgs& args, DType r) {
-  const Call call{k, "flat_tile"};
-  call.require(k.flat_tile[static_cast<int>(r)] != nullptr, "there must be a flat tile for r", static_cast<int>(r));
+namespace {
+
+void check_flat(const Call& call, const FlatArgs& args, DType r) {
+  const Kernels& k = call.k;
   call.in_range(args.rows, 1, kMaxFlatRows, "rows must be at least 1 and at most kMaxFlatRows");
   call.require(args.width >= 0, "width must be at least 0", args.width);
   call.require(args.depth >= 0, "depth must be at least 0", args.depth);
@@ -144,6 +145,74 @@ void check(const Kernels& k, const FlatArgs& args, DType r) {
   if (args.depth == 0) return;
   call.given(args.l, "l must not be null");
   call.given(args.r, "r must not be null");
+}
+
+void check_codes(const Call& call, Code code, DType values, const UnpackArgs& args) {
+  const int64_t size = size_of(call.k.compute);
+  call.require(args.rows >= 0, "rows must be at least 0", args.rows);
+  call.require(args.first >= 0, "first must be at least 0", args.first);
+  call.require(args.n >= 0, "n must be at least 0", args.n);
+  call.require(args.group >= 1, "group must be at least 1", args.group);
+  call.given(args.codes, "codes must not be null");
+  call.given(args.to, "to must not be null");
+  call.aligned(args.to, args.to_stride, size, "to must be aligned to its elements");
+  if (bits_of(code) == 4) call.given(args.values, "nibbles must have values");
+  call.require(bits_of(code) == 4 || !args.zero, "only nibbles may have zero points", 1);
+  call.in_range(static_cast<int>(values), 0, kDTypes - 1, "values must be a type");
+  call.given(args.scale, "scale must not be null");
+  if (args.n == 0) return;
+  const int64_t groups = (args.first + args.n - 1) / args.group - args.first / args.group + 1;
+  call.require(args.rows <= 1 || args.scale_stride >= groups, "scale_stride must hold every group", args.scale_stride);
+  for (int64_t i = 0; i < args.rows * groups; ++i) {
+    const float scale = args.scale[i / groups * args.scale_stride + i % groups];
+    const float magnitude = scale < 0 ? -scale : scale;
+    call.require(!args.ordinary || scale == 0 || (magnitude >= kLeastOrdinary && magnitude <= kMostOrdinary),
+                 "ordinary scales must be", static_cast<int64_t>(bit_cast<uint32_t>(scale)));
+    call.require(scale == scale || bit_cast<uint32_t>(scale) << 1 == 0xff800000u, "a scale that is NaN must stay it",
+                 static_cast<int64_t>(bit_cast<uint32_t>(scale)));
+  }
+}
+
+}  // namespace
+
+void check(const Kernels& k, const FlatArgs& args, DType r) {
+  const Call call{k, "flat_tile"};
+  call.require(k.flat_tile[static_cast<int>(r)] != nullptr, "there must be a flat tile for r", static_cast<int>(r));
+  check_flat(call, args, r);
+}
+
+void check_flat_lines(const Kernels& k, const FlatArgs& args) {
+  const Call call{k, "flat_lines"};
+  call.require(k.flat_lines != nullptr, "there must be flat tiles of lines", 0);
+  check_flat(call, args, k.compute);
+}
+
+void check_unpack(const Kernels& k, Code code, DType values, const UnpackArgs& args) {
+  const Call call{k, "unpack"};
+  call.require(k.unpack[static_cast<int>(code)][static_cast<int>(values)] != nullptr,
+               "there must be an unpack to values", static_cast<int>(values));
+  check_codes(call, code, values, args);
+  call.require(args.rows <= 1 || args.to_stride >= args.n * size_of(k.compute), "to_stride must hold a row",
+               args.to_stride);
+}
+
+void check_unpack_lines(const Kernels& k, Code code, DType values, const UnpackArgs& args) {
+  const Call call{k, "unpack_lines"};
+  call.require(k.unpack_lines[static_cast<int>(code)][static_cast<int>(values)] != nullptr,
+               "there must be an unpack_lines to values", static_cast<int>(values));
+  check_codes(call, code, values, args);
+  call.require(args.rows <= k.pack || args.to_stride >= args.n * k.pack * size_of(k.compute),
+               "to_stride must hold a line", args.to_stride);
+}
+
+void check_scales(const Kernels& k, ScaleType type, const ScaleArgs& args) {
+  const Call call{k, "scales"};
+  call.require(args.rows >= 0, "rows must be at least 0", args.rows);
+  call.require(args.n >= 0, "n must be at least 0", args.n);
+  call.given(args.to, "to must not be null");
+  call.require(args.rows <= 1 || args.to_stride >= args.n, "to_stride must hold a row", args.to_stride);
+  call.require(type != ScaleType::indexed || args.values, "indexed scales must have values", 0);
+  if (args.rows > 0 && args.n > 0) call.given(args.from, "from must not be null");
 }
 
 void check_pack_lanes(const Kernels& k, const PackArgs& args) {

@@ -73,7 +73,7 @@ void fill_storage(moelora::Kernels& k, moelora::DType storage) {
   fill_packs<V, Op, T>(k, storage);
   fill_rows_of<V, T>(k, storage);
   fill_glu<V, T>(k, storage);
-  if constexpr (Op::pack == 1) k.flat_tile[static_cast<int>(storage)] = flat_any<Op, T>;
+  if constexpr (Op::pack == 1) k.flat_tile[static_cast<int>(storage)] = flat_any<Op, T, 1>;
   if constexpr (requires(const T* row) { V::sum_of_four, Op::load_whole(row); }) fill_dot<Op, T>(k, storage);
 }
 
@@ -87,6 +87,7 @@ moelora::Kernels f32_kernels(const char* name) {
   fill_storage<V, Op, moelora::bf16_t>(k, moelora::DType::bf16);
   fill_storage<V, Op, moelora::f16_t>(k, moelora::DType::f16);
   fill_storage<V, Op, float>(k, moelora::DType::f32);
+  k.flat_lines = k.flat_tile[static_cast<int>(moelora::DType::f32)];
   return k;
 }
 

@@ -1,6 +1,6 @@
 // The flat tile over a vector policy, for few rows. Include inside an instruction set's unit only.
 //
-// Op: as for tile.inl with one p a step, and load_whole(T*), load_run(T*, n): a vector of a row of storage type T;
+// Op: as for tile.inl, and load_whole(T*), load_run(T*, n): a vector of a row of storage type T;
 //     sums: accumulators that fit the registers beside operands
 #pragma once
 
@@ -9,8 +9,8 @@
 
 namespace {
 
-// C: [MR][width], vectors of R's rows in place.
-template <class Op, class T, int MR>
+// C: [MR][width], vectors of R's rows in place, or of lines of Pack p each.
+template <class Op, class T, int Pack, int MR>
 void flat_tile(const moelora::FlatArgs& args) {
   constexpr int kFlatVecs = 2 * MR <= Op::sums ? 2 : 1;
   using acc_t = typename Op::acc_t;
@@ -26,21 +26,25 @@ void flat_tile(const moelora::FlatArgs& args) {
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v)
         acc[i][v] = args.start == moelora::Start::resume ? load_c(c + i * args.ldc + v * Op::lanes) : Op::zero();
-    const T* row = reinterpret_cast<const T*>(static_cast<const char*>(args.r)) + j;
-    for (int64_t p = 0; p < args.depth; ++p) {
+    const T* row = reinterpret_cast<const T*>(static_cast<const char*>(args.r)) + j * Pack;
+    const auto step = [&](int64_t p, const auto& broadcast) __attribute__((always_inline)) {
       typename Op::opvec line[NV];
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) line[v] = load(row + v * Op::lanes);
+      for (int v = 0; v < NV; ++v) line[v] = load(row + v * Op::lanes * Pack);
 #pragma GCC unroll 12
       for (int i = 0; i < MR; ++i) {
-        const typename Op::opvec a = Op::broadcast(l(i, p));
+        const typename Op::opvec a = broadcast(l(i, p));
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) acc[i][v] = Op::fma(a, line[v], acc[i][v]);
       }
       // The rows that come next, side by side.
       __builtin_prefetch(reinterpret_cast<const char*>(row) + args.ahead, 0, 2);
       row = reinterpret_cast<const T*>(reinterpret_cast<const char*>(row) + args.r_stride);
-    }
+    };
+    int64_t p = 0;
+    for (; p + Pack <= args.depth; p += Pack) step(p, [](const auto* at) { return Op::broadcast(at); });
+    if constexpr (Pack > 1)
+      if (p < args.depth) step(p, [](const auto* at) { return Op::broadcast_last(at); });
 #pragma GCC unroll 12
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
@@ -54,16 +58,17 @@ void flat_tile(const moelora::FlatArgs& args) {
   for (; j < args.width; j += Op::lanes) {
     const int64_t left = args.width - j, n = left < Op::lanes ? left : Op::lanes;
     block.template operator()<1>(
-        j, [n](const T* at) { return Op::load_run(at, n); }, [n](const acc_t* from) { return Op::load_n(from, n); },
+        j, [n](const T* at) { return Op::load_run(at, n * Pack); },
+        [n](const acc_t* from) { return Op::load_n(from, n); },
         [n](acc_t* to, typename Op::vec v) { Op::store_n(to, v, n); });
   }
 }
 
-template <class Op, class T, int MR = moelora::kMaxFlatRows>
+template <class Op, class T, int Pack, int MR = moelora::kMaxFlatRows>
 void flat_any(const moelora::FlatArgs& args) {
   if constexpr (MR > 1)
-    if (args.rows < MR) return flat_any<Op, T, MR - 1>(args);
-  flat_tile<Op, T, MR>(args);
+    if (args.rows < MR) return flat_any<Op, T, Pack, MR - 1>(args);
+  flat_tile<Op, T, Pack, MR>(args);
 }
 
 }  // namespace

@@ -142,26 +142,39 @@ struct PackArgs {
   int64_t panels_apart = 0;  // bytes; pack_depth goes on in the next panel where n is more than panel_lanes
 };
 
-// Columns [first, first + n) of one packed row, in the compute type.
+// Columns [first, first + n) of some packed rows, in the compute type: rows `to_stride` bytes apart. As lines of a
+// panel rows are p and columns its lanes: a line for every `pack` rows, a missing last row is zero.
 struct UnpackArgs {
-  const uint8_t* codes;  // of column 0
-  int64_t first, n;
-  const float* values;  // [16], of nibbles
-  const float* scale;   // of the groups that the columns are in, from the first of these on
-  const float* zero;    // the same, or null
-  int64_t group;        // columns that share a scale
+  const uint8_t* codes;  // of column 0 of the first row
+  int64_t codes_stride;  // bytes between rows
+  int64_t rows, first, n;
+  const float* values;   // [16], of nibbles
+  const float* scale;    // [rows][scale_stride]: of the groups that the columns are in, from the first of these on
+  const float* zero;     // the same, or null
+  int64_t scale_stride;  // elements
+  int64_t group;         // columns that share a scale; where under 32, values are numbers of bf16
+  bool ordinary;         // whether all scales are, so that no product overflows or is subnormal
   void* to;
+  int64_t to_stride;
+  int64_t ahead;  // bytes: codes so far behind these will be wanted soon; 0: none
 };
 
-// Scales or zero points in fp32: `n` of them, `stride` elements apart.
+// Scales or zero points in fp32: [rows][n] of them, `stride` and `row_stride` elements apart.
 struct ScaleArgs {
   const void* from;
-  int64_t n, stride;
+  int64_t rows, n, row_stride, stride;
   float factor;         // of e4m3 and indexed ones
   float offset;         // of indexed ones
   const float* values;  // [256], of these
   float* to;
+  int64_t to_stride;  // elements
+  int64_t ahead;      // rows: those so far behind these will be wanted soon; 0: none
 };
+
+// Scales are ordinary if they are zero or of a size from the first to the second.
+constexpr float kLeastOrdinary = 0x1p-100f, kMostOrdinary = 0x1p100f;
+// The same with their bits moved up by one, over the sign.
+constexpr uint32_t kLeastOrdinaryBits = uint32_t{127 - 100} << 24, kMostOrdinaryBits = uint32_t{127 + 100} << 24;
 
 enum class Activation : uint8_t { silu, gelu, gelu_tanh };
 
@@ -186,6 +199,9 @@ struct Kernels {
   void (*dot_tile[kDTypes])(const DotArgs&);
   // Indexed by the storage type of R; null where there is none.
   void (*flat_tile[kDTypes])(const FlatArgs&);
+  // The same for R of lines of a panel, of the compute type: [p/pack][j][pack], the last p of an odd depth zero; null
+  // where there is none.
+  void (*flat_lines)(const FlatArgs&);
   bool dots() const { return dot_tile[static_cast<int>(compute)] != nullptr; }
   int lane_step() const { return halves ? lanes / 2 : lanes; }
   int vectors(int64_t panel_lanes) const { return static_cast<int>((panel_lanes + lanes - 1) / lanes); }
@@ -204,11 +220,13 @@ struct Kernels {
   void (*transpose_in[kDTypes])(void* dst, int64_t ldd, const PackArgs& src, const void* scale);
 
   // to[i] = (value − zero) · scale, each operation rounded to fp32, then to the second index, the type that the weights
-  // would have; null where this compute type does not take it. Every NaN among the scales is one that stays NaN however
-  // it is rounded: `scales` gives no others.
+  // would have; null where this compute type does not take it. A zero may lose its sign. Every NaN among the scales is
+  // one that stays NaN however it is rounded: `scales` gives no others.
   void (*unpack[kCodes][kDTypes])(const UnpackArgs&);
-  // to[i] = from[i · stride], · factor and + offset as their type has them, each rounded to fp32.
-  void (*scales[kScaleTypes])(const ScaleArgs&);
+  void (*unpack_lines[kCodes][kDTypes])(const UnpackArgs&);  // where pack is 1, the same
+  // to[i] = from[i · stride], · factor and + offset as their type has them, each rounded to fp32. Whether all are
+  // ordinary.
+  bool (*scales[kScaleTypes])(const ScaleArgs&);
 
   // Accumulator rows. c, bias, acc: accumulator type.
   void (*transpose)(void* dst, int64_t ldd, const void* src, int64_t lds, int64_t rows, int64_t cols);

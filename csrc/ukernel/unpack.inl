@@ -1,13 +1,20 @@
 // Unpacking over an unpack policy. Include inside an instruction set's unit only. Its units are compiled without
-// contraction: products and sums are rounded one by one.
+// contraction: products and sums are rounded one by one, unless fused by name.
 //
 // U: V (the vector policy), elem (compute type), bytes<Code or ScaleType>(const uint8_t*, n): V::lanes bytes as
 // numbers,
 //    those from n on are not read
 //    canonical(vec): NaN as one that stays NaN however it is rounded
+//    Sizes: add(vec), ordinary(): whether all that were added are ordinary scales
 //    put<T>(elem*, vec, n): rounded to T, as the compute type
-//    Table<T>(const float* values, scale, const float* zero): 16 numbers, rounded to T, with
+//    Table<T, Ordinary>(const float* values, scale, const float* zero): 16 numbers, rounded to T, with
 //        at(i), lookup<High>(elem* to, const uint8_t* codes, n): those that n nibbles say
+// and where it has faster ways if scales are ordinary
+//    kBlock, block<C, T>(elem*, const uint8_t*, block_factor<C>(scale)): so many bytes
+//    groups<T, High>(elem*, const uint8_t*, const float* values, const float* scales, const float* zeros, group, n,
+//        ahead): nibbles of whole groups of a multiple of 32
+//    kSmallGroup, small_groups<T, High>(elem*, const uint8_t*, const float* values, const float* scales, n, ahead): of
+//        groups so small, n a multiple of 32
 #pragma once
 
 #include "ukernel/gather.inl"
@@ -17,80 +24,167 @@ namespace {
 
 using moelora::Code;
 using moelora::ScaleType;
+using moelora::UnpackArgs;
 
-// Calls part(group, column, end of the columns in it) for each group of the columns.
-template <class Part>
-[[gnu::always_inline]] inline void for_each_group(const moelora::UnpackArgs& args, const Part& part) {
-  const int64_t end = args.first + args.n, first_group = args.first / args.group;
-  int64_t column = args.first;
-  for (int64_t group = first_group; column < end; ++group) {
-    int64_t stop = (group + 1) * args.group;
-    if (stop > end) stop = end;
-    part(group - first_group, column, stop);
-    column = stop;
-  }
+// One row of what is unpacked, from column 0 on; scales from the first group wanted on.
+template <class elem>
+struct PackedRow {
+  const uint8_t* codes;
+  const float *scale, *zero;
+  elem* to;
+  int64_t first_group;
+
+  PackedRow(const UnpackArgs& args, int64_t row, int64_t group)
+      : codes(args.codes + row * args.codes_stride),
+        scale(args.scale + row * args.scale_stride),
+        zero(args.zero ? args.zero + row * args.scale_stride : nullptr),
+        to(reinterpret_cast<elem*>(static_cast<char*>(args.to) + row * args.to_stride) - args.first),
+        first_group(group) {}
+};
+
+// Evenly between the work: many at once would wait for each other.
+[[gnu::always_inline]] inline void fetch(const uint8_t* codes, int64_t ahead) {
+  __builtin_prefetch(codes + ahead, 0, 2);
 }
 
-template <class U, class T, bool High>
-void unpack_nibbles(const moelora::UnpackArgs& args) {
-  auto* to = static_cast<typename U::elem*>(args.to) - args.first;
-  for_each_group(args, [&](int64_t group, int64_t column, int64_t stop) {
-    const typename U::template Table<T> table(args.values, args.scale[group], args.zero ? args.zero + group : nullptr);
-    if (column % 2 != 0) {
-      to[column] = table.at(High ? args.codes[column / 2] & 15 : args.codes[column / 2] >> 4);
-      ++column;
+// Calls part(group, column, end of the columns in it) for each group of columns [column, end); groups count from that
+// of args.first.
+template <class Part>
+[[gnu::always_inline]] inline void for_each_group(const UnpackArgs& args, int64_t first_group, int64_t column,
+                                                  const Part& part) {
+  const int64_t end = args.first + args.n;
+  int64_t group = column == args.first ? 0 : column / args.group - first_group;
+  int64_t stop = (first_group + group + 1) * args.group;
+  for (; column < end; ++group, column = stop, stop += args.group) part(group, column, stop < end ? stop : end);
+}
+
+template <class U, class T, bool High, bool Ordinary>
+[[gnu::always_inline]] inline void unpack_nibble_row(const UnpackArgs& args, const PackedRow<typename U::elem>& row) {
+  int64_t first = args.first;
+  if constexpr (Ordinary && requires { U::kSmallGroup; })
+    if (first % args.group == 0) {
+      const bool small = args.group == U::kSmallGroup && row.zero == nullptr;
+      const int64_t unit = small ? 32 : args.group % 32 == 0 ? args.group : args.n + 1, n = args.n / unit * unit;
+      if (small)
+        U::template small_groups<T, High>(row.to + first, row.codes + first / 2, args.values, row.scale, n, args.ahead);
+      else
+        U::template groups<T, High>(row.to + first, row.codes + first / 2, args.values, row.scale, row.zero, args.group,
+                                    n, args.ahead);
+      if (n == args.n) return;
+      first += n;
     }
-    table.template lookup<High>(to + column, args.codes + column / 2, stop - column);
-  });
+  for_each_group(args, row.first_group, first,
+                 [&](int64_t group, int64_t column, int64_t stop) __attribute__((always_inline)) {
+                   const typename U::template Table<T, Ordinary> table(args.values, row.scale[group],
+                                                                       row.zero ? row.zero + group : nullptr);
+                   if (column % 2 != 0) {
+                     row.to[column] = table.at(High ? row.codes[column / 2] & 15 : row.codes[column / 2] >> 4);
+                     ++column;
+                   }
+                   table.template lookup<High>(row.to + column, row.codes + column / 2, stop - column);
+                 });
+}
+
+template <class U, class T, Code C, bool Ordinary>
+[[gnu::always_inline]] inline void unpack_byte_row(const UnpackArgs& args, const PackedRow<typename U::elem>& row) {
+  using V = typename U::V;
+  for_each_group(args, row.first_group, args.first,
+                 [&](int64_t group, int64_t column, int64_t stop) __attribute__((always_inline)) {
+                   if constexpr (Ordinary && requires { U::kBlock; }) {
+                     const typename V::vec factor = U::template block_factor<C>(row.scale[group]);
+                     for (; column + U::kBlock <= stop; column += U::kBlock) {
+                       fetch(row.codes + column, args.ahead);
+                       U::template block<C, T>(row.to + column, row.codes + column, factor);
+                     }
+                   }
+                   const typename V::vec scale = V::set1(row.scale[group]);
+                   for (; column < stop; column += V::lanes) {
+                     const int64_t n = stop - column < V::lanes ? stop - column : V::lanes;
+                     U::template put<T>(row.to + column, V::mul(U::template bytes<C>(row.codes + column, n), scale), n);
+                   }
+                 });
+}
+
+template <class U, class T, Code C, bool Ordinary>
+[[gnu::always_inline]] inline void unpack_row(const UnpackArgs& args, const PackedRow<typename U::elem>& row) {
+  if constexpr (moelora::bits_of(C) == 4)
+    unpack_nibble_row<U, T, C == Code::nibbles_high, Ordinary>(args, row);
+  else
+    unpack_byte_row<U, T, C, Ordinary>(args, row);
 }
 
 template <class U, class T, Code C>
-void unpack_bytes(const moelora::UnpackArgs& args) {
+void unpack(const UnpackArgs& given) {
+  const UnpackArgs args = given;  // not in memory that stores might change
+  const int64_t first_group = args.first / args.group;
+  for (int64_t i = 0; i < args.rows; ++i) {
+    const PackedRow<typename U::elem> row(args, i, first_group);
+    args.ordinary ? unpack_row<U, T, C, true>(args, row) : unpack_row<U, T, C, false>(args, row);
+  }
+}
+
+// Scales of type T.  read(row, i, n): n of them from the i-th on, zeros behind them.
+template <class U, class T, class Read>
+[[gnu::always_inline]] inline bool read_scales(const moelora::ScaleArgs& args, const Read& read) {
   using V = typename U::V;
-  auto* to = static_cast<typename U::elem*>(args.to) - args.first;
-  for_each_group(args, [&](int64_t group, int64_t column, int64_t stop) {
-    const typename V::vec scale = V::set1(args.scale[group]);
-    for (; column + V::lanes <= stop; column += V::lanes)
-      U::template put<T>(to + column, V::mul(U::template bytes<C>(args.codes + column, V::lanes), scale), V::lanes);
-    if (column < stop)
-      U::template put<T>(to + column, V::mul(U::template bytes<C>(args.codes + column, stop - column), scale),
-                         stop - column);
-  });
+  typename U::Sizes sizes;
+  for (int64_t row = 0; row < args.rows; ++row) {
+    if (args.ahead != 0 && args.stride == 1) {
+      const auto* at =
+          reinterpret_cast<const char*>(static_cast<const T*>(args.from) + (row + args.ahead) * args.row_stride);
+      for (int64_t i = 0; i < args.n * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 2);
+    }
+    float* to = args.to + row * args.to_stride;
+    int64_t i = 0;
+    for (; i + V::lanes <= args.n; i += V::lanes) {
+      const typename V::vec v = read(row, i, V::lanes);
+      sizes.add(v);
+      V::store(to + i, v);
+    }
+    if (i == args.n) continue;
+    V::store_n(to + i, read(row, i, args.n - i), args.n - i);
+    sizes.add(V::load_n(to + i, args.n - i));
+  }
+  if (sizes.ordinary()) return true;
+  for (int64_t row = 0; row < args.rows; ++row)
+    for (int64_t i = 0; i < args.n; i += V::lanes) {
+      float* to = args.to + row * args.to_stride + i;
+      V::store_n(to, U::canonical(V::load_n(to, args.n - i)), args.n - i);
+    }
+  return false;
 }
 
 // Scales of V's own storage types.
 template <class U, class T>
-void widen_scales(const moelora::ScaleArgs& args) {
+bool widen_scales(const moelora::ScaleArgs& given) {
   using V = typename U::V;
-  T buffer[V::lanes];
-  const T* from = static_cast<const T*>(args.from);
-  for (int64_t i = 0; i < args.n; i += V::lanes) {
-    const int64_t n = args.n - i < V::lanes ? args.n - i : V::lanes;
-    V::store_n(args.to + i, U::canonical(V::load_n(gathered(buffer, from + i * args.stride, args.stride, n), n)), n);
-  }
+  const moelora::ScaleArgs args = given;
+  return read_scales<U, T>(args, [&args](int64_t row, int64_t i, int64_t n) __attribute__((always_inline)) {
+    T buffer[V::lanes];
+    const T* from = static_cast<const T*>(args.from) + row * args.row_stride + i * args.stride;
+    return V::load_n(gathered(buffer, from, args.stride, n), n);
+  });
 }
 
 // Scales of a byte each.
 template <class U, ScaleType S>
-void decode_scales(const moelora::ScaleArgs& args) {
+bool decode_scales(const moelora::ScaleArgs& given) {
   using V = typename U::V;
-  uint8_t buffer[V::lanes];
-  const auto* from = static_cast<const uint8_t*>(args.from);
-  const typename V::vec factor = V::set1(args.factor), offset = V::set1(args.offset);
-  for (int64_t i = 0; i < args.n; i += V::lanes) {
-    const int64_t n = args.n - i < V::lanes ? args.n - i : V::lanes;
-    const uint8_t* bytes = gathered(buffer, from + i * args.stride, args.stride, n);
-    typename V::vec v;
+  const moelora::ScaleArgs args = given;
+  return read_scales<U, uint8_t>(args, [&args](int64_t row, int64_t i, int64_t n) __attribute__((always_inline)) {
+    uint8_t buffer[V::lanes];
+    const auto* from = static_cast<const uint8_t*>(args.from) + row * args.row_stride + i * args.stride;
+    const uint8_t* bytes = gathered(buffer, from, args.stride, n);
     if constexpr (S == ScaleType::indexed) {
       float picked[V::lanes];
       for (int64_t j = 0; j < n; ++j) picked[j] = args.values[bytes[j]];
-      v = V::add(V::mul(V::load_n(picked, n), factor), offset);
+      return V::add(V::mul(V::load_n(picked, n), V::set1(args.factor)), V::set1(args.offset));
     } else {
-      v = U::template bytes<S>(bytes, n);
-      if constexpr (S == ScaleType::e4m3) v = V::mul(v, factor);
+      const typename V::vec v = U::template bytes<S>(bytes, n);
+      if constexpr (S == ScaleType::e4m3) return V::mul(v, V::set1(args.factor));
+      return v;
     }
-    V::store_n(args.to + i, U::canonical(v), n);
-  }
+  });
 }
 
 template <class U>
@@ -108,11 +202,15 @@ void fill_scales(moelora::Kernels& k) {
 // For weights that stand for ones of type T.
 template <class U, class T>
 void fill_unpack(moelora::Kernels& k, moelora::DType type) {
-  const auto at = [&](Code code) -> auto& { return k.unpack[static_cast<int>(code)][static_cast<int>(type)]; };
-  at(Code::nibbles_high) = unpack_nibbles<U, T, true>;
-  at(Code::nibbles_low) = unpack_nibbles<U, T, false>;
-  at(Code::int8) = unpack_bytes<U, T, Code::int8>;
-  at(Code::e4m3) = unpack_bytes<U, T, Code::e4m3>;
+  const auto fill = [&](auto& to) {
+    const auto at = [&](Code code) -> auto& { return to[static_cast<int>(code)][static_cast<int>(type)]; };
+    at(Code::nibbles_high) = unpack<U, T, Code::nibbles_high>;
+    at(Code::nibbles_low) = unpack<U, T, Code::nibbles_low>;
+    at(Code::int8) = unpack<U, T, Code::int8>;
+    at(Code::e4m3) = unpack<U, T, Code::e4m3>;
+  };
+  fill(k.unpack);
+  fill(k.unpack_lines);
 }
 
 template <class U>

@@ -13,16 +13,20 @@ struct Avx2Unpack {
   static __m128i load_bytes(const uint8_t* p, int64_t n) {
     if (n >= 8) return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     uint64_t part = 0;
-    __builtin_memcpy(&part, p, static_cast<uint64_t>(n));
+    for (int64_t i = n; i-- > 0;) part = part << 8 | p[i];
     return _mm_cvtsi64_si128(static_cast<int64_t>(part));
   }
-  // Half precision has room for E4M3, its exponent beginning 8 earlier.
+  // E4M3 as half precision of the 256th part, which has room for it: its exponent begins 8 earlier.
+  static __m256i as_halves(__m256i wide) {
+    // Adding it once more moves the sign up.
+    const __m256i sign = _mm256_and_si256(wide, _mm256_set1_epi16(0x80));
+    const __m256i half = _mm256_slli_epi16(_mm256_add_epi16(wide, sign), 7);
+    const __m256i nan = _mm256_cmpeq_epi16(_mm256_add_epi16(half, half), _mm256_set1_epi16(0x7f00));
+    return _mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
+  }
   static __m256 from_e4m3(__m128i bytes) {
-    const __m128i wide = _mm_cvtepu8_epi16(bytes), magnitude = _mm_and_si128(wide, _mm_set1_epi16(0x7f));
-    const __m128i sign = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x80)), 8);
-    const __m128i nan = _mm_and_si128(_mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f)), _mm_set1_epi16(0x7e00));
-    const __m128i half = _mm_or_si128(_mm_or_si128(sign, nan), _mm_slli_epi16(magnitude, 7));
-    return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
+    const __m256i halves = as_halves(_mm256_cvtepu8_epi16(bytes));
+    return _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_set1_ps(256.0f));
   }
   static __m256 from_e8m0(__m128i bytes) {
     const __m256i wide = _mm256_cvtepu8_epi32(bytes), normal = _mm256_slli_epi32(wide, 23);
@@ -49,6 +53,25 @@ struct Avx2Unpack {
     return _mm256_blendv_ps(v, nan, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
   }
 
+  // Their bits moved up, over the sign: the largest, and the least but zeros, which wrap.
+  class Sizes {
+   public:
+    void add(__m256 v) {
+      const __m256i size = _mm256_slli_epi32(_mm256_castps_si256(v), 1);
+      most_ = _mm256_max_epu32(most_, size);
+      least_ = _mm256_min_epu32(least_, _mm256_add_epi32(size, _mm256_set1_epi32(-1)));
+    }
+    bool ordinary() const {
+      const __m256i most = _mm256_set1_epi32(static_cast<int>(moelora::kMostOrdinaryBits));
+      const __m256i least = _mm256_set1_epi32(static_cast<int>(moelora::kLeastOrdinaryBits - 1));
+      return _mm256_movemask_epi8(_mm256_and_si256(_mm256_cmpeq_epi32(_mm256_max_epu32(most_, most), most),
+                                                   _mm256_cmpeq_epi32(_mm256_min_epu32(least_, least), least))) == -1;
+    }
+
+   private:
+    __m256i most_ = _mm256_setzero_si256(), least_ = _mm256_set1_epi32(-1);
+  };
+
   static __m256i rounding_to_bf16(__m256 v) {
     const __m256i u = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -59,9 +82,39 @@ struct Avx2Unpack {
     return _mm256_castsi256_ps(_mm256_and_si256(rounding_to_bf16(v), _mm256_set1_epi32(static_cast<int>(0xffff0000))));
   }
   static __m256 round_as(__m256 v, f16_t) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+  // The same for ordinary products: a number so much larger leaves 8 bits of the significand when it is added.
+  template <class T>
+  static __m256 round_ordinary(__m256 v, T) {
+    return round_as(v, T{});
+  }
+  static __m256 round_ordinary(__m256 v, bf16_t) {
+    const __m256 power = _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000)));
+    const __m256 larger = _mm256_set1_ps(0x1.8p16f);
+    return _mm256_fnmadd_ps(power, larger, _mm256_fmadd_ps(power, larger, v));
+  }
   template <class T>
   static void put(elem* to, __m256 v, int64_t n) {
     V::store_n(to, round_as(v, T{}), n);
+  }
+
+  static constexpr int64_t kBlock = 16;
+  template <Code C>
+  static __m256 block_factor(float scale) {
+    return _mm256_set1_ps(C == Code::int8 ? scale : 256.0f * scale);
+  }
+  template <Code C, class T>
+  static void block(elem* to, const uint8_t* codes, __m256 factor) {
+    __m256 low, high;
+    if constexpr (C == Code::int8) {
+      low = bytes<C>(codes, 8);
+      high = bytes<C>(codes + 8, 8);
+    } else {
+      const __m256i halves = as_halves(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+      low = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+      high = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+    }
+    _mm256_storeu_ps(to, round_ordinary(_mm256_mul_ps(low, factor), T{}));
+    _mm256_storeu_ps(to + 8, round_ordinary(_mm256_mul_ps(high, factor), T{}));
   }
 
   // The 16 numbers of a group, before they are rounded.
@@ -80,8 +133,27 @@ struct Avx2Unpack {
     }
   };
 
-  template <class T>
+  template <class T, bool Ordinary>
   struct Table;
+
+  // Whole groups of a multiple of 32.
+  template <class T, bool High>
+  static void groups(elem* to, const uint8_t* codes, const float* values, const float* scales, const float* zeros,
+                     int64_t group, int64_t n, int64_t ahead) {
+    for (const elem* end = to + n; to < end; ++scales, to += group, codes += group / 2) {
+      const Table<T, true> table(values, *scales, zeros);
+      if (zeros) ++zeros;
+      for (int64_t i = 0; i < group; i += 32) {
+        fetch(codes + i / 2, ahead);
+        table.template lookup_32<High>(to + i, codes + i / 2);
+      }
+    }
+  }
+
+  static constexpr int64_t kSmallGroup = 16;
+  template <class T, bool High>
+  static void small_groups(elem* to, const uint8_t* codes, const float* values, const float* scales, int64_t n,
+                           int64_t ahead);
 
   // Nibbles one by one.
   template <bool High, class Numbers>
@@ -90,8 +162,8 @@ struct Avx2Unpack {
   }
 };
 
-template <>
-struct Avx2Unpack::Table<float> {
+template <bool Ordinary>
+struct Avx2Unpack::Table<float, Ordinary> {
   __m256 low, high;
 
   Table(const float* values, float scale, const float* zero) {
@@ -116,30 +188,33 @@ struct Avx2Unpack::Table<float> {
     }
     lookup_rest<High>(*this, to + i, codes + i / 2, n - i);
   }
+  template <bool High>
+  void lookup_32(elem* to, const uint8_t* codes) const {
+    lookup<High>(to, codes, 32);
+  }
 };
 
 // 16-bit numbers: their bytes are looked up.
-template <class T>
+template <class T, bool Ordinary>
 struct Avx2Unpack::Table {
   static constexpr bool kHalf = __is_same(T, f16_t);
   __m256i low_bytes, high_bytes;  // of each number, twice
 
-  Table(const float* values, float scale, const float* zero) {
-    const Scaled all(values, scale, zero);
-    const __m256i words = as_words(all, T{});
-    const __m256i low = _mm256_and_si256(words, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(words, 8);
-    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8);
-    low_bytes = _mm256_permute4x64_epi64(bytes, 0x44);
-    high_bytes = _mm256_permute4x64_epi64(bytes, 0xee);
-  }
-  static __m256i as_words(const Scaled& all, bf16_t) {
-    const __m256i low = _mm256_srli_epi32(rounding_to_bf16(all.low), 16);
-    const __m256i high = _mm256_srli_epi32(rounding_to_bf16(all.high), 16);
-    return _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
-  }
-  static __m256i as_words(const Scaled& all, f16_t) {
-    return _mm256_set_m128i(_mm256_cvtps_ph(all.high, _MM_FROUND_TO_NEAREST_INT),
-                            _mm256_cvtps_ph(all.low, _MM_FROUND_TO_NEAREST_INT));
+  Table(const float* values, float scale, const float* zero) : Table(Scaled(values, scale, zero)) {}
+  explicit Table(const Scaled& all) {
+    const auto bits = [](__m256 v) {
+      if constexpr (kHalf) return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+      return _mm256_castps_si256(Ordinary ? round_ordinary(v, T{}) : round_as(v, T{}));
+    };
+    // Both numbers' words in one.
+    const __m256i low = bits(all.low), high = bits(all.high);
+    const __m256i words =
+        kHalf ? _mm256_or_si256(low, _mm256_slli_epi32(high, 16)) : _mm256_or_si256(_mm256_srli_epi32(low, 16), high);
+    const __m256i each = _mm256_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15,  //
+                                          0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
+    const __m256i bytes = _mm256_shuffle_epi8(words, each);
+    low_bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
+    high_bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(2, 6, 3, 7, 2, 6, 3, 7));
   }
   float at(int i) const {
     alignas(32) uint8_t low[32], high[32];
@@ -156,16 +231,20 @@ struct Avx2Unpack::Table {
                                                    7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(codes), order);
   }
-  // Sixteen numbers.
-  static void store(elem* to, __m256i words) {
+  // Sixteen numbers, as they are put(vector of eight, column).
+  template <class Put>
+  [[gnu::always_inline]] static void widen(__m256i words, const Put& put) {
     if constexpr (kHalf) {
-      _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm256_castsi256_si128(words)));
-      _mm256_storeu_ps(to + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1)));
+      put(_mm256_cvtph_ps(_mm256_castsi256_si128(words)), 0);
+      put(_mm256_cvtph_ps(_mm256_extracti128_si256(words, 1)), 8);
     } else {
       const __m256i none = _mm256_setzero_si256();
-      _mm256_storeu_ps(to, _mm256_castsi256_ps(_mm256_unpacklo_epi16(none, words)));
-      _mm256_storeu_ps(to + 8, _mm256_castsi256_ps(_mm256_unpackhi_epi16(none, words)));
+      put(_mm256_castsi256_ps(_mm256_unpacklo_epi16(none, words)), 0);
+      put(_mm256_castsi256_ps(_mm256_unpackhi_epi16(none, words)), 8);
     }
+  }
+  static void store(elem* to, __m256i words) {
+    widen(words, [to](__m256 v, int at) { _mm256_storeu_ps(to + at, v); });
   }
 
   template <bool High>
@@ -179,15 +258,18 @@ struct Avx2Unpack::Table {
   }
 
   template <bool High>
+  void lookup_32(elem* to, const uint8_t* codes) const {
+    __m256i low, high;
+    lookup_bytes<High>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), low, high);
+    store(to, _mm256_unpacklo_epi8(low, high));
+    store(to + 16, _mm256_unpackhi_epi8(low, high));
+  }
+  template <bool High>
   void lookup(elem* to, const uint8_t* codes, int64_t n) const {
     int64_t i = 0;
-    __m256i low, high;
-    for (; i + 32 <= n; i += 32) {
-      lookup_bytes<High>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i / 2)), low, high);
-      store(to + i, _mm256_unpacklo_epi8(low, high));
-      store(to + i + 16, _mm256_unpackhi_epi8(low, high));
-    }
+    for (; i + 32 <= n; i += 32) lookup_32<High>(to + i, codes + i / 2);
     if (i + 16 <= n) {
+      __m256i low, high;
       lookup_bytes<High>(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 2)), low, high);
       store(to + i, _mm256_unpacklo_epi8(low, high));
       i += 16;
@@ -195,5 +277,24 @@ struct Avx2Unpack::Table {
     lookup_rest<High>(*this, to + i, codes + i / 2, n - i);
   }
 };
+
+// Values are looked up, then scaled: they are numbers of bf16.
+template <class T, bool High>
+void Avx2Unpack::small_groups(elem* to, const uint8_t* codes, const float* values, const float* scales, int64_t n,
+                              int64_t ahead) {
+  const Table<bf16_t, true> table(values, 1.0f, nullptr);
+  for (int64_t i = 0; i < n; i += 32, scales += 2) {
+    fetch(codes + i / 2, ahead);
+    __m256i low, high;
+    table.template lookup_bytes<High>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i / 2)), low, high);
+    const auto scaled = [&](elem* at, __m256i words, float scale) {
+      table.widen(words, [at, scale](__m256 v, int j) {
+        _mm256_storeu_ps(at + j, round_ordinary(_mm256_mul_ps(v, _mm256_set1_ps(scale)), T{}));
+      });
+    };
+    scaled(to + i, _mm256_unpacklo_epi8(low, high), scales[0]);
+    scaled(to + i + 16, _mm256_unpackhi_epi8(low, high), scales[1]);
+  }
+}
 
 }  // namespace

@@ -51,13 +51,26 @@ struct PortableUnpack {
       if (v[i] != v[i]) v[i] = moelora::bit_cast<float>(0x7fc00000u);
     return v;
   }
+  class Sizes {
+   public:
+    void add(V::vec v) {
+      for (int i = 0; i < V::lanes; ++i) {
+        const float size = v[i] < 0 ? -v[i] : v[i];
+        if (size != 0 && !(size >= moelora::kLeastOrdinary && size <= moelora::kMostOrdinary)) all_ = false;
+      }
+    }
+    bool ordinary() const { return all_; }
+
+   private:
+    bool all_ = true;
+  };
   template <class T>
   static void put(elem* to, V::vec v, int64_t n) {
     for (int i = 0; i < V::lanes; ++i)
       if (i < n) to[i] = round_as(v[i], T{});
   }
 
-  template <class T>
+  template <class T, bool>
   struct Table {
     float numbers[16];
 

@@ -217,6 +217,8 @@ BINARY(_mm512_sub_ps, __m512, _mm256_sub_ps)
 BINARY(_mm512_mul_ps, __m512, _mm256_mul_ps)
 BINARY(_mm512_add_epi16, __m512i, _mm256_add_epi16)
 BINARY(_mm512_add_epi32, __m512i, _mm256_add_epi32)
+BINARY(_mm512_min_epu32, __m512i, _mm256_min_epu32)
+BINARY(_mm512_max_epu32, __m512i, _mm256_max_epu32)
 BINARY(_mm512_and_si512, __m512i, _mm256_and_si256)
 BINARY(_mm512_andnot_si512, __m512i, _mm256_andnot_si256)
 BINARY(_mm512_or_si512, __m512i, _mm256_or_si256)
@@ -297,6 +299,7 @@ PERMUTE(_mm512_permutexvar_ps, __m512, uint32_t)
 
 #define PERMUTE_TWO(name, T) EMULATED __m512i name(__m512i a, __m512i order, __m512i b) { return wide::permute_two<T>(a, order, b); }
 PERMUTE_TWO(_mm512_permutex2var_epi16, uint16_t)
+PERMUTE_TWO(_mm512_permutex2var_epi32, uint32_t)
 #undef PERMUTE_TWO
 
 // clang-format on
@@ -311,6 +314,13 @@ EMULATED __m256 _mm512_extractf32x8_ps(__m512 v, int half) { return half & 1 ? v
 EMULATED __m512i _mm512_broadcast_i64x4(__m256i v) { return {v, v}; }
 EMULATED __m512i _mm512_cvtepu8_epi64(__m128i v) {
   return {_mm256_cvtepu8_epi64(v), _mm256_cvtepu8_epi64(_mm_srli_si128(v, 4))};
+}
+EMULATED __mmask32 _mm512_cmpeq_epi16_mask(__m512i a, __m512i b) {
+  const auto mask = [](__m256i equal) {
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(equal, equal), 0x08);
+    return static_cast<uint32_t>(_mm256_movemask_epi8(bytes)) & 0xffffu;
+  };
+  return mask(_mm256_cmpeq_epi16(a.low, b.low)) | mask(_mm256_cmpeq_epi16(a.high, b.high)) << 16;
 }
 EMULATED __mmask16 _mm512_cmpeq_epi32_mask(__m512i a, __m512i b) {
   const int low = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.low, b.low)));
@@ -329,6 +339,10 @@ EMULATED __m512i _mm512_set_epi16(T... elements) {
   wide::Elements<int16_t, __m512i> v;
   for (int i = 0; i < 32; ++i) v.at[i] = reversed[31 - i];
   return v.vector();
+}
+EMULATED __m512i _mm512_setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int i, int j, int k, int l,
+                                   int m, int n, int o, int p) {
+  return {_mm256_setr_epi32(a, b, c, d, e, f, g, h), _mm256_setr_epi32(i, j, k, l, m, n, o, p)};
 }
 
 // 128-bit blocks: two of a, two of b.

@@ -71,6 +71,7 @@ const Operation kOperations[] = {
   VALUE(_mm512_set1_epi16, short)
   VALUE(_mm512_set1_epi32, int)
   UNARY(_mm512_broadcastd_epi32, __m128i)
+  RESULT(_mm512_setr_epi32, _mm512_setr_epi32(in.a[0], 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, -14, in.a[1]))
   RESULT(_mm512_set_epi16, _mm512_set_epi16(in.a[0], 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19,
                                             20, 21, 22, 23, 24, 25, 26, 27, 28, 29, -30, in.a[1]))
 
@@ -81,6 +82,8 @@ const Operation kOperations[] = {
   UNARY(_mm512_reduce_add_ps, __m512)
   BINARY(_mm512_add_epi16, __m512i, __m512i)
   BINARY(_mm512_add_epi32, __m512i, __m512i)
+  BINARY(_mm512_min_epu32, __m512i, __m512i)
+  BINARY(_mm512_max_epu32, __m512i, __m512i)
   BINARY(_mm512_and_si512, __m512i, __m512i)
   BINARY(_mm512_andnot_si512, __m512i, __m512i)
   BINARY(_mm512_or_si512, __m512i, __m512i)
@@ -106,6 +109,7 @@ const Operation kOperations[] = {
   BINARY(_mm512_permutexvar_epi32, __m512i, __m512i)
   BINARY(_mm512_permutexvar_ps, __m512i, __m512)
   TERNARY(_mm512_permutex2var_epi16, __m512i, __m512i, __m512i)
+  TERNARY(_mm512_permutex2var_epi32, __m512i, __m512i, __m512i)
 
   UNARY(_mm512_cvtepi32_ps, __m512i)
   UNARY(_mm512_cvtepu8_epi16, __m256i)
@@ -119,6 +123,7 @@ const Operation kOperations[] = {
   RESULT(_mm512_cmp_ps_mask, _mm512_cmp_ps_mask(as<__m512>(in.a), as<__m512>(in.b), _CMP_UNORD_Q))
   RESULT(_mm512_cmp_ps_mask, _mm512_cmp_ps_mask(as<__m512>(in.a), as<__m512>(in.b), _CMP_LT_OS))
 
+  BINARY(_mm512_cmpeq_epi16_mask, __m512i, __m512i)
   BINARY(_mm512_cmpeq_epi32_mask, __m512i, __m512i)
 
   RESULT(_mm512_mask_mov_epi32, _mm512_mask_mov_epi32(as<__m512i>(in.a), static_cast<__mmask16>(in.mask), as<__m512i>(in.b)))
