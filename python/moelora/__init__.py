@@ -2,18 +2,29 @@
 
 `moelora.enable(model)` puts a transformers model, with PEFT adapters or without, on the operators and
 reports what it did; `moelora.disable(model)` undoes it; `moelora.report(model)` tells the present state.
+`moelora.check_adapter(model, directory)` tells whether an adapter that was loaded fits the model.
 `moelora.Callback()` does it in trainers that others build.
 `python -m moelora` is the command line.
 """
 
 from typing import Any
 
-__all__ = ["Callback", "MoeloraError", "Report", "disable", "enable", "register", "report"]
+__all__ = [
+    "Callback",
+    "MoeloraError",
+    "Report",
+    "check_adapter",
+    "disable",
+    "enable",
+    "register",
+    "report",
+]
 
 _HOMES = {
     "Callback": "moelora.callback",
     "MoeloraError": "moelora.errors",
     "Report": "moelora.reporting",
+    "check_adapter": "moelora.adapter_files",
     "disable": "moelora.attach",
     "enable": "moelora.attach",
     "register": "moelora.experts",

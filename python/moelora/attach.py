@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from moelora import adapters, experts, stored
+from moelora import adapters, advice, experts, stored
 from moelora.errors import MoeloraError
 from moelora.reporting import AdapterReport, LayerReport, Report
 from moelora.watch import has_values, held, nonzero
@@ -76,13 +76,16 @@ def report(model: nn.Module) -> Report:
     """The state of an enabled model's expert layers and their adapters, as `enable` returns it."""
     by_module = adapters.wrappers(model)
     with unset_fake_temporarily():  # which refuses tensors that are real
-        return Report(
-            tuple(
-                _layer(name, module, by_module.get(id(module), []))
-                for name, module in model.named_modules()
-                if vars(module).get("_moelora") is not None
-            )
+        layers = tuple(
+            _layer(name, module, by_module.get(id(module), []))
+            for name, module in model.named_modules()
+            if vars(module).get("_moelora") is not None
         )
+        adapted: dict[str, list[str]] = {}
+        for layer in layers:
+            for adapter in layer.adapters:
+                adapted.setdefault(adapter.adapter, []).append(f"{layer.name}.{adapter.parameter}")
+        return Report(layers, tuple(advice.notes(model, adapted)))
 
 
 def _layer(name: str, module: nn.Module, wrappers: list[PeftParamWrapper]) -> LayerReport:
@@ -138,7 +141,13 @@ def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
         trainable=any(tensor.requires_grad for tensor in tensors),
         gradient=any(bool(nonzero(t.grad)) for t in parameters if t.grad is not None and has_values(t.grad))
         or (watch.seen if watch is not None else None),
+        zero=_is_zero(wrapper.lora_B[adapter].weight),
     )
+
+
+def _is_zero(factor: Tensor) -> bool:
+    here = getattr(factor, "to_local", lambda: factor)()  # a shard may have no elements
+    return has_values(here) and here.numel() > 0 and not bool(nonzero(here.detach()))
 
 
 def _reason(served: list[experts.Factors] | str) -> str | None:

@@ -25,6 +25,7 @@ class AdapterReport:
     active: bool
     trainable: bool
     gradient: bool | None  # one other than zero has reached it since it was enabled; None: cannot be told
+    zero: bool = False  # B is zero, so it changes nothing: it is new, or nothing was loaded into it
 
     @property
     def untrained(self) -> bool:
@@ -40,6 +41,7 @@ class AdapterReport:
         notes = [] if self.path == "operators" else [f"by PEFT: {self.reason}"]
         notes += [] if self.active else ["inactive"]
         notes += [] if self.trainable else ["frozen"]
+        notes += ["B is zero: changes nothing yet"] if self.zero else []
         notes += ["no gradient yet"] if self.untrained else []
         notes += ["gradient unknown"] if self.unknown else []
         return f"{self.parameter} r={self.rank}" + (f" ({'; '.join(notes)})" if notes else "")
@@ -70,6 +72,7 @@ class Report:
     """
 
     layers: tuple[LayerReport, ...] = field(default=())
+    notes: tuple[str, ...] = ()  # what an adapter's configuration asks for in vain, and what would do it
 
     @property
     def served(self) -> tuple[LayerReport, ...]:
@@ -108,7 +111,7 @@ class Report:
             table.add_row(names, kind, str(layer.experts), path, adapters)
         console = Console(file=StringIO(), width=200, color_system=None)
         console.print(table)
-        console.print(*self._summary(), sep="\n", markup=False, highlight=False)
+        console.print(*self._summary(), sep="\n", markup=False, highlight=False, soft_wrap=True)
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
     def _summary(self) -> Iterator[str]:
@@ -126,6 +129,13 @@ class Report:
         elif not own:
             names = sorted({f'"experts.{name}"' for layer in self.layers for name in layer.projections})
             yield f"{nothing}: no LoRA is active on them (target_parameters=[{', '.join(names)}])"
+        active = [a for layer in self.layers for a in layer.adapters if a.active]
+        if active and all(a.zero and not a.trainable for a in active):
+            yield (
+                "THE LORA ON THE EXPERTS CHANGES NOTHING: every B is zero, as if nothing had been loaded "
+                "(moelora.check_adapter(model, directory) compares it with its file)"
+            )
+        yield from self.notes
 
 
 def _rows(layers: tuple[LayerReport, ...]) -> Iterator[tuple[str, LayerReport]]:

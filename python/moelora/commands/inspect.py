@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from moelora import checkpoints
+from moelora.advice import unconverted
 from moelora.errors import MoeloraError
 from moelora.experts import bind, is_experts, projections
 from moelora.survey import activation, weights
@@ -109,6 +110,9 @@ def main(explicit: dict) -> None:
     print(_table(groups, rank, which))
     trainable = sum(group.trainable(rank, which) for group in groups)
     print(f"\nLoRA     rank {rank} on {which}: {_count(trainable)} trainable parameters")
+    print(f"         of some layers only: {_some_layers(outline)}")
+    if told := unconverted(outline):
+        print(f"         {told}")
     parts = {
         "weights": total * dtype.itemsize,
         "LoRA with gradients and AdamW": trainable * OPTIMIZER_BYTES,
@@ -146,6 +150,13 @@ def _groups(outline: nn.Module, config: PreTrainedConfig) -> Iterator[Group]:
     for (pattern, *_), members in same.items():
         name = pattern if len(members) > 1 else members[0][0]
         yield Group(name, len(members), members[0][1], top_k, config.dtype or torch.float32)
+
+
+def _some_layers(outline: nn.Module) -> str:
+    """How a part of the layers is adapted: what does it for linear layers does not do it here."""
+    name, module = next((name, module) for name, module in outline.named_modules() if is_experts(module))
+    first = ", ".join(f'"{name}.{projection}"' for projection in projections(module))
+    return f"target_parameters=[{first}, ...]; PEFT ignores layers_to_transform and exclude_modules there"
 
 
 def _table(groups: list[Group], rank: int, which: str) -> str:
