@@ -4,7 +4,7 @@ import moelora
 import pytest
 import torch
 from model_tiny import one_thread  # noqa: F401  (autouse)
-from moelora import stored
+from moelora import weights
 from moelora.errors import MoeloraError
 from moelora.experts import is_experts
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -74,7 +74,7 @@ def dequantised(model: nn.Module, family: str) -> PeftModel:
     """The same model with dense experts of the numbers that the codes stand for."""
     other = adapt(dense_model(family))
     for name in NAMES:
-        weight = stored.weight_of(layer(model), name)
+        weight = weights.weight_of(layer(model), name)
         getattr(layer(other), name).data = weight.dequantize(torch.bfloat16)
     return other
 
@@ -204,14 +204,14 @@ def test_scales_of_every_kind():
     """One for gate and one for up; one for an expert; rows; bf16; two codes of E2M1 a byte."""
     codes = torch.zeros(4, 256, 128, dtype=torch.float8_e4m3fn)
     for shape in ((4, 2, 1), (4, 1, 1), (4,), (4, 256, 1), (4, 2, 1)):
-        found = stored._of_transformers(codes, torch.ones(shape))
+        found = weights._of_transformers(codes, torch.ones(shape))
         assert found.format == "fp8" and found.checked("test").shape == (4, 256, 128)
     gate_and_up = torch.tensor([[[2.0], [3.0]]]).expand(4, 2, 1)
     ones = torch.ones(4, 300, 128).to(torch.float8_e4m3fn)
-    found = stored._of_transformers(ones, gate_and_up).dequantize(torch.float32)
+    found = weights._of_transformers(ones, gate_and_up).dequantize(torch.float32)
     assert (found[:, :150] == 2).all() and (found[:, 150:] == 3).all()
     packed = formats.quantize(torch.randn(4, 32, 64), "mxfp4")
-    found = stored._of_transformers(packed.codes.view(torch.int8), packed.scale.view(torch.float8_e8m0fnu))
+    found = weights._of_transformers(packed.codes.view(torch.int8), packed.scale.view(torch.float8_e8m0fnu))
     assert isinstance(found, PackedWeight) and torch.equal(
         found.dequantize(torch.float32), packed.dequantize(torch.float32)
     )

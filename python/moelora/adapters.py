@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
-from moelora import stored
+from moelora import weights
 from moelora.errors import MoeloraError, warn_once
 from moelora.experts import DTYPES, IMPLEMENTATION, LORA, Factors, projections
 from moelora.watch import Watch, replaced
@@ -53,7 +53,7 @@ class ParamWrapper(PeftParamWrapper):
 def _refuse_copy(wrapper: PeftParamWrapper, why: str) -> None:
     """Where experts are packed PEFT's own code makes a dense copy of all, or silently trains nothing."""
     module, name = wrapper.get_base_layer(), wrapper.parameter_name
-    if stored.is_packed(module, name):
+    if weights.is_packed(module, name):
         raise MoeloraError(f"{name} is packed, and PEFT cannot add LoRA to packed weights: {why}")
 
 
@@ -118,13 +118,13 @@ def _wide(factor: Tensor) -> Tensor:
 def _unusable(wrapper: PeftParamWrapper, adapter: str, a: Tensor, b: Tensor) -> str | None:
     """What is unusual about one adapter's tensors, or None."""
     module, name = wrapper.get_base_layer(), wrapper.parameter_name
-    weight = stored.weight_of(module, name)
+    weight = weights.weight_of(module, name)
     if getattr(module, "_is_expert_parallel", False):
         return "its experts are spread over processes, which PEFT's LoRA on them does not support"
     if wrapper.num_experts == 1:
         return "a single expert is a plain matrix to PEFT"
     if (len(weight.shape), a.ndim, b.ndim) == (3, 2, 2):  # between calls FSDP1 has them flat
-        experts, out, inner = stored.oriented(module, weight).shape
+        experts, out, inner = weights.oriented(module, weight).shape
         rows = experts * wrapper.r[adapter]
         if (a.shape, b.shape) != ((rows, inner), (out, rows)):
             shapes = f"{[rows, inner]} and {[out, rows]}"

@@ -8,7 +8,7 @@ from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from moelora import adapters, advice, experts, stored
+from moelora import adapters, advice, experts, weights
 from moelora.errors import MoeloraError
 from moelora.reporting import AdapterReport, LayerReport, Report
 from moelora.watch import has_values, held, nonzero
@@ -109,11 +109,11 @@ def _layer(name: str, module: nn.Module, wrappers: list[PeftParamWrapper]) -> La
 def _stored(module: nn.Module) -> dict[str, Any]:
     """The format and bytes of the module's weights."""
     try:
-        weights = [stored.weight_of(module, name) for name in experts.projections(module)]
+        found = [weights.weight_of(module, name) for name in experts.projections(module)]
     except (ValueError, AttributeError):  # then the layer has a reason
         return {"format": "unknown", "nbytes": 0}
-    names = {weight.format if isinstance(weight, PackedWeight) else "dense" for weight in weights}
-    return {"format": ", ".join(sorted(names)), "nbytes": sum(weight.nbytes for weight in weights)}
+    names = {weight.format if isinstance(weight, PackedWeight) else "dense" for weight in found}
+    return {"format": ", ".join(sorted(names)), "nbytes": sum(weight.nbytes for weight in found)}
 
 
 def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-from moelora import stored
+from moelora import weights
 from moelora.errors import MoeloraError, warn_once
 from moelora.watch import Watch, has_values
 from torch_moelora.formats import PackedWeight
@@ -101,12 +101,12 @@ def unsupported(module: nn.Module) -> str | None:
     """Why the operators cannot run this experts module, or None if they can."""
     for name in projections(module):
         try:
-            weight = stored.weight_of(module, name)
+            weight = weights.weight_of(module, name)
         except AttributeError:
             return f"has no parameter {name}"
         except ValueError as error:
             return f"{name} {error}"
-        reason = _unsupported(weight) or stored.check_tables(module, name)
+        reason = _unsupported(weight) or weights.check_tables(module, name)
         if reason is not None:
             return f"{name} {reason}"
     return None
@@ -135,7 +135,7 @@ def _count(module: nn.Module) -> int:
     """How many experts it has, 0 where that cannot be seen."""
     name = projections(module)[1]
     try:
-        shape = stored.weight_of(module, name).shape
+        shape = weights.weight_of(module, name).shape
     except (ValueError, AttributeError):
         shape = getattr(module._parameters.get(name), "shape", ())
     return shape[0] if shape else 0
@@ -160,11 +160,11 @@ def recognise_activation(module: nn.Module) -> dict[str, Any]:
     if not module.has_gate:
         return {"gated": False, "activation": module.act_fn}
     own: Callable[[Tensor], Tensor] = module._apply_gate
-    known = {part for name in projections(module) for part in (*stored.parts(name), f"{name}_bias")}
+    known = {part for name in projections(module) for part in (*weights.parts(name), f"{name}_bias")}
     others = (name for name, _ in module.named_parameters() if name not in known)
     if any(name.partition(".")[0] != POST_NORM for name in others):
         return {"activation": own}  # a learned gate can look like a fused one until it is trained
-    width = stored.oriented(module, stored.weight_of(module, "gate_up_proj")).shape[1]
+    width = weights.oriented(module, weights.weight_of(module, "gate_up_proj")).shape[1]
     with unset_fake_temporarily(), torch.device("cpu"):  # whatever the default is now
         probe = torch.randn(16, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         probe *= torch.logspace(-1, 4, 16).unsqueeze(1)
@@ -236,7 +236,7 @@ def experts_forward(
             binding.activation, binding.settled = recognise_activation(self), True
     if binding.reason is not None:
         return fallback(self, binding)(self, hidden_states, top_k_index, top_k_weights)
-    weight = stored.weight_of(self, projections(self)[0])
+    weight = weights.weight_of(self, projections(self)[0])
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     # As transformers' own functions do: norms may hand over fp32 where the experts are 16-bit.
     # Packed weights take any.
@@ -254,8 +254,8 @@ def experts_forward(
 
 def _warn_of_late_adapters(module: nn.Module, binding: Binding) -> None:
     """PEFT parametrizes a weight for a wrapper that `enable` has not seen; for the others it was asked to."""
-    for name in stored.with_peft(module) - binding.by_peft:
-        if stored.is_packed(module, name):
+    for name in weights.with_peft(module) - binding.by_peft:
+        if weights.is_packed(module, name):
             raise MoeloraError(f"{name} is packed, and PEFT cannot add LoRA to packed weights: {LATE}")
         warn_once(f"PEFT adds the LoRA of {name} to a copy of the weights: {LATE}")
 
@@ -264,8 +264,8 @@ def _parameters(module: nn.Module, binding: Binding, lora: dict[str, Factors]) -
     """`moe_mlp`'s arguments other than its inputs and the routing."""
     first, second = projections(module)
     return {
-        "gate_up_weight": stored.oriented(module, stored.weight_of(module, first)),
-        "down_weight": stored.oriented(module, stored.weight_of(module, second)),
+        "gate_up_weight": weights.oriented(module, weights.weight_of(module, first)),
+        "down_weight": weights.oriented(module, weights.weight_of(module, second)),
         "gate_up_bias": getattr(module, f"{first}_bias") if module.has_bias else None,
         "down_bias": getattr(module, f"{second}_bias") if module.has_bias else None,
         **_lora("gate_up", lora.get(first)),
