@@ -1,5 +1,6 @@
 """`python -m moelora`."""
 
+import os
 import sys
 from importlib import import_module
 
@@ -11,6 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line. Returns its exit status: 2 for what the user can mend, 130 when interrupted."""
     explicit = vars(options.parser().parse_args(argv))
     command = explicit.pop("command")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainer sends some where it may
     try:
         # Seconds to import, which --help need not wait for.
         import_module(f"moelora.commands.{command}").main(explicit)

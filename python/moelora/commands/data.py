@@ -9,8 +9,8 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from moelora.errors import MoeloraError
@@ -106,14 +106,6 @@ def spread(rows: Tensor, count: int) -> Tensor:
     return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
 
 
-class Blocks(Dataset):
-    """Rows of tokens [n, length] as a language model's inputs and labels."""
-
-    def __init__(self, rows: Tensor):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+def dataset(rows: Tensor) -> Dataset:
+    """Rows of tokens [n, length] as a dataset with the column `input_ids`."""
+    return Dataset.from_dict({"input_ids": rows.numpy()})

@@ -99,9 +99,7 @@ def pretrain(
     train = data.blocks(tokenizer, train, length, "standard library's text")
     held_out = data.blocks(tokenizer, held_out, length, "standard library's held-out text")
     set_seed(0)
-    model = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**config, output_router_logits=True, router_aux_loss_coef=0.01)
-    )
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config))
     moelora.enable(model)
     if not fixed_threads:
         rows = train[: settings["batch_size"]]
@@ -109,8 +107,9 @@ def pretrain(
         model.zero_grad()
     trainer, progress = training.trainer(
         model,
-        train,
-        data.spread(held_out, 64),
+        tokenizer,
+        data.dataset(train),
+        data.dataset(data.spread(held_out, 64)),
         scratch,
         "pretraining",
         max_steps=settings["steps"],
@@ -119,11 +118,12 @@ def pretrain(
         learning_rate=settings["learning_rate"],
         warmup_steps=settings["steps"] // 20,
         save_strategy="no",
+        router_aux_loss_coef=0.01,
         seed=0,
     )
     try:
         trainer.train()
-        model.config.output_router_logits = False  # the balancing loss is no part of what the model predicts
+        trainer.aux_loss_enabled = False  # the balancing loss is no part of what the model predicts
         loss = training.held_out_loss(trainer)
     finally:
         progress.close()

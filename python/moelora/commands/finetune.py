@@ -230,7 +230,7 @@ def _recorded(checkpoint: Path) -> dict[str, Any]:
         ) from None
 
 
-def _trainer(run: Run) -> tuple[training.AtomicTrainer, training.Progress]:
+def _trainer(run: Run) -> tuple[training.TunedTrainer, training.Progress]:
     chosen = run.options
     if chosen.overwrite:
         _forget_checkpoints(run.out)
@@ -238,8 +238,9 @@ def _trainer(run: Run) -> tuple[training.AtomicTrainer, training.Progress]:
         run.out.mkdir(parents=True, exist_ok=True)
     trainer, progress = training.trainer(
         run.model,
-        run.train,
-        data.spread(run.held_out, EVALUATION_ROWS),
+        run.tokenizer,
+        data.dataset(run.train),
+        data.dataset(data.spread(run.held_out, EVALUATION_ROWS)),
         run.out,
         "tuning",
         max_steps=chosen.steps,

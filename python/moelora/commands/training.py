@@ -1,4 +1,4 @@
-"""transformers' Trainer with a progress bar that shows tokens/s and checkpoints that are whole or absent."""
+"""TRL's SFTTrainer with a progress bar that shows tokens/s and checkpoints that are whole or absent."""
 
 from __future__ import annotations
 
@@ -11,19 +11,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from datasets import Dataset
+from torch import nn
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+)
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from trl import SFTConfig, SFTTrainer
 
-from moelora.commands.data import Blocks
 from moelora.errors import MoeloraError, writing
 
 STAGING = ".incomplete"
 
 
-class AtomicTrainer(Trainer):
-    """A Trainer whose checkpoints appear under their name only when complete.
+class AtomicCheckpoints(Trainer):
+    """Mixed into a Trainer class: its checkpoints appear under their name only when complete.
 
     `finish_checkpoint(directory)` may add files to a checkpoint before it appears.
     """
@@ -50,6 +57,13 @@ class AtomicTrainer(Trainer):
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
         rotate_checkpoints(str(out), save_total_limit=self.args.save_total_limit)
+
+
+class TunedTrainer(AtomicCheckpoints, SFTTrainer):
+    """TRL's trainer as `finetune` uses it."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None with each checkpoint: the command writes one, with figures, beside the adapter."""
 
 
 class Progress(TrainerCallback):
@@ -120,13 +134,22 @@ def _bar(title: str, total: int, **options: Any) -> tqdm:
 
 
 def trainer(
-    model: nn.Module, train: Tensor, held_out: Tensor, out: Path, title: str, **arguments: Any
-) -> tuple[AtomicTrainer, Progress]:
-    """A Trainer over rows of tokens ([n, length] int64 each) and its progress bar.
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    held_out: Dataset,
+    out: Path,
+    title: str,
+    **arguments: Any,
+) -> tuple[TunedTrainer, Progress]:
+    """A trainer over tokenized rows, all of one length (column `input_ids`), and its progress bar.
 
-    `arguments` are TrainingArguments; each step's loss is kept in `state.log_history`.
+    `arguments` are SFTConfig's; each step's loss is kept in `state.log_history`.
     """
-    args = TrainingArguments(
+    # The adapter and the base have their dtypes, hence no autocast to bf16. The balancing loss of a frozen
+    # router would only disturb the adapter.
+    given = {"bf16": False, "gradient_checkpointing": False, "router_aux_loss_coef": 0.0} | arguments
+    args = SFTConfig(
         output_dir=str(out),
         lr_scheduler_type="cosine",
         logging_steps=1,
@@ -136,19 +159,25 @@ def trainer(
         prediction_loss_only=True,
         dataloader_pin_memory=False,
         save_total_limit=1,
-        **arguments,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **given,
     )
     rows = min(args.train_batch_size, len(train)) * args.gradient_accumulation_steps
-    progress = Progress(title, rows * train.shape[1])
-    result = AtomicTrainer(
-        model, args, train_dataset=Blocks(train), eval_dataset=Blocks(held_out), callbacks=[progress]
+    progress = Progress(title, rows * len(train[0]["input_ids"]))
+    result = TunedTrainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=[progress],
     )
     result.remove_callback(PrinterCallback)
     result.remove_callback(ProgressCallback)
     return result, progress
 
 
-def held_out_loss(of: AtomicTrainer) -> float:
+def held_out_loss(of: Trainer) -> float:
     """Mean loss on the held-out rows, in nats a token."""
     return of.evaluate()["eval_loss"]
 
