@@ -155,7 +155,9 @@ def _examine(out: Path, manifest: dict[str, Entry]) -> None:
     """Complains about the first path that a run would have to replace and that no run wrote."""
     if not out.is_dir():
         return
-    taken = [path for path in sorted(out.iterdir()) if path.name in RESULTS or CHECKPOINT.fullmatch(path.name)]
+    taken = [
+        path for path in sorted(out.iterdir()) if path.name in RESULTS or CHECKPOINT.fullmatch(path.name)
+    ]
     for path in taken:
         if stranger := _stranger(out, path, manifest):
             raise MoeloraError(
@@ -191,7 +193,9 @@ def entries(root: Path, name: str) -> dict[str, Entry]:
     paths = [path for path in sorted(top.rglob("*")) if path.is_file()] if top.is_dir() else [top]
     digests = fingerprints.files(paths)
     return {
-        path.relative_to(root).as_posix(): Entry(path.stat().st_size, path.stat().st_mtime_ns, digests[str(path)])
+        path.relative_to(root).as_posix(): Entry(
+            path.stat().st_size, path.stat().st_mtime_ns, digests[str(path)]
+        )
         for path in paths
     }
 
@@ -241,6 +245,15 @@ def remove(out: Path, *names: str) -> None:
             elif top in manifest and (out / top).is_file() and _same(out / top, manifest[top]):
                 (out / top).unlink()
         _write(out, {key: value for key, value in manifest.items() if key not in gone})
+
+
+def remove_checkpoints(out: Path, keep: int = 0, but: tuple[str, ...] = ()) -> None:
+    """Removes the checkpoints that runs wrote, except the `keep` newest and those named in `but`."""
+    names = {name.partition("/")[0] for name in _read(out)}
+    names = sorted(filter(CHECKPOINT.fullmatch, names), key=lambda name: int(CHECKPOINT.fullmatch(name)[1]))
+    old = [name for name in names[: len(names) - keep] if name not in but]
+    if old:
+        remove(out, *old)
 
 
 def _empty(out: Path, top: str, keys: list[str], staging: Path) -> None:

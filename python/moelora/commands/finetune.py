@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import re
-import shutil
 import statistics
 import time
 import warnings
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +18,42 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import moelora
 from moelora import checkpoints
 from moelora.commands import (
     data,
     default_model,
+    directory,
+    fingerprints,
+    finite,
     lora,
     options,
     profiling,
+    reloading,
     results,
+    resuming,
+    saving,
     showcase,
+    signals,
     threads,
     training,
 )
-from moelora.errors import MoeloraError, writing
+from moelora.errors import MoeloraError
 
-OPTIONS = "options.json"
 EVALUATION_ROWS = 64
 RELOAD_TOKENS = 64
+
+
+@dataclass
+class Start:
+    """Where a run begins: at a verified checkpoint, with what it tells, or from nothing."""
+
+    checkpoint: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    recorded: dict[str, Any] = field(default_factory=dict)  # options
+    extended: bool = False
 
 
 @dataclass
@@ -48,27 +62,41 @@ class Run:
 
     options: argparse.Namespace
     out: Path
-    checkpoint: Path | None  # to resume from
+    start: Start
     source: Path
     tokenizer: PreTrainedTokenizerBase
     train: Tensor  # [n, seq_length] int64
     held_out: Tensor  # [m, seq_length] int64
     model: PeftModel
     started: float  # time.perf_counter()
+    fresh: list[str]  # keys of weights that were drawn
+    made_from: dict[str, dict[str, str]]  # fingerprints
 
 
 def main(explicit: dict[str, Any]) -> None:
     """Runs the command with the options that were given. MoeloraError tells the user what to mend."""
     _quiet()
-    run = prepare(explicit)
-    existed = run.out.exists()
-    try:
-        _finish(run)
-    except BaseException:
-        if not existed:
-            with suppress(OSError):
-                run.out.rmdir()  # only if nothing worth keeping came into it
-        raise
+    options.check_paths(explicit)
+    out = Path(explicit.get("output", options.DEFAULTS["output"]))
+    resume = bool(explicit.get("resume"))
+    with directory.held(out, overwrite=bool(explicit.get("overwrite")), resume=resume) as found:
+        start = _start(explicit, found) if resume else Start()
+        if start is None:
+            print(f"the run in {out} is finished, there is nothing left to train; more --steps would extend it")
+        else:
+            _finish(prepare(explicit, out, start))
+
+
+def _start(explicit: dict[str, Any], found: directory.Found) -> Start | None:
+    """Where to resume, or None if the run is finished and is not to be extended."""
+    if found.checkpoint is None:
+        if any(name in explicit for name in options.EXTENDABLE):
+            raise MoeloraError("a finished run can only be extended from its last checkpoint, which is gone")
+        return None
+    facts = resuming.verify(found.checkpoint)
+    recorded = resuming.options(found.checkpoint)
+    extended = options.extended(explicit, recorded)
+    return Start(found.checkpoint, facts, recorded, extended) if extended or not found.finished else None
 
 
 def _finish(run: Run) -> None:
@@ -79,18 +107,16 @@ def _finish(run: Run) -> None:
     show(run, adapter, summary)
     summary["seconds"] = time.perf_counter() - run.started
     results.write_summary(run.out, summary)
-    _forget_checkpoints(run.out)
     written = f"{results.ADAPTER}, {results.CURVE} and {results.SUMMARY}"
     print(f"wrote {written} to {run.out} in {summary['seconds']:.0f} s")
 
 
-def prepare(explicit: dict[str, Any]) -> Run:
+def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run:
     """Everything before the training: options, data, base model, adapter, operators. Cheap checks first."""
     started = time.perf_counter()
-    out = Path(explicit.get("output", options.DEFAULTS["output"]))
-    checkpoint = _checkpoint(out, explicit)
-    chosen = options.settle(explicit, _recorded(checkpoint) if checkpoint else {})
+    chosen = options.settle(explicit, start.recorded)
     if chosen.threads:
+        threads.check(chosen.threads)
         torch.set_num_threads(chosen.threads)
     if chosen.profile and chosen.steps < chosen.profile + profiling.WARMUP:
         raise MoeloraError(
@@ -109,10 +135,17 @@ def prepare(explicit: dict[str, Any]) -> Run:
             ("training", "held-out"), data.split(documents, chosen.held_out, chosen.seed), strict=True
         )
     ]
-    model = checkpoints.load(source, chosen.dtype)
+    made_from = _made_from(chosen, source, documents)
+    fingerprints.compare(start.facts.get("made_from", {}), made_from, start.checkpoint)
+    model, fresh = _base(chosen, source)
+    finite.check_weights(model, source)
+    checkpoints.check_tokens(torch.cat(rows), model, source)
+    checkpoints.check_runs(model, source)
     dtype = str(model.dtype).removeprefix("torch.")
     size = f"{checkpoints.count(model) / 1e6:.1f} M parameters"
     print(f"base     {source}: {type(model).__name__}, {size}, {dtype}")
+    if fresh:
+        print(f"fresh    {checkpoints.listed(fresh)}: drawn with --seed {chosen.seed}, in no file")
     print(f"data     {rows[0].numel():,} tokens to train on, {rows[1].numel():,} held out")
     set_seed(chosen.seed)
     adapted = lora.adapt(model, chosen.rank, chosen.alpha, chosen.projections, chosen.target_modules)
@@ -121,7 +154,7 @@ def prepare(explicit: dict[str, Any]) -> Run:
     trainable = checkpoints.count(adapted, trainable=True) / 1e6
     print(f"adapter  rank {chosen.rank}, alpha {chosen.alpha:g}, {trainable:.2f} M trainable parameters")
     print(f"\n{report}\n")
-    return Run(chosen, out, checkpoint, source, tokenizer, *rows, adapted, started)
+    return Run(chosen, out, start, source, tokenizer, *rows, adapted, started, fresh, made_from)
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -132,13 +165,16 @@ def train(run: Run) -> dict[str, Any]:
         trainer.add_callback(profiler)
     try:
         before = training.held_out_loss(trainer)
+        finite.check_held_out(before, 0, run.model)
         print(f"held-out loss before: {before:.3f}")
-        base_sample = _sample(run, adapted=False) if run.options.sample else None
+            base_sample = _sample(run, adapted=False) if run.options.sample else None
         set_seed(run.options.seed)
-        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        with signals.deferred():
+            trainer.go_on(run.start.checkpoint, run.start.facts.get("trained", False), run.start.extended)
         after = training.held_out_loss(trainer)
     finally:
         progress.close()
+    finite.check_held_out(after, trainer.state.global_step, run.model)
     _check_trained(run, steps=len(progress.seconds))
     print(f"held-out loss after:  {after:.3f}")
     if profiler is not None and profiler.table is not None:
@@ -174,9 +210,12 @@ def show(run: Run, adapter: Path, summary: dict[str, Any]) -> None:
     if run.options.compare:
         summary["race"] = showcase.race(run.model, run.train[: run.options.batch_size], run.options.compare)
         print(_told(summary["race"]))
-    difference = showcase.reload(run.model, adapter, run.held_out[:1, :RELOAD_TOKENS])
+    difference = reloading.reload(
+        run.model, adapter, lambda: _base(run.options, run.source)[0], run.held_out[:1, :RELOAD_TOKENS]
+    )
     summary["reload_difference"] = difference
-    print(f"adapter reloaded with plain PEFT: logits agree (relative difference {difference:.0e})")
+    told = "all are zero" if difference is None else f"relative difference {difference:.0e}"
+    print(f"adapter reloaded with plain PEFT: logits agree ({told})")
 
 
 def _told(race: dict[str, Any]) -> str:
@@ -196,46 +235,30 @@ def _source(chosen: argparse.Namespace) -> Path:
     return default_model.ensure(cache, fixed_threads=chosen.threads is not None)
 
 
+def _base(chosen: argparse.Namespace, source: Path) -> tuple[PreTrainedModel, list[str]]:
+    """The base as it is on disk, and the keys of what `--fresh` let be drawn, the same each time."""
+    return checkpoints.load(source, chosen.dtype, chosen.fresh, chosen.seed)
+
+
+def _made_from(chosen: argparse.Namespace, source: Path, documents: list[str]) -> dict[str, dict[str, str]]:
+    """Fingerprints, with which a resumed run is the same run."""
+    texts = fingerprints.data(chosen.data) if chosen.data else {"python": fingerprints.texts(documents)}
+    return {"data": texts, "base": fingerprints.base(source)}
+
+
 def _set_threads(chosen: argparse.Namespace, model: PeftModel, rows: Tensor) -> None:
     """Settles the number of threads, so that a resumed run has the same and goes on to the bit."""
-    if chosen.threads is None and chosen.model is None:
-        rows = rows[: chosen.batch_size]
+    if chosen.threads is None and model.device.type == "cpu":
+        rows = rows[: 1 if chosen.gradient_checkpointing else chosen.batch_size]
         threads.choose(lambda: model(input_ids=rows, labels=rows).loss.backward())
         model.zero_grad()
     chosen.threads = torch.get_num_threads()
 
 
-def _checkpoint(out: Path, explicit: dict[str, Any]) -> Path | None:
-    """The checkpoint to resume from; complains where the output directory does not fit the command."""
-    if out.exists() and not out.is_dir():
-        raise MoeloraError(f"--output {out} is a file, expected a directory")
-    found = training.last_checkpoint(out)
-    if explicit.get("resume"):
-        if found is None:
-            raise MoeloraError(f"nothing to resume in {out}: expected a checkpoint of an unfinished run")
-        return found
-    if found is not None and not explicit.get("overwrite"):
-        raise MoeloraError(
-            f"{out} holds an unfinished run ({found.name}): --resume goes on with it, --overwrite starts anew"
-        )
-    return None
-
-
-def _recorded(checkpoint: Path) -> dict[str, Any]:
-    try:
-        return json.loads((checkpoint / OPTIONS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MoeloraError(
-            f"{checkpoint} cannot be resumed: expected its options in {OPTIONS}, got {error}"
-        ) from None
-
-
 def _trainer(run: Run) -> tuple[training.TunedTrainer, training.Progress]:
     chosen = run.options
-    if chosen.overwrite:
-        _forget_checkpoints(run.out)
-    with writing(run.out):
-        run.out.mkdir(parents=True, exist_ok=True)
+    # Only now, when all that could be wrong before a training has been found right.
+    directory.remove(run.out, *([results.SUMMARY] if run.start.checkpoint else []))
     trainer, progress = training.trainer(
         run.model,
         run.tokenizer,
@@ -253,8 +276,8 @@ def _trainer(run: Run) -> tuple[training.TunedTrainer, training.Progress]:
         save_steps=chosen.save_every,
         seed=chosen.seed,
     )
-    text = json.dumps(vars(chosen), indent=2)
-    trainer.finish_checkpoint = lambda path: (path / OPTIONS).write_text(text, encoding="utf-8")
+    trainer.record = saving.Record(vars(chosen), {"made_from": run.made_from})
+    trainer.add_callback(saving.Watch())
     return trainer, progress
 
 
@@ -275,6 +298,7 @@ def _prompt(run: Run) -> Tensor:
 def _facts(run: Run) -> dict[str, Any]:
     return {
         "base": run.source,
+        "fresh": run.fresh,
         "options": vars(run.options),
         "train_tokens": run.train.numel(),
         "held_out_tokens": run.held_out.numel(),
@@ -287,14 +311,6 @@ def _facts(run: Run) -> dict[str, Any]:
             "peft": peft.__version__,
         },
     }
-
-
-def _forget_checkpoints(out: Path) -> None:
-    staging = out / training.STAGING
-    for path in out.glob("checkpoint-*"):
-        shutil.rmtree(staging, ignore_errors=True)
-        path.rename(staging)  # so that an interrupted removal leaves nothing that looks like a checkpoint
-    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _quiet() -> None:

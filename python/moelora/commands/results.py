@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +10,9 @@ from matplotlib.figure import Figure
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from moelora.commands.training import STAGING
-from moelora.errors import writing
+from moelora.commands import directory
 
-SUMMARY, CURVE, ADAPTER = "summary.json", "loss.png", "adapter"
-
-
-def publish(out: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """Lets `write` make the file or directory `out/name` elsewhere, and renames it when it is complete."""
-    final, staging = out / name, out / STAGING
-    with writing(final):
-        try:
-            staging.mkdir(parents=True, exist_ok=True)
-            write(staging / name)
-            if final.is_dir():
-                shutil.rmtree(final)
-            os.replace(staging / name, final)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    return final
+SUMMARY, CURVE, ADAPTER = directory.FINISHED, "loss.png", "adapter"
 
 
 def write_adapter(out: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -41,13 +22,13 @@ def write_adapter(out: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBas
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
 
-    return publish(out, ADAPTER, write)
+    return directory.publish(out, ADAPTER, write)
 
 
 def write_summary(out: Path, summary: dict[str, Any]) -> Path:
     """The run as JSON."""
     text = json.dumps(summary, indent=2, default=str) + "\n"
-    return publish(out, SUMMARY, lambda path: path.write_text(text, encoding="utf-8"))
+    return directory.publish(out, SUMMARY, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def write_curve(out: Path, losses: list[tuple[int, float]], before: float, after: float) -> Path:
@@ -64,7 +45,7 @@ def write_curve(out: Path, losses: list[tuple[int, float]], before: float, after
     axes.set_title("LoRA fine-tuning")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    return publish(out, CURVE, lambda path: figure.savefig(path, dpi=150))
+    return directory.publish(out, CURVE, lambda path: figure.savefig(path, dpi=150))
 
 
 def _smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:

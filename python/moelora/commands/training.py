@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import os
-import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +17,9 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from moelora.errors import MoeloraError, writing
-
-STAGING = ".incomplete"
-
-
-class AtomicCheckpoints(Trainer):
-    """Mixed into a Trainer class: its checkpoints appear under their name only when complete.
-
-    `finish_checkpoint(directory)` may add files to a checkpoint before it appears.
-    """
-
-    finish_checkpoint: Callable[[Path], None] | None = None
-    _staging: Path | None = None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        out = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        self._staging = out / STAGING
-        try:
-            with writing(out / name):
-                shutil.rmtree(self._staging, ignore_errors=True)
-                super()._save_checkpoint(model, trial)
-                if self.finish_checkpoint is not None:
-                    self.finish_checkpoint(self._staging / name)
-                shutil.rmtree(out / name, ignore_errors=True)
-                os.replace(self._staging / name, out / name)
-        finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
-        rotate_checkpoints(str(out), save_total_limit=self.args.save_total_limit)
+from moelora.commands.saving import AtomicCheckpoints
 
 
 class TunedTrainer(AtomicCheckpoints, SFTTrainer):
@@ -89,10 +52,6 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is None or "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
-            raise MoeloraError(
-                f"the loss is {logs['loss']} at step {state.global_step}: lower --learning-rate"
-            )
         self.bar.set_postfix_str(
             f"loss {logs['loss']:.3f}, {self.tokens_per_second():.0f} tokens/s", refresh=False
         )
@@ -158,7 +117,6 @@ def trainer(
         disable_tqdm=True,
         prediction_loss_only=True,
         dataloader_pin_memory=False,
-        save_total_limit=1,
         dataset_kwargs={"skip_prepare_dataset": True},
         **given,
     )
@@ -180,9 +138,3 @@ def trainer(
 def held_out_loss(of: Trainer) -> float:
     """Mean loss on the held-out rows, in nats a token."""
     return of.evaluate()["eval_loss"]
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The newest complete checkpoint in `out`, or None."""
-    found = get_last_checkpoint(str(out)) if out.is_dir() else None
-    return Path(found) if found else None
