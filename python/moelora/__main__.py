@@ -6,7 +6,7 @@ from moelora.commands import signals
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line. Returns its exit status: 2 for what the user can mend, 128 + n for a signal n."""
+    """Runs the command line. Returns its exit status: 2 for what the user can mend, 128 + n for signal n."""
     with signals.handled():  # before anything that takes time to import
         explicit: dict = {}
         try:

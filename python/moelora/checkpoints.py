@@ -56,9 +56,7 @@ def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         # transformers makes up an empty one where the files are missing.
         of_its_own = not tokenizer.vocab_files_names and (directory / "tokenizer_config.json").is_file()
         if not of_its_own and not any(any(directory.glob(name)) for name in _VOCABULARIES):
-            raise MoeloraError(
-                f"{directory} has no tokenizer: expected its files, such as tokenizer.json, in it"
-            )
+            raise MoeloraError(f"{directory} has no tokenizer: expected a tokenizer.json or the like in it")
         known = len(tokenizer) - len(tokenizer.added_tokens_decoder)
     if known <= 0:
         raise MoeloraError(f"the tokenizer in {directory} has no tokens but the special ones")

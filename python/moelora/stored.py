@@ -16,7 +16,7 @@ _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 def files(directory: Path) -> list[Path]:
-    """The checkpoint's weight files in safetensors, as transformers finds them; none if there are none at all.
+    """The checkpoint's weight files in safetensors, as transformers finds them; none if there are none.
 
     Raises: MoeloraError if an index lacks its map or a file, or files that belong together lack their index.
     """
@@ -59,8 +59,8 @@ def required(directory: Path) -> list[Path]:
         )
         beside = f" (there is {', '.join(others[:3])}, which is not read)" if others else ""
         raise MoeloraError(
-            f"{directory} is not a transformers checkpoint: expected weights ({SINGLE}, or {INDEX} and its files) "
-            f"in it{beside}"
+            f"{directory} is not a transformers checkpoint: expected weights ({SINGLE}, or {INDEX} and what "
+            f"it names) in it{beside}"
         )
     return found
 

@@ -1,7 +1,7 @@
-"""The output directory of a run: one run at a time, every file whole or absent, nobody else's file touched.
+"""The output directory of a run: one run at a time, every file whole or absent, nobody else's touched.
 
-What a run writes is recorded in a manifest, in a directory of its own in the output directory, before it appears
-under its name. Only what stands there, with the content that was written, is ever removed or replaced.
+What a run writes is recorded in a manifest, in a directory of its own in the output directory, before it
+appears under its name. Only what stands there, with the content that was written, is removed or replaced.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PRIVATE = ".moelora"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 FINISHED = "summary.json"  # written last
 RESULTS = ("adapter", "loss.png", FINISHED, "trace.json", "profile.txt")
-_MANIFEST, _LOCK, _STAGING, _WRITER = "manifest.json", "lock", "staging", "writer.json"
+_MANIFEST, _LOCK, _STAGING, _REMOVED, _WRITER = "manifest.json", "lock", "staging", "removed", "writer.json"
 _VERSION = 1
 _NOTHING = "nothing to resume in {}: expected a checkpoint of an unfinished run"
 
@@ -73,7 +73,7 @@ def held(out: Path, overwrite: bool = False, resume: bool = False) -> Iterator[F
     try:
         with _locked(out):
             try:
-                shutil.rmtree(out / PRIVATE / _STAGING, ignore_errors=True)
+                _tidy(out)
                 yield _judge(out, overwrite, resume)
             finally:
                 _leave(out)
@@ -109,9 +109,15 @@ def _locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
+def _tidy(out: Path) -> None:
+    """Removes what an interrupted run was about to write or to remove."""
+    for name in (_STAGING, _REMOVED):
+        shutil.rmtree(out / PRIVATE / name, ignore_errors=True)
+
+
 def _leave(out: Path) -> None:
     """Removes the private directory again where no file was written."""
-    shutil.rmtree(out / PRIVATE / _STAGING, ignore_errors=True)
+    _tidy(out)
     with suppress(MoeloraError, OSError):
         if not any(os.path.lexists(out / name) for name in _read(out)):
             for name in (_MANIFEST, _WRITER, _LOCK):
@@ -126,9 +132,7 @@ def _judge(out: Path, overwrite: bool, resume: bool) -> Found:
         if found.checkpoint is None and not found.finished:
             raise MoeloraError(_NOTHING.format(out))
     elif not overwrite and found.finished:
-        raise MoeloraError(
-            f"{out} holds a finished run: --overwrite replaces it, another --output keeps it beside the new one"
-        )
+        raise MoeloraError(f"{out} holds a finished run: --overwrite replaces it, another --output keeps it")
     elif not overwrite and found.checkpoint is not None:
         raise MoeloraError(
             f"{out} holds an unfinished run ({found.checkpoint.name}): --resume goes on with it, --overwrite "
@@ -231,17 +235,17 @@ def publish(out: Path, name: str, write: Callable[[Path], Any]) -> Path:
 
 
 def remove(out: Path, *names: str) -> None:
-    """Removes what runs wrote at `out/name` for each of `names`; everything that runs wrote, if there are none."""
+    """Removes what runs wrote at `out/name` for each of `names`; all that runs wrote, if there are none."""
     manifest = _read(out)
     gone = [key for key in manifest if not names or any(_within(key, name) for name in names)]
     with writing(out):
         tops = {key.partition("/")[0] for key in gone}
-        staging = out / PRIVATE / _STAGING
+        removed = out / PRIVATE / _REMOVED
         for top in sorted(tops, key=lambda top: top != FINISHED):
             if (out / top).is_dir() and not (out / top).is_symlink():
                 # Renamed first, so that an interrupted removal leaves nothing that looks like a checkpoint.
-                staging.mkdir(parents=True, exist_ok=True)
-                _empty(out, top, [key for key in gone if _within(key, top)], staging)
+                removed.mkdir(parents=True, exist_ok=True)
+                _empty(out, top, [key for key in gone if _within(key, top)], removed)
             elif top in manifest and (out / top).is_file() and _same(out / top, manifest[top]):
                 (out / top).unlink()
         _write(out, {key: value for key, value in manifest.items() if key not in gone})
@@ -256,13 +260,14 @@ def remove_checkpoints(out: Path, keep: int = 0, but: tuple[str, ...] = ()) -> N
         remove(out, *old)
 
 
-def _empty(out: Path, top: str, keys: list[str], staging: Path) -> None:
+def _empty(out: Path, top: str, keys: list[str], removed: Path) -> None:
     """Removes the files `keys` of the directory `out/top`, and it, if nothing else is in it."""
     others = {p.relative_to(out).as_posix() for p in (out / top).rglob("*") if not p.is_dir()} - set(keys)
     root = out
     if not others:
-        os.replace(out / top, staging / top)
-        root = staging
+        shutil.rmtree(removed / top, ignore_errors=True)
+        os.replace(out / top, removed / top)
+        root = removed
     for key in keys:
         (root / key).unlink(missing_ok=True)
     folders = [p for p in (root / top).rglob("*") if p.is_dir() and not p.is_symlink()]

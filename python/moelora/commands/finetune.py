@@ -82,7 +82,7 @@ def main(explicit: dict[str, Any]) -> None:
     with directory.held(out, overwrite=bool(explicit.get("overwrite")), resume=resume) as found:
         start = _start(explicit, found) if resume else Start()
         if start is None:
-            print(f"the run in {out} is finished, there is nothing left to train; more --steps would extend it")
+            print(f"the run in {out} is finished: nothing is left to train (more --steps would extend it)")
         else:
             _finish(prepare(explicit, out, start))
 
@@ -167,7 +167,7 @@ def train(run: Run) -> dict[str, Any]:
         before = training.held_out_loss(trainer)
         finite.check_held_out(before, 0, run.model)
         print(f"held-out loss before: {before:.3f}")
-            base_sample = _sample(run, adapted=False) if run.options.sample else None
+        base_sample = _sample(run, adapted=False) if run.options.sample else None
         set_seed(run.options.seed)
         with signals.deferred():
             trainer.go_on(run.start.checkpoint, run.start.facts.get("trained", False), run.start.extended)

@@ -54,8 +54,8 @@ def check_held_out(loss: float, step: int, model: nn.Module) -> None:
         check_adapter(model, step)
         raise MoeloraError(f"the held-out loss is {loss} after step {step}: {_overflow(model)}")
     raise MoeloraError(
-        f"the held-out loss is {loss} before anything was trained, from finite weights: {_overflow(model)}, or "
-        "the held-out data has no token to learn"
+        f"the held-out loss is {loss} before anything was trained, from finite weights: "
+        f"{_overflow(model)}, or the held-out data have no token to learn"
     )
 
 
@@ -73,10 +73,12 @@ def check_loss(loss: Tensor, model: nn.Module, inputs: dict[str, Any], step: int
     check_adapter(model, step - 1)
     if step == 1:
         raise MoeloraError(
-            f"the loss is {value} at step 1, before anything was trained, from finite weights: {_overflow(model)}"
+            f"the loss is {value} at step 1, before anything was trained, from finite weights: "
+            f"{_overflow(model)}"
         )
     raise MoeloraError(
-        f"the loss is {value} at step {step}, with a finite adapter: {_overflow(model)}, or lower --learning-rate"
+        f"the loss is {value} at step {step}, with a finite adapter: {_overflow(model)}, or lower "
+        "--learning-rate"
     )
 
 

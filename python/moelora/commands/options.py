@@ -89,8 +89,8 @@ _FINETUNE: dict[str, list[Option]] = {
         _option(
             "--fresh",
             [],
-            "keys of weights, as patterns such as 'lm_head.*', that the checkpoint may lack or have in another "
-            "shape (then drawn at random) or may have beside the model's (then left out); others are refused",
+            "keys of weights, as patterns such as 'lm_head.*', that the checkpoint may lack or have in "
+            "another shape (then drawn at random) or may have beside the model's (then left out)",
             "KEY",
             nargs="+",
         ),
@@ -148,8 +148,8 @@ _FINETUNE: dict[str, list[Option]] = {
         _option("--save-every", 25, "steps between checkpoints", "N", type=_COUNT),
         _switch(
             "--resume",
-            "go on from the last checkpoint in the output directory, with its options; with more --steps, extend "
-            "the run",
+            "go on from the last checkpoint in the output directory, with its options; with more --steps, "
+            "extend the run",
         ),
         _switch("--overwrite", "start anew where an earlier run is, removing what it wrote"),
         _option(

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, mixed into any Trainer: whole or absent, complete, and resumed without an extra step."""
+"""Checkpoints of a run, mixed into any Trainer: whole or absent, and resumed without an extra step."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ class AtomicCheckpoints(Trainer):
             for group, factor in zip(self.optimizer.param_groups, factors, strict=False):
                 group["lr"] = group["initial_lr"] * factor
             print(
-                f"extended to {self.state.max_steps} steps: from step {self.state.global_step + 1} on the rate "
-                f"follows the {self.args.lr_scheduler_type} schedule of a run of that length, now "
-                f"{self._get_learning_rate():.2e}"
+                f"extended to {self.state.max_steps} steps: from step {self.state.global_step + 1} on, the "
+                f"rate follows the {self.args.lr_scheduler_type.value} schedule of a run of that length, from "
+                f"{self.optimizer.param_groups[0]['lr']:.2e}"
             )
 
     def training_step(

@@ -1,6 +1,7 @@
 """Signals of a run: SIGTERM and SIGINT end it with a checkpoint, SIGUSR1 asks for one.
 
-Only the standard library is imported, so that the handlers are there before the libraries, which take seconds.
+Only the standard library is imported, so that the handlers are there before the libraries, which take
+seconds.
 """
 
 from __future__ import annotations

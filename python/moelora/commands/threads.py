@@ -26,7 +26,7 @@ def check(count: int) -> None:
 
 
 def choose(step: Callable[[], object]) -> int:
-    """Leaves torch with all its threads, half of them or one, whichever runs `step` fastest; returns how many.
+    """Leaves torch with all its threads, half of them or one, whichever is fastest; returns how many.
 
     The operations of a small model are short: on a machine with other work its threads wait for each other
     longer than they compute. Hyperthreads can slow large ones down.
