@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -127,10 +126,10 @@ def _size(shape: Iterable[int]) -> str:
 
 def listed(keys: Iterable[str]) -> str:
     """Keys in a line: those that differ in numbers only are counted together."""
-    keys = list(keys)
-    kinds = Counter(re.sub(r"\d+", "*", key) for key in keys)
-    one = {re.sub(r"\d+", "*", key): key for key in keys}
-    shown = [one[kind] if count == 1 else f"{kind} ({count})" for kind, count in kinds.items()]
+    kinds: dict[str, list[str]] = {}
+    for key in keys:
+        kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".*", key), []).append(key)
+    shown = [same[0] if len(same) == 1 else f"{kind} ({len(same)})" for kind, same in kinds.items()]
     more = f" and {len(shown) - SHOWN} more kinds" if len(shown) > SHOWN else ""
     return ", ".join(shown[:SHOWN]) + more
 

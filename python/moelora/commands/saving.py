@@ -99,8 +99,8 @@ class AtomicCheckpoints(Trainer):
                 group["lr"] = group["initial_lr"] * factor
             print(
                 f"extended to {self.state.max_steps} steps: from step {self.state.global_step + 1} on, the "
-                f"rate follows the {self.args.lr_scheduler_type.value} schedule of a run of that length, from "
-                f"{self.optimizer.param_groups[0]['lr']:.2e}"
+                f"rate follows the {self.args.lr_scheduler_type.value} schedule of a run of that length, "
+                f"from {self.optimizer.param_groups[0]['lr']:.2e}"
             )
 
     def training_step(
