@@ -88,9 +88,8 @@ def _locked(out: Path) -> Iterator[None]:
     lock = FileLock(out / PRIVATE / _LOCK, timeout=0)
     writer = out / PRIVATE / _WRITER
     try:
-        with writing(out):
-            lock.acquire()
-    except Timeout:
+        lock.acquire()
+    except Timeout:  # an OSError, too
         try:
             who = json.loads(writer.read_text(encoding="utf-8"))
             told = f" (process {who['process']} on {who['host']})"
@@ -99,6 +98,8 @@ def _locked(out: Path) -> Iterator[None]:
         raise MoeloraError(
             f"another run{told} is writing into {out}: wait for it, or choose another --output"
         ) from None
+    except OSError as error:
+        raise MoeloraError(f"cannot lock {out}: {error.strerror or error}") from None
     try:
         with writing(out):
             writer.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}), "utf-8")
