@@ -5,15 +5,18 @@ import sys
 from importlib import import_module
 
 from moelora import MoeloraError
-from moelora.commands import options
+from moelora.commands import config, options
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line. Returns its exit status: 2 for what the user can mend, 130 when interrupted."""
-    explicit = vars(options.parser().parse_args(argv))
-    command = explicit.pop("command")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainer sends some where it may
+    explicit: dict = {}
+    command = None
     try:
+        explicit = config.parse(argv)
+        command = explicit.pop("command")
+        print(f"moelora {command}: loading torch and transformers", file=sys.stderr, flush=True)
         # Seconds to import, which --help need not wait for.
         import_module(f"moelora.commands.{command}").main(explicit)
     except (MoeloraError, ImportError) as error:  # ImportError: a missing dependency, or operators not built
