@@ -61,7 +61,8 @@ def fails(arguments: list[str], capsys) -> str:
         status = main(arguments)
     except SystemExit as stop:  # argparse's way
         status = stop.code
-    lines = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line.strip()]
+    errors = capsys.readouterr().err.splitlines()
+    lines = [line for line in errors if line.strip() and "%|" not in line and ": loading " not in line]
     assert status == 2, lines
     assert len(lines) == 1 and lines[0].startswith("moelora: error: "), lines
     assert "above" not in lines[0]  # no reference to what is not shown

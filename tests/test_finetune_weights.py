@@ -191,9 +191,9 @@ def test_empty_vocabulary_is_refused(model_dir, tmp_path):  # noqa: F811
 
 def test_ids_beyond_the_vocabulary_are_the_tokenizers_fault(model_dir):  # noqa: F811
     model, _ = checkpoints.load(model_dir, "auto")
-    checkpoints.check_tokens(torch.tensor([[0, 256]]), model, model_dir)
+    checkpoints.check_tokens(256, model, model_dir)
     with pytest.raises(MoeloraError, match=r"the tokenizer in .* gives the id 257, .* for 257 tokens"):
-        checkpoints.check_tokens(torch.tensor([[0, 257]]), model, model_dir)
+        checkpoints.check_tokens(257, model, model_dir)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`python -m moelora`."""
 
+import os
 import sys
 
 from moelora.commands import signals
@@ -24,13 +25,16 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None, explicit: dict) -> int:
     from importlib import import_module
 
-    from moelora.commands import options
+    from moelora.commands import config
     from moelora.errors import MoeloraError
 
-    explicit |= vars(options.parser().parse_args(argv))
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainer sends some where it may
     try:
+        explicit |= config.parse(argv)
+        command = explicit["command"]
+        print(f"moelora {command}: loading torch and transformers", file=sys.stderr, flush=True)
         # Seconds to import, which --help need not wait for.
-        import_module(f"moelora.commands.{explicit['command']}").main(
+        import_module(f"moelora.commands.{command}").main(
             {name: value for name, value in explicit.items() if name != "command"}
         )
     except (MoeloraError, ImportError) as error:  # ImportError: a missing dependency, or operators not built

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -134,12 +134,12 @@ def listed(keys: Iterable[str]) -> str:
     return ", ".join(shown[:SHOWN]) + more
 
 
-def check_tokens(tokens: Tensor, model: PreTrainedModel, directory: Path) -> None:
-    """Raises: MoeloraError if one of the token ids, int64 of any shape, is not in the model's vocabulary."""
+def check_tokens(largest: int, model: PreTrainedModel, directory: Path) -> None:
+    """Raises: MoeloraError if the largest token id of some data is not in the model's vocabulary."""
     rows = model.get_input_embeddings().weight.shape[0]
-    if tokens.numel() and int(tokens.max()) >= rows:
+    if largest >= rows:
         raise MoeloraError(
-            f"the tokenizer in {directory} gives the id {int(tokens.max())}, the model has embeddings for "
+            f"the tokenizer in {directory} gives the id {largest}, the model has embeddings for "
             f"{rows} tokens: they do not belong together"
         )
 

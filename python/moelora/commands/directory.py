@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,9 @@ from moelora.errors import MoeloraError, writing
 PRIVATE = ".moelora"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 FINISHED = "summary.json"  # written last
-RESULTS = ("adapter", "loss.png", FINISHED, "trace.json", "profile.txt")
+RESULTS = ("adapter", "loss.png", "config.yaml", FINISHED, "trace.json", "profile.txt")
+RUNNING = {"jsonl": "log.jsonl", "tensorboard": "runs"}  # written while training, where they are wanted
+_GROWING = -1  # the size of what such a name stands for
 _MANIFEST, _LOCK, _STAGING, _REMOVED, _WRITER = "manifest.json", "lock", "staging", "removed", "writer.json"
 _VERSION = 1
 _NOTHING = "nothing to resume in {}: expected a checkpoint of an unfinished run"
@@ -49,10 +51,13 @@ class Found(NamedTuple):
 
 
 @contextmanager
-def held(out: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Found]:
+def held(
+    out: Path, overwrite: bool = False, resume: bool = False, names: Iterable[str] = RESULTS
+) -> Iterator[Found]:
     """Holds `out` for this run, made if it is absent, and says what an earlier one left there.
 
-    If nothing has been written into it by the end, `out` is left as it was.
+    If nothing has been written into it by the end, `out` is left as it was. `names` are what this run may
+    write, beside checkpoints.
 
     Raises: MoeloraError if another run has it, if something in it is not a run's where this one would write,
         or if an earlier run is there that neither `resume` nor `overwrite` speaks of.
@@ -65,7 +70,7 @@ def held(out: Path, overwrite: bool = False, resume: bool = False) -> Iterator[F
         raise MoeloraError(f"--output {out} is a file, expected a directory")
     existed = out.is_dir()
     if not os.path.lexists(out / PRIVATE):
-        _examine(out, {})  # before anything is made
+        _examine(out, {}, names)  # before anything is made
         if resume:
             raise MoeloraError(_NOTHING.format(out))
     with writing(out):
@@ -74,7 +79,7 @@ def held(out: Path, overwrite: bool = False, resume: bool = False) -> Iterator[F
         with _locked(out):
             try:
                 _tidy(out)
-                yield _judge(out, overwrite, resume)
+                yield _judge(out, overwrite, resume, names)
             finally:
                 _leave(out)
     finally:
@@ -126,8 +131,8 @@ def _leave(out: Path) -> None:
             (out / PRIVATE).rmdir()
 
 
-def _judge(out: Path, overwrite: bool, resume: bool) -> Found:
-    _examine(out, _read(out))
+def _judge(out: Path, overwrite: bool, resume: bool, names: Iterable[str]) -> Found:
+    _examine(out, _read(out), names)
     found = look(out)
     if resume:
         if found.checkpoint is None and not found.finished:
@@ -156,13 +161,11 @@ def look(out: Path) -> Found:
 # ---- whose a file is
 
 
-def _examine(out: Path, manifest: dict[str, Entry]) -> None:
+def _examine(out: Path, manifest: dict[str, Entry], names: Iterable[str]) -> None:
     """Complains about the first path that a run would have to replace and that no run wrote."""
     if not out.is_dir():
         return
-    taken = [
-        path for path in sorted(out.iterdir()) if path.name in RESULTS or CHECKPOINT.fullmatch(path.name)
-    ]
+    taken = [path for path in sorted(out.iterdir()) if path.name in names or CHECKPOINT.fullmatch(path.name)]
     for path in taken:
         if stranger := _stranger(out, path, manifest):
             raise MoeloraError(
@@ -172,6 +175,8 @@ def _examine(out: Path, manifest: dict[str, Entry]) -> None:
 
 def _stranger(out: Path, path: Path, manifest: dict[str, Entry]) -> str | None:
     """The first thing at `path` that is not what a run wrote there, in words, or None."""
+    if _grows(path.name, manifest) and path.parent == out and not path.is_symlink():
+        return None
     if path.is_dir() and not path.is_symlink():
         name = path.relative_to(out).as_posix()
         if not any(key.startswith(f"{name}/") for key in manifest):
@@ -183,6 +188,10 @@ def _stranger(out: Path, path: Path, manifest: dict[str, Entry]) -> str | None:
     if CHECKPOINT.fullmatch(path.relative_to(out).parts[0]):
         return None  # damage, which resuming tells; nobody edits an optimizer's state
     return None if _same(path, entry) else f"{path} was changed since a run wrote it"
+
+
+def _grows(name: str, manifest: dict[str, Entry]) -> bool:
+    return name in manifest and manifest[name].size == _GROWING
 
 
 def _same(path: Path, entry: Entry) -> bool:
@@ -235,6 +244,19 @@ def publish(out: Path, name: str, write: Callable[[Path], Any]) -> Path:
     return final
 
 
+def claim(out: Path, name: str) -> Path:
+    """Makes `out/name` this run's, a file or a directory that others write while it goes on.
+
+    Raises: MoeloraError if something is there that no run wrote.
+    """
+    manifest = _read(out)
+    if os.path.lexists(out / name) and (stranger := _stranger(out, out / name, manifest)):
+        raise MoeloraError(f"{stranger}: move it away or choose another --output")
+    with writing(out):
+        _write(out, {**manifest, name: Entry(_GROWING, 0, "")})
+    return out / name
+
+
 def remove(out: Path, *names: str) -> None:
     """Removes what runs wrote at `out/name` for each of `names`; all that runs wrote, if there are none."""
     manifest = _read(out)
@@ -246,8 +268,9 @@ def remove(out: Path, *names: str) -> None:
             if (out / top).is_dir() and not (out / top).is_symlink():
                 # Renamed first, so that an interrupted removal leaves nothing that looks like a checkpoint.
                 removed.mkdir(parents=True, exist_ok=True)
-                _empty(out, top, [key for key in gone if _within(key, top)], removed)
-            elif top in manifest and (out / top).is_file() and _same(out / top, manifest[top]):
+                keys = [key for key in gone if _within(key, top)]
+                _empty(out, top, _events(out, top) if _grows(top, manifest) else keys, removed)
+            elif (out / top).is_file() and (_grows(top, manifest) or _same(out / top, manifest[top])):
                 (out / top).unlink()
         _write(out, {key: value for key, value in manifest.items() if key not in gone})
 
@@ -275,6 +298,11 @@ def _empty(out: Path, top: str, keys: list[str], removed: Path) -> None:
     for folder in [*sorted(folders, reverse=True), root / top]:
         with suppress(OSError):
             folder.rmdir()
+
+
+def _events(out: Path, top: str) -> list[str]:
+    """What TensorBoard writes, in a directory that is its."""
+    return [path.relative_to(out).as_posix() for path in (out / top).rglob("events.out.tfevents.*")]
 
 
 def _within(key: str, name: str) -> bool:

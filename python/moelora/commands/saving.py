@@ -49,21 +49,16 @@ class AtomicCheckpoints(Trainer):
                 super(AtomicCheckpoints, self)._save_checkpoint(model, trial)
             finally:
                 self._staging = None
-            self._name_best(out, path)
+            # Trainer's guess, made where it was not complete yet; the step says it.
+            self.state.best_model_checkpoint = None
+            self.state.save_to_json(str(path / TRAINER_STATE_NAME))
             if self.record is not None:
-                facts = {"step": step, "steps": self.state.max_steps, "trained": self._trained()}
+                facts = {"step": step, "trained": self._trained(), "best": self.state.best_global_step}
                 resuming.complete(path, self.record.options, {**self.record.facts, **facts})
 
         written = directory.publish(out, f"checkpoint-{step}", write)
-        best = Path(self.state.best_model_checkpoint or written).name
+        best = f"checkpoint-{self.state.best_global_step}"
         directory.remove_checkpoints(out, keep=KEPT, but=(written.name, best))
-
-    def _name_best(self, out: Path, path: Path) -> None:
-        """The best checkpoint by the path that it will have, as resuming looks for it there."""
-        best = self.state.best_global_step
-        if best and ((out / f"checkpoint-{best}").is_dir() or path.name == f"checkpoint-{best}"):
-            self.state.best_model_checkpoint = str(out / f"checkpoint-{best}")
-            self.state.save_to_json(str(path / TRAINER_STATE_NAME))
 
     def _trained(self) -> bool:
         """Whether the training is over, rather than stopped by a signal."""
@@ -74,9 +69,6 @@ class AtomicCheckpoints(Trainer):
         """The model and the state of a checkpoint whose training is over, without a further step."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        best = self.state.best_global_step
-        if self.args.load_best_model_at_end and best and best != self.state.global_step:
-            self._load_from_checkpoint(str(checkpoint.parent / f"checkpoint-{best}"))
         return TrainOutput(self.state.global_step, 0.0, {})
 
     def go_on(self, checkpoint: Path | None, trained: bool = False, extended: bool = False) -> TrainOutput:

@@ -37,21 +37,20 @@ def sample(
     return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
 
 
-def race(model: PeftModel, rows: Tensor, pairs: int) -> dict[str, Any]:
-    """Median seconds of a forward and backward on `rows` [n, length], in turn with the operators and without.
+def race(model: PeftModel, inputs: dict[str, Any], pairs: int) -> dict[str, Any]:
+    """Median seconds of a forward and backward on a batch, in turn with the operators and without.
 
     Leaves the model enabled and without gradients. Stops early once a minute is over. Where transformers
     cannot run the model (some sizes and dtypes), the result only says so.
     """
-    rows = rows.to(model.device)
     ours, theirs = [], []
     model.train()
     started = time.perf_counter()
     while len(ours) <= pairs and (len(ours) < 2 or time.perf_counter() - started < RACE_SECONDS):
-        ours.append(_step(model, rows))
+        ours.append(_step(model, inputs))
         moelora.disable(model)
         try:
-            theirs.append(_step(model, rows))
+            theirs.append(_step(model, inputs))
         except RuntimeError as error:
             return {"error": str(error).splitlines()[0]}
         finally:
@@ -59,7 +58,7 @@ def race(model: PeftModel, rows: Tensor, pairs: int) -> dict[str, Any]:
     ours, theirs = ours[1:], theirs[1:]  # the first of each warms up
     medians = statistics.median(ours), statistics.median(theirs)
     return {
-        "tokens": rows.numel(),
+        "tokens": inputs["input_ids"].numel(),
         "pairs": len(ours),
         "operators_seconds": medians[0],
         "transformers_peft_seconds": medians[1],
@@ -67,10 +66,10 @@ def race(model: PeftModel, rows: Tensor, pairs: int) -> dict[str, Any]:
     }
 
 
-def _step(model: PeftModel, rows: Tensor) -> float:
+def _step(model: PeftModel, inputs: dict[str, Any]) -> float:
     started = time.perf_counter()
-    model(input_ids=rows, labels=rows).loss.backward()
-    if rows.is_cuda:
+    model(**inputs).loss.backward()
+    if model.device.type == "cuda":
         torch.cuda.synchronize()
     spent = time.perf_counter() - started
     model.zero_grad(set_to_none=True)

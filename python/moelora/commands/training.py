@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 from transformers import (
@@ -16,10 +16,17 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
 )
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
+from moelora.commands.data import Tokens, padded, spread
 from moelora.commands.saving import AtomicCheckpoints
+from moelora.errors import MoeloraError, writing
+
+JSONL = "jsonl"
+EVALUATION_ROWS = 64
 
 
 class TunedTrainer(AtomicCheckpoints, SFTTrainer):
@@ -32,11 +39,12 @@ class TunedTrainer(AtomicCheckpoints, SFTTrainer):
 class Progress(TrainerCallback):
     """One bar for the training, with the loss and tokens/s of the last steps, and one for each evaluation."""
 
-    def __init__(self, title: str, tokens_per_step: int):
-        self.title, self.tokens_per_step = title, tokens_per_step
+    def __init__(self, title: str):
+        self.title = title
         self.bar: tqdm | None = None
         self.evaluation: tqdm | None = None
         self.seconds: list[float] = []  # of each step of this process
+        self.seen: list[int] = []  # tokens up to each of them
         self._started = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -52,6 +60,7 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is None or "loss" not in logs:
             return
+        self.seen.append(int(logs["num_tokens"]))
         self.bar.set_postfix_str(
             f"loss {logs['loss']:.3f}, {self.tokens_per_second():.0f} tokens/s", refresh=False
         )
@@ -61,9 +70,12 @@ class Progress(TrainerCallback):
             self.evaluation = _bar("held-out", len(eval_dataloader), leave=False, delay=2.0)
         self.evaluation.update(1)
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.evaluation.close()
-        self.evaluation = None
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if self.evaluation is not None:
+            self.evaluation.close()
+            self.evaluation = None
+        if self.bar is not None:
+            tqdm.write(f"step {state.global_step}: held-out loss {metrics['eval_loss']:.3f}")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
@@ -78,12 +90,25 @@ class Progress(TrainerCallback):
     @property
     def tokens(self) -> int:
         """Tokens trained on in this process."""
-        return self.tokens_per_step * len(self.seconds)
+        return self.seen[-1] if self.seen else 0
 
     def tokens_per_second(self, last: int = 10) -> float:
         """Tokens a second over the last steps."""
-        recent = self.seconds[-last:]
-        return self.tokens_per_step * len(recent) / sum(recent) if recent else 0.0
+        if not self.seen:
+            return 0.0
+        before = self.seen[-last - 1] if len(self.seen) > last else 0
+        return (self.seen[-1] - before) / sum(self.seconds[: len(self.seen)][-last:])
+
+
+class JsonLines(TrainerCallback):
+    """Appends what Trainer logs to a file, an object a line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
 
 def _bar(title: str, total: int, **options: Any) -> tqdm:
@@ -95,39 +120,42 @@ def _bar(title: str, total: int, **options: Any) -> tqdm:
 def trainer(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
-    held_out: Dataset,
+    tokens: Tokens,
     out: Path,
     title: str,
     **arguments: Any,
 ) -> tuple[TunedTrainer, Progress]:
-    """A trainer over tokenized rows, all of one length (column `input_ids`), and its progress bar.
+    """A trainer over rows of tokens, evaluating on some of the held-out ones, and its progress bar.
 
     `arguments` are SFTConfig's; each step's loss is kept in `state.log_history`.
     """
     # The adapter and the base have their dtypes, hence no autocast to bf16. The balancing loss of a frozen
     # router would only disturb the adapter.
-    given = {"bf16": False, "gradient_checkpointing": False, "router_aux_loss_coef": 0.0} | arguments
+    given = {
+        "lr_scheduler_type": "cosine",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "router_aux_loss_coef": 0.0,
+        "report_to": "none",
+    }
+    given |= {"packing": True, "packing_strategy": tokens.packing} if tokens.bordered else {}
     args = SFTConfig(
         output_dir=str(out),
-        lr_scheduler_type="cosine",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to="none",
         disable_tqdm=True,
         prediction_loss_only=True,
         dataloader_pin_memory=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        **given,
+        **given | arguments,
     )
-    rows = min(args.train_batch_size, len(train)) * args.gradient_accumulation_steps
-    progress = Progress(title, rows * len(train[0]["input_ids"]))
+    progress = Progress(title)
     result = TunedTrainer(
         model,
         args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
+        train_dataset=tokens.train,
+        eval_dataset=spread(tokens.held_out, EVALUATION_ROWS),
+        processing_class=padded(tokenizer),
         callbacks=[progress],
     )
     result.remove_callback(PrinterCallback)
@@ -135,6 +163,36 @@ def trainer(
     return result, progress
 
 
+def evaluating(every: int, keep_best: bool, patience: int, save_every: int) -> dict[str, Any]:
+    """SFTConfig's arguments for evaluations while training, and for checkpoints."""
+    arguments: dict[str, Any] = {"save_steps": save_every}
+    if every:
+        arguments |= {"eval_strategy": "steps", "eval_steps": every}
+    if keep_best:
+        arguments |= {"metric_for_best_model": "eval_loss", "greater_is_better": False, "save_steps": every}
+    if patience:
+        arguments["restore_callback_states_from_checkpoint"] = True
+    return arguments
+
+
+def check_reports(names: list[str]) -> None:
+    """Complains about what cannot be reported to.
+
+    Raises: MoeloraError naming it, and what can.
+    """
+    able = [JSONL, *sorted(get_available_reporting_integrations())]
+    for name in names:
+        if name not in able:
+            raise MoeloraError(
+                f"--report-to {name} is not installed or unknown, here can be: {', '.join(able)}"
+            )
+
+
 def held_out_loss(of: Trainer) -> float:
     """Mean loss on the held-out rows, in nats a token."""
     return of.evaluate()["eval_loss"]
+
+
+def best_checkpoint(state: TrainerState, out: Path) -> Path | None:
+    """The checkpoint of the lowest held-out loss, where a run keeps it."""
+    return out / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
