@@ -17,9 +17,15 @@ class MoeloraError(Exception):
     """A problem with what the user asked for: one line that says what was expected and what came."""
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def one_line(error: BaseException) -> str:
+    """All that an error says, in one line; its kind too, where the words alone say little."""
+    words = " ".join(str(error).split())
+    if (
+        isinstance(error, (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError))
+        or not words
+    ):
+        return f"{type(error).__name__}: {words}" if words else type(error).__name__
+    return words
 
 
 def warn_once(message: str) -> None:

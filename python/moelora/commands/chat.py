@@ -39,22 +39,20 @@ def main(explicit: dict[str, Any]) -> None:
         messages.append({"role": "assistant", "content": answer})
 
 
-def load(
-    directory: Path, adapter: str | None, dtype: str
-) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+def load(directory: Path, adapter: str | None, dtype: str) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """A model, with an adapter if one is named, on the operators, and the tokenizer beside the adapter.
 
     Raises: MoeloraError if either cannot be loaded, or does not belong to the other.
     """
     _, tokenizer = checkpoints.inspect(directory)
     if adapter is None:
-        model = checkpoints.load(directory, dtype)
+        model, _ = checkpoints.load(directory, dtype)
     else:
         try:
             PeftConfig.from_pretrained(adapter)  # before the base, which may take minutes
             if (Path(adapter) / "tokenizer_config.json").exists():
                 tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
-            model = PeftModel.from_pretrained(checkpoints.load(directory, dtype), adapter)
+            model = PeftModel.from_pretrained(checkpoints.load(directory, dtype)[0], adapter)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise MoeloraError(f"cannot load {adapter} onto {directory}: {first_line(error)}") from None
     moelora.enable(model)

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from moelora.commands import options
-from moelora.errors import MoeloraError, first_line
+from moelora.errors import MoeloraError, one_line
 
 _NOT_WRITTEN = {"config", "dry_run", "output", "overwrite", "resume"}  # they are about one call
 _PATHS = ("model", "data", "eval_data", "chat_template", "cache_dir")
@@ -33,7 +33,7 @@ def _arguments(path: Path) -> list[str]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise MoeloraError(f"cannot read --config {path}: {first_line(error)}") from None
+        raise MoeloraError(f"cannot read --config {path}: {one_line(error)}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""

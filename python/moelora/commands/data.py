@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from moelora.commands import formats
-from moelora.errors import MoeloraError, first_line
+from moelora.errors import MoeloraError, one_line
 
 PIECE = 1 << 20  # characters tokenized at once
 IGNORED = -100  # the label of a token that is not learnt
@@ -65,6 +65,11 @@ def count(rows: Dataset, learnt: bool = False) -> int:
         ]
         total += int((values != IGNORED).sum()) if learnt else len(values)
     return total
+
+
+def largest(rows: Dataset) -> int:
+    """The largest token id in rows."""
+    return max(max(ids, default=0) for ids in rows["input_ids"])
 
 
 def language_reference() -> list[str]:
@@ -213,14 +218,14 @@ def _told(
                 tokenizer.apply_chat_template(messages, tools=row.get("tools"))
         except Exception as why:  # a template raises what it likes
             return MoeloraError(
-                f"the chat template does not take row {number} of {source.source}: {first_line(why)}"
+                f"the chat template does not take row {number} of {source.source}: {one_line(why)}"
             )
     if answers and "messages" in source.rows.column_names:
         return MoeloraError(
             "the chat template does not tell which tokens are the assistant's ({% generation %}): --loss all "
-            f"trains on every turn, --chat-template names another ({first_line(error)})"
+            f"trains on every turn, --chat-template names another ({one_line(error)})"
         )
-    return MoeloraError(f"cannot turn the rows of {source.source} into tokens: {first_line(error)}")
+    return MoeloraError(f"cannot turn the rows of {source.source} into tokens: {one_line(error)}")
 
 
 def _learnable(rows: Dataset, length: int, packing: str, dropped: Counter) -> Dataset:
@@ -297,4 +302,4 @@ def load_template(path: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     try:
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise MoeloraError(f"cannot read --chat-template {path}: {first_line(error)}") from None
+        raise MoeloraError(f"cannot read --chat-template {path}: {one_line(error)}") from None

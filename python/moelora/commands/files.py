@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, Features, Value, load_dataset
 
-from moelora.errors import MoeloraError, first_line
+from moelora.errors import MoeloraError, one_line
 
 # What a file's name ends with → the reader. Prose is one text a file.
 READERS = {
@@ -131,7 +131,7 @@ def _csv_options(path: Path) -> dict[str, Any]:
             rows = csv.reader(file, delimiter=separator)
             header, first = next(rows, []), next(rows, [])
     except (OSError, EOFError, csv.Error) as error:
-        raise MoeloraError(f"cannot read {path}: {first_line(error)}") from None
+        raise MoeloraError(f"cannot read {path}: {one_line(error)}") from None
     if len(first) > len(header):  # pandas would take the first column for names of rows
         raise MoeloraError(
             f"{path} line 2 has {len(first)} fields, expected the {len(header)} of its first line"
@@ -171,7 +171,7 @@ def _refuse_lone_surrogates(path: Path) -> None:
                         f"{path} line {number}: half of a surrogate pair, which is no character"
                     )
     except (OSError, EOFError) as error:
-        raise MoeloraError(f"cannot read {path}: {first_line(error)}") from None
+        raise MoeloraError(f"cannot read {path}: {one_line(error)}") from None
 
 
 def _lone(line: str) -> bool:
@@ -198,7 +198,7 @@ def _explained(path: Path, reader: str, error: Exception) -> MoeloraError:
         if (found := next(lines, None)) is not None:
             return found
     kind = {"json": "JSON", "csv": "comma- or tab-separated", "parquet": "Parquet"}.get(reader, "text")
-    return MoeloraError(f"{path} is not {kind}: {first_line(chain[-1])}")
+    return MoeloraError(f"{path} is not {kind}: {one_line(chain[-1])}")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

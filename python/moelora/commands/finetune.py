@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
-import shutil
 import statistics
 import time
 import warnings
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import transformers
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from torch import Tensor
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import moelora
 from moelora import checkpoints
@@ -30,21 +28,37 @@ from moelora.commands import (
     card,
     data,
     default_model,
+    directory,
+    fingerprints,
+    finite,
     formats,
     lora,
     options,
     packing,
     plan,
     profiling,
+    reloading,
     results,
+    resuming,
+    saving,
     showcase,
+    signals,
     threads,
     training,
 )
-from moelora.errors import MoeloraError, writing
+from moelora.errors import MoeloraError
 
-OPTIONS = "options.json"
 RELOAD_TOKENS = 64
+
+
+@dataclass
+class Start:
+    """Where a run begins: at a verified checkpoint, with what it tells, or from nothing."""
+
+    checkpoint: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    recorded: dict[str, Any] = field(default_factory=dict)  # options
+    extended: bool = False
 
 
 @dataclass
@@ -53,38 +67,59 @@ class Run:
 
     options: argparse.Namespace
     out: Path
-    checkpoint: Path | None  # to resume from
+    start: Start
     source: Path
     tokenizer: PreTrainedTokenizerBase
     tokens: data.Tokens
     model: PeftModel
     started: float  # time.perf_counter()
+    fresh: list[str]  # keys of weights that were drawn
+    made_from: dict[str, dict[str, str]]  # fingerprints
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return plan.steps(self.options, len(self.tokens.train))
 
-    def batch(self) -> dict[str, Any]:
+    def batch(self, size: int | None = None) -> dict[str, Any]:
         """The first rows as the model gets them in training."""
-        rows = self.tokens.train.select(range(min(self.options.batch_size, len(self.tokens.train))))
+        size = min(size or self.options.batch_size, len(self.tokens.train))
+        rows = self.tokens.train.select(range(size))
         return data.batch(rows, self.tokenizer, self.tokens.bordered, self.model.device)
 
 
 def main(explicit: dict[str, Any]) -> None:
     """Runs the command with the options that were given. MoeloraError tells the user what to mend."""
     _quiet()
-    run = prepare(explicit)
-    if run is None:
+    options.check_paths(explicit)
+    out = Path(explicit.get("output", options.DEFAULTS["output"]))
+    if explicit.get("dry_run"):
+        prepare(explicit, out, Start())
         return
-    existed = run.out.exists()
-    try:
-        _finish(run)
-    except BaseException:
-        if not existed:
-            with suppress(OSError):
-                run.out.rmdir()  # only if nothing worth keeping came into it
-        raise
+    resume = bool(explicit.get("resume"))
+    reports = [directory.RUNNING[name] for name in explicit.get("report_to", []) if name in directory.RUNNING]
+    names = (*directory.RESULTS, *reports)
+    with directory.held(out, bool(explicit.get("overwrite")), resume, names) as found:
+        start = _start(explicit, found) if resume else Start()
+        if start is None:
+            print(f"the run in {out} is finished: nothing is left to train (more --steps would extend it)")
+        else:
+            _finish(prepare(explicit, out, start))
+
+
+def _start(explicit: dict[str, Any], found: directory.Found) -> Start | None:
+    """Where to resume, or None if the run is finished and is not to be extended."""
+    checkpoint = found.checkpoint
+    if checkpoint is None:
+        if any(name in explicit for name in options.EXTENDABLE):
+            raise MoeloraError("a finished run can only be extended from its last checkpoint, which is gone")
+        return None
+    facts = resuming.verify(checkpoint)
+    if facts["best"] and facts["best"] != facts["step"]:
+        resuming.verify(checkpoint.with_name(f"checkpoint-{facts['best']}"))
+    recorded = resuming.options(checkpoint)
+    extended = options.extended(explicit, recorded)
+    return Start(checkpoint, facts, recorded, extended) if extended or not found.finished else None
 
 
 def _finish(run: Run) -> None:
@@ -96,22 +131,20 @@ def _finish(run: Run) -> None:
     show(run, adapter, summary)
     summary["seconds"] = time.perf_counter() - run.started
     results.write_summary(run.out, summary)
-    _forget_checkpoints(run.out)
     written = f"{results.ADAPTER}, {results.CURVE}, {results.CONFIG} and {results.SUMMARY}"
     print(f"wrote {written} to {run.out} in {summary['seconds']:.0f} s")
     print(f"try it with: python -m moelora chat {run.source} {adapter}")
 
 
-def prepare(explicit: dict[str, Any]) -> Run | None:
+def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
     """Everything before the training: options, data, base model, adapter, operators. Cheap checks first.
 
     None after a dry run.
     """
     started = time.perf_counter()
-    out = Path(explicit.get("output", options.DEFAULTS["output"]))
-    checkpoint = _checkpoint(out, explicit)
-    chosen = options.settle(explicit, _recorded(checkpoint) if checkpoint else {})
+    chosen = options.settle(explicit, start.recorded)
     if chosen.threads:
+        threads.check(chosen.threads)
         torch.set_num_threads(chosen.threads)
     training.check_reports(chosen.report_to)
     config, tokenizer = checkpoints.inspect(_given(chosen)) if chosen.model else default_model.inspect()
@@ -126,15 +159,22 @@ def prepare(explicit: dict[str, Any]) -> Run | None:
         print(plan.told(outline, config, chosen, tokens))
         return None
     source = _given(chosen) if chosen.model else _default(chosen)
-    model = checkpoints.load(source, chosen.dtype)
+    made_from = _made_from(chosen, source)
+    fingerprints.compare(start.facts.get("made_from", {}), made_from, start.checkpoint)
+    model, fresh = _base(chosen, source)
+    finite.check_weights(model, source)
+    checkpoints.check_tokens(max(map(data.largest, (tokens.train, tokens.held_out))), model, source)
+    checkpoints.check_runs(model, source)
     dtype = str(model.dtype).removeprefix("torch.")
     size = f"{checkpoints.count(model) / 1e6:.1f} M parameters"
     print(f"base     {source}: {type(model).__name__}, {size}, {dtype}")
+    if fresh:
+        print(f"fresh    {checkpoints.listed(fresh)}: drawn with --seed {chosen.seed}, in no file")
     print(tokens.told())
     set_seed(chosen.seed)
     adapted = lora.adapt(model, chosen.rank, chosen.alpha, chosen.projections, chosen.target_modules)
     report = moelora.enable(adapted)
-    run = Run(chosen, out, checkpoint, source, tokenizer, tokens, adapted, started)
+    run = Run(chosen, out, start, source, tokenizer, tokens, adapted, started, fresh, made_from)
     if tokens.bordered:
         packing.check_borders(adapted, tokenizer)
     _set_threads(run)
@@ -180,10 +220,12 @@ def train(run: Run) -> dict[str, Any]:
         trainer.add_callback(profiler)
     try:
         before = training.held_out_loss(trainer)
+        finite.check_held_out(before, 0, run.model)
         print(f"held-out loss before: {before:.3f}")
         base_sample = _sample(run, adapted=False) if run.options.sample else None
         set_seed(run.options.seed)
-        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        with signals.deferred():
+            trainer.go_on(run.start.checkpoint, run.start.facts.get("trained", False), run.start.extended)
         best = training.best_checkpoint(trainer.state, run.out)
         if best is not None:
             print(
@@ -193,6 +235,7 @@ def train(run: Run) -> dict[str, Any]:
         after = training.held_out_loss(trainer)
     finally:
         progress.close()
+    finite.check_held_out(after, trainer.state.global_step, run.model)
     _check_trained(run, steps=len(progress.seconds))
     print(f"held-out loss after:  {after:.3f}")
     if profiler is not None and profiler.table is not None:
@@ -237,9 +280,10 @@ def show(run: Run, adapter: Path, summary: dict[str, Any]) -> None:
         summary["race"] = showcase.race(run.model, run.batch(), run.options.compare)
         print(_told(summary["race"]))
     ids = torch.tensor([run.tokens.held_out[0]["input_ids"][:RELOAD_TOKENS]])
-    difference = showcase.reload(run.model, adapter, ids)
+    difference = reloading.reload(run.model, adapter, lambda: _base(run.options, run.source)[0], ids)
     summary["reload_difference"] = difference
-    print(f"adapter reloaded with plain PEFT: logits agree (relative difference {difference:.0e})")
+    told = "all are zero" if difference is None else f"relative difference {difference:.0e}"
+    print(f"adapter reloaded with plain PEFT: logits agree ({told})")
 
 
 def _told(race: dict[str, Any]) -> str:
@@ -263,44 +307,35 @@ def _default(chosen: argparse.Namespace) -> Path:
 
 def _set_threads(run: Run) -> None:
     """Settles the number of threads, so that a resumed run has the same and goes on to the bit."""
-    if run.options.threads is None and run.options.model is None:
-        inputs = run.batch()
+    if run.options.threads is None and run.model.device.type == "cpu":
+        inputs = run.batch(1 if run.options.gradient_checkpointing else None)
         threads.choose(lambda: run.model(**inputs).loss.backward())
         run.model.zero_grad()
     run.options.threads = torch.get_num_threads()
 
 
-def _checkpoint(out: Path, explicit: dict[str, Any]) -> Path | None:
-    """The checkpoint to resume from; complains where the output directory does not fit the command."""
-    if out.exists() and not out.is_dir():
-        raise MoeloraError(f"--output {out} is a file, expected a directory")
-    found = training.last_checkpoint(out)
-    if explicit.get("resume"):
-        if found is None:
-            raise MoeloraError(f"nothing to resume in {out}: expected a checkpoint of an unfinished run")
-        return found
-    if found is not None and not explicit.get("overwrite"):
-        raise MoeloraError(
-            f"{out} holds an unfinished run ({found.name}): --resume goes on with it, --overwrite starts anew"
-        )
-    return None
+def _base(chosen: argparse.Namespace, source: Path) -> tuple[PreTrainedModel, list[str]]:
+    """The base as it is on disk, and the keys of what `--fresh` let be drawn, the same each time."""
+    return checkpoints.load(source, chosen.dtype, chosen.fresh, chosen.seed)
 
 
-def _recorded(checkpoint: Path) -> dict[str, Any]:
-    try:
-        return json.loads((checkpoint / OPTIONS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MoeloraError(
-            f"{checkpoint} cannot be resumed: expected its options in {OPTIONS}, got {error}"
-        ) from None
+def _made_from(chosen: argparse.Namespace, source: Path) -> dict[str, dict[str, str]]:
+    """Fingerprints, with which a resumed run is the same run."""
+    if chosen.data:
+        template = [chosen.chat_template] if chosen.chat_template else []
+        texts = fingerprints.data([*chosen.data, *(chosen.eval_data or []), *template])
+    else:
+        texts = {"python": fingerprints.texts(data.language_reference())}
+    return {"data": texts, "base": fingerprints.base(source)}
 
 
 def _trainer(run: Run) -> tuple[training.TunedTrainer, training.Progress]:
     chosen = run.options
-    if chosen.overwrite:
-        _forget_checkpoints(run.out)
-    with writing(run.out):
-        run.out.mkdir(parents=True, exist_ok=True)
+    # Only now, when all that could be wrong before a training has been found right.
+    directory.remove(run.out, *([results.SUMMARY] if run.start.checkpoint else []))
+    for name in chosen.report_to:
+        if name in directory.RUNNING:
+            directory.claim(run.out, directory.RUNNING[name])
     trainer, progress = training.trainer(
         run.model,
         run.tokenizer,
@@ -325,8 +360,8 @@ def _trainer(run: Run) -> tuple[training.TunedTrainer, training.Progress]:
         trainer.add_callback(EarlyStoppingCallback(chosen.early_stopping))
     if training.JSONL in chosen.report_to:
         trainer.add_callback(training.JsonLines(run.out / results.LOG))
-    text = json.dumps(vars(chosen), indent=2)
-    trainer.finish_checkpoint = lambda path: (path / OPTIONS).write_text(text, encoding="utf-8")
+    trainer.record = saving.Record(vars(chosen), {"made_from": run.made_from})
+    trainer.add_callback(saving.Watch())
     return trainer, progress
 
 
@@ -350,6 +385,7 @@ def _prompt(run: Run) -> Tensor:
 def _facts(run: Run) -> dict[str, Any]:
     return {
         "base": run.source,
+        "fresh": run.fresh,
         "options": vars(run.options),
         "train_tokens": data.count(run.tokens.train),
         "held_out_tokens": data.count(run.tokens.held_out),
@@ -363,14 +399,6 @@ def _facts(run: Run) -> dict[str, Any]:
             "peft": peft.__version__,
         },
     }
-
-
-def _forget_checkpoints(out: Path) -> None:
-    staging = out / training.STAGING
-    for path in out.glob("checkpoint-*"):
-        shutil.rmtree(staging, ignore_errors=True)
-        path.rename(staging)  # so that an interrupted removal leaves nothing that looks like a checkpoint
-    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _quiet() -> None:

@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from moelora import checkpoints
-from moelora.errors import MoeloraError
 from moelora.experts import bind, is_experts, projections
+from moelora.stored import files, header
 from moelora.survey import activation, weights
 from torch_moelora.functional import moe_mlp
 
@@ -212,19 +211,15 @@ def _table(groups: list[Group], rank: int, which: str) -> str:
 def stored(directory: Path) -> str:
     """How the experts lie in the weight files, from their headers."""
     single, fused, dtypes = 0, 0, set()
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (not a dict)
-                    if re.search(r"experts\.\d+\.", name):
-                        single += 1
-                    elif "experts." in name and "shared_expert" not in name:
-                        fused += 1
-                    else:
-                        continue
-                    dtypes.add(file.get_slice(name).get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise MoeloraError(f"cannot read the header of {path}: {error}") from None
+    for path in files(directory):
+        for name, dtype in header(path).items():
+            if re.search(r"experts\.\d+\.", name):
+                single += 1
+            elif "experts." in name and "shared_expert" not in name:
+                fused += 1
+            else:
+                continue
+            dtypes.add(dtype)
     if not single and not fused:
         return "no expert weights in *.safetensors here"
     kinds = ", ".join(sorted(dtypes))

@@ -10,14 +10,18 @@ from typing import Any, NamedTuple
 from moelora import MoeloraError
 
 
-def _number(kind: type, low: float, description: str, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite number of `kind` that is at least `low`, or `above` it."""
+def _number(
+    kind: type, low: float, description: str, above: bool = False, high: int = 2**31 - 1
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number of `kind` that is at least `low`, or `above` it; at most `high`."""
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
+        if value > high and kind is int:
+            raise argparse.ArgumentTypeError(f"expected {description} and at most {high}, got {text!r}")
         if not (math.isfinite(value) and (value > low if above else value >= low)):
             raise argparse.ArgumentTypeError(f"expected {description}, got {text!r}")
         return value
@@ -27,6 +31,7 @@ def _number(kind: type, low: float, description: str, above: bool = False) -> Ca
 
 _COUNT = _number(int, 1, "a whole number of at least 1")
 _FROM_ZERO = _number(int, 0, "a whole number of at least 0")
+_SEED = _number(int, 0, "a whole number of at least 0", high=2**32 - 1)  # as far as numpy goes
 _FROM_TWO = _number(int, 2, "a whole number of at least 2")
 _POSITIVE = _number(float, 0.0, "a number above 0", above=True)
 _NOT_NEGATIVE = _number(float, 0.0, "a number of at least 0")
@@ -118,6 +123,14 @@ _FINETUNE: dict[str, list[Option]] = {
             choices=["auto", "float32", "bfloat16", "float16"],
         ),
         _option(
+            "--fresh",
+            [],
+            "keys of weights, as patterns such as 'lm_head.*', that the checkpoint may lack or have in "
+            "another shape (then drawn at random) or may have beside the model's (then left out)",
+            "KEY",
+            nargs="+",
+        ),
+        _option(
             "--cache-dir",
             None,
             "where the pretrained default model is kept (default: moelora in the Hugging Face assets cache)",
@@ -177,11 +190,11 @@ _FINETUNE: dict[str, list[Option]] = {
         _option(
             "--threads",
             None,
-            "CPU threads (default: all; for the small default model one, where that measures faster)",
+            "CPU threads (default: all, half of them or one, whichever measures fastest)",
             "N",
             type=_COUNT,
         ),
-        _option("--seed", 0, "seed of the data split, the order and the adapter", "N", type=_FROM_ZERO),
+        _option("--seed", 0, "seed of the data split, the order and the adapter", "N", type=_SEED),
     ],
     "evaluation": [
         _option(
@@ -213,9 +226,10 @@ _FINETUNE: dict[str, list[Option]] = {
         _option("--save-every", 25, "steps between checkpoints", "N", type=_COUNT),
         _switch(
             "--resume",
-            "go on from the last checkpoint in the output directory, with its options",
+            "go on from the last checkpoint in the output directory, with its options; with more --steps or "
+            "--epochs, extend the run",
         ),
-        _switch("--overwrite", "start anew where an unfinished run left checkpoints"),
+        _switch("--overwrite", "start anew where an earlier run is, removing what it wrote"),
         _option(
             "--profile",
             0,
@@ -245,6 +259,9 @@ _FINETUNE: dict[str, list[Option]] = {
         _option("--prompt", None, "what to continue (default: the start of the held-out text)", "TEXT"),
     ],
 }
+
+# These may grow when a run is resumed: it is extended.
+EXTENDABLE = ("steps", "epochs")
 
 # These may differ when a run is resumed: they do not touch what is trained.
 FREE_ON_RESUME = (
@@ -329,6 +346,22 @@ def _add_chat(commands: argparse._SubParsersAction) -> None:
     chat.add_argument("--dtype", help="the model's dtype", default=dtype.default, **dtype.keywords)
 
 
+def check_paths(explicit: dict[str, Any]) -> None:
+    """Raises: MoeloraError for a path that is empty, as an unset variable makes it."""
+    for name in ("model", "data", "eval_data", "output", "cache_dir", "chat_template"):
+        value = explicit.get(name)
+        paths = value if isinstance(value, list) else [value]
+        if any(path is not None and not str(path).strip() for path in paths):
+            flag = "--" + name.replace("_", "-")
+            raise MoeloraError(f"{flag} is empty, expected a path (leave {flag} out for the default)")
+
+
+def extended(explicit: dict[str, Any], recorded: dict[str, Any]) -> bool:
+    """Whether a resumed run is to train longer than it was started to."""
+    pairs = [(explicit.get(name), recorded.get(name)) for name in EXTENDABLE]
+    return any(now is not None and before is not None and now > before for now, before in pairs)
+
+
 def settle(explicit: dict[str, Any], recorded: dict[str, Any] | None = None) -> argparse.Namespace:
     """The options of a run: what was given, then what a resumed run was started with, then the defaults.
 
@@ -337,6 +370,8 @@ def settle(explicit: dict[str, Any], recorded: dict[str, Any] | None = None) -> 
     recorded = recorded or {}
     for name, value in explicit.items():
         if name in recorded and name not in FREE_ON_RESUME and recorded[name] != value:
+            if extended({name: value}, recorded):
+                continue
             flag = "--" + name.replace("_", "-")
             raise MoeloraError(
                 f"the run to resume was started with {flag} {recorded[name]}, got {value}: leave {flag} out"

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from moelora.commands import data
-from moelora.commands.showcase import TOLERANCE
-from moelora.errors import MoeloraError, first_line
+from moelora.commands.reloading import TOLERANCE
+from moelora.errors import MoeloraError, one_line
 
 _FIRST, _SECOND = 9, 7  # tokens
 
@@ -37,7 +37,7 @@ def check_borders(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
             expected = model(input_ids=alone, use_cache=False).logits[0].double()
     except (ValueError, RuntimeError, TypeError) as error:
         raise MoeloraError(
-            f"this model cannot keep packed texts apart here: {first_line(error)}. --packing none and "
+            f"this model cannot keep packed texts apart here: {one_line(error)}. --packing none and "
             "wrapped do not need it"
         ) from None
     finally:

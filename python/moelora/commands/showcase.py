@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 import moelora
-from moelora.errors import MoeloraError
 
-# Relative difference of logits, by the base's dtype: PEFT rounds W + scaling·B·A to it, the operators do not.
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 RACE_SECONDS = 60.0
 
 
@@ -78,37 +74,3 @@ def _step(model: PeftModel, inputs: dict[str, Any]) -> float:
     spent = time.perf_counter() - started
     model.zero_grad(set_to_none=True)
     return spent
-
-
-def reload(model: PeftModel, adapter: Path, rows: Tensor) -> float:
-    """Relative difference of the logits on `rows` between `model` and its base with `adapter` in plain PEFT.
-
-    The median over tokens: in half precision, rounding sends a few tokens to other experts. The tuned adapter
-    is unloaded first, so that a large base is not in memory twice; `model` is used up.
-
-    Raises: MoeloraError if the logits differ by more than rounding, or the adapter's tensors at all.
-    """
-    model.eval()
-    rows = rows.to(model.device)
-    with torch.no_grad():
-        tuned = model(input_ids=rows).logits.double()
-    tensors = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
-    moelora.disable(model)
-    base = model.unload()
-    base.set_experts_implementation("eager")  # the one that runs whatever the sizes and the dtype
-    plain = PeftModel.from_pretrained(base, adapter).eval()
-    for name, tensor in get_peft_model_state_dict(plain).items():
-        if name not in tensors or not torch.equal(tensor, tensors.pop(name)):
-            raise MoeloraError(f"{adapter} reloaded with plain PEFT has another {name} than the one trained")
-    if tensors:
-        raise MoeloraError(f"{adapter} reloaded with plain PEFT lacks {next(iter(tensors))}")
-    with torch.no_grad():
-        reloaded = plain(input_ids=rows).logits.double()
-    difference = ((tuned - reloaded).norm(dim=-1) / reloaded.norm(dim=-1)).median().item()
-    allowed = TOLERANCE[plain.dtype]
-    if not difference <= allowed:
-        raise MoeloraError(
-            f"{adapter} reloaded with plain PEFT gives other logits: relative difference {difference:.1e}, "
-            f"expected at most {allowed:.0e}"
-        )
-    return difference

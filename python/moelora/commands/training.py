@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,51 +19,14 @@ from transformers import (
     TrainerState,
 )
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from moelora.commands.data import Tokens, padded, spread
+from moelora.commands.saving import AtomicCheckpoints
 from moelora.errors import MoeloraError, writing
 
-STAGING = ".incomplete"
 JSONL = "jsonl"
 EVALUATION_ROWS = 64
-
-
-class AtomicCheckpoints(Trainer):
-    """Mixed into a Trainer class: its checkpoints appear under their name only when complete.
-
-    `finish_checkpoint(directory)` may add files to a checkpoint before it appears.
-    """
-
-    finish_checkpoint: Callable[[Path], None] | None = None
-    _staging: Path | None = None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        out = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        self._staging = out / STAGING
-        try:
-            with writing(out / name):
-                shutil.rmtree(self._staging, ignore_errors=True)
-                super()._save_checkpoint(model, trial)
-                if self.finish_checkpoint is not None:
-                    self.finish_checkpoint(self._staging / name)
-                shutil.rmtree(out / name, ignore_errors=True)
-                os.replace(self._staging / name, out / name)
-        finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
-        self.state.best_model_checkpoint = None  # Trainer's guess, from where it was not complete yet
-        best = best_checkpoint(self.state, out)
-        rotate_checkpoints(
-            str(out),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=str(best) if best else None,
-        )
 
 
 class TunedTrainer(AtomicCheckpoints, SFTTrainer):
@@ -101,10 +60,6 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is None or "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
-            raise MoeloraError(
-                f"the loss is {logs['loss']} at step {state.global_step}: lower --learning-rate"
-            )
         self.seen.append(int(logs["num_tokens"]))
         self.bar.set_postfix_str(
             f"loss {logs['loss']:.3f}, {self.tokens_per_second():.0f} tokens/s", refresh=False
@@ -191,7 +146,6 @@ def trainer(
         disable_tqdm=True,
         prediction_loss_only=True,
         dataloader_pin_memory=False,
-        save_total_limit=1,
         dataset_kwargs={"skip_prepare_dataset": True},
         **given | arguments,
     )
@@ -242,9 +196,3 @@ def held_out_loss(of: Trainer) -> float:
 def best_checkpoint(state: TrainerState, out: Path) -> Path | None:
     """The checkpoint of the lowest held-out loss, where a run keeps it."""
     return out / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The newest complete checkpoint in `out`, or None."""
-    found = get_last_checkpoint(str(out)) if out.is_dir() else None
-    return Path(found) if found else None
