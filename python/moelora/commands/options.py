@@ -292,6 +292,7 @@ def parser() -> argparse.ArgumentParser:
         "tunes a small model on text that comes with Python, in a few minutes on two cores.",
     )
     _add_inspect(commands)
+    _add_chat(commands)
     commands.add_parser(
         "models",
         help="list the experts classes of the installed transformers that run on the operators",
@@ -323,6 +324,26 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     inspect.add_argument("--tokens", metavar="N", type=_COUNT, default=2048, help=text)
     text = "leave the time of a step out"
     inspect.add_argument("--no-measure", dest="measure", action="store_false", help=text)
+
+
+def _add_chat(commands: argparse._SubParsersAction) -> None:
+    chat = commands.add_parser(
+        "chat",
+        help="talk to a model with an adapter",
+        description="Answers each line of the standard input, as a conversation if the tokenizer has a chat "
+        "template, else by continuing it.",
+    )
+    chat.add_argument("model_dir", metavar="MODEL_DIR", help="a local transformers checkpoint")
+    chat.add_argument("adapter", metavar="ADAPTER", nargs="?", help="an adapter of it (default: none)")
+    for flag, default, kind, text in (
+        ("--tokens", 200, _COUNT, "tokens in an answer, at most"),
+        ("--temperature", 0.8, _NOT_NEGATIVE, "0 takes the likeliest token each time"),
+        ("--seed", 0, _FROM_ZERO, "seed of the sampling"),
+    ):
+        chat.add_argument(flag, metavar="N", type=kind, default=default, help=f"{text} (default: {default})")
+    chat.add_argument("--system", metavar="TEXT", help="a system message (default: none)")
+    dtype = next(o for group in _FINETUNE.values() for o in group if o.name == "dtype")
+    chat.add_argument("--dtype", help="the model's dtype", default=dtype.default, **dtype.keywords)
 
 
 def check_paths(explicit: dict[str, Any]) -> None:
