@@ -16,7 +16,7 @@ from finetune_tiny import (
     model_dir,  # noqa: F401  (a fixture)
 )
 from model_tiny import adapt, build, one_thread, tokens  # noqa: F401  (one_thread is autouse)
-from moelora import MoeloraError
+from moelora import MoeloraError, checkpoints
 from moelora.__main__ import main
 from moelora.commands import finite, reloading, threads
 from safetensors.torch import load_file
@@ -184,3 +184,16 @@ def test_slow_numbers_of_threads_are_given_up(monkeypatch):
 )
 def test_numbers_out_of_range(arguments, capsys, changes, told):  # noqa: F811
     assert told in fails(changed(arguments, **changes), capsys)
+
+
+def test_text_that_is_none(arguments, tmp_path, capsys):  # noqa: F811
+    assert "--prompt is no UTF-8 text" in fails(changed(arguments, prompt="a\udcffb"), capsys)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "fine"}\n{"text": "\\ud800"}\n')
+    assert "rows.jsonl line 2: half of a surrogate pair" in fails(changed(arguments, data=rows), capsys)
+
+
+def test_too_little_memory_is_told(arguments, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(checkpoints, "load", lambda *args: torch.empty(2**58, dtype=torch.uint8))
+    told = fails(arguments, capsys)
+    assert told.startswith("moelora: error: not enough memory: ") and "smaller --batch-size" in told

@@ -91,7 +91,7 @@ class Run:
 def main(explicit: dict[str, Any]) -> None:
     """Runs the command with the options that were given. MoeloraError tells the user what to mend."""
     _quiet()
-    options.check_paths(explicit)
+    options.check_texts(explicit)
     out = Path(explicit.get("output", options.DEFAULTS["output"]))
     if explicit.get("dry_run"):
         prepare(explicit, out, Start())
@@ -163,7 +163,8 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
     fingerprints.compare(start.facts.get("made_from", {}), made_from, start.checkpoint)
     model, fresh = _base(chosen, source)
     finite.check_weights(model, source)
-    checkpoints.check_tokens(max(map(data.largest, (tokens.train, tokens.held_out))), model, source)
+    for rows in (tokens.train, tokens.held_out):
+        data.check_ids(rows, tokenizer, model.get_input_embeddings().weight.shape[0], source)
     checkpoints.check_runs(model, source)
     dtype = str(model.dtype).removeprefix("torch.")
     size = f"{checkpoints.count(model) / 1e6:.1f} M parameters"
