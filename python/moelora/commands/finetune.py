@@ -118,6 +118,7 @@ def _start(explicit: dict[str, Any], found: directory.Found) -> Start | None:
     if facts["best"] and facts["best"] != facts["step"]:
         resuming.verify(checkpoint.with_name(f"checkpoint-{facts['best']}"))
     recorded = resuming.options(checkpoint)
+    options.settle(explicit, recorded)  # what contradicts is told where nothing is left to do, too
     extended = options.extended(explicit, recorded)
     return Start(checkpoint, facts, recorded, extended) if extended or not found.finished else None
 
