@@ -54,7 +54,7 @@ class Plugin(BasePlugin):
             logger.warning("%s", error)
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """Warns where LoRA on experts saw no gradient; the operators go, so that others find the model as it was."""
+        """Warns where LoRA on experts saw no gradient, and takes the operators away again."""
         if not _options(cfg).enabled:
             return
         if untrained := report(model).untrained:

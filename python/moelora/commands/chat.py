@@ -18,7 +18,7 @@ from moelora.errors import MoeloraError, one_line
 
 
 def main(explicit: dict[str, Any]) -> None:
-    """Answers each line of the standard input; an empty line or its end stops. MoeloraError tells what to mend."""
+    """Answers each line of the standard input. MoeloraError tells the user what to mend."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, tokenizer = load(Path(explicit["model_dir"]), explicit.get("adapter"), explicit["dtype"])

@@ -25,6 +25,7 @@ READERS = {
     **dict.fromkeys((".txt", ".text", ".md", ".rst", ".tex", ".py", ""), "text"),
 }
 PACKED = ".gz"
+_BYTE = re.compile("[\udc80-\udcff]")  # that was not decoded
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
@@ -59,7 +60,7 @@ def read(path: Path, reader: str, anything_is_text: bool = False) -> Dataset:
     except OSError as error:
         raise MoeloraError(f"cannot read {path}: {error.strerror}") from None
     if reader == "json":
-        _refuse_lone_surrogates(path)
+        _refuse_no_characters(path)
     options = _csv_options(path) if reader == "csv" else {}
     if reader == "text":
         options = {"sample_by": "document", "encoding": "utf-8-sig"}
@@ -161,11 +162,13 @@ def _refuse_disguised(path: Path, text: str) -> None:
             )
 
 
-def _refuse_lone_surrogates(path: Path) -> None:
-    """No text has them, and a reader that meets one empties the field without a word."""
+def _refuse_no_characters(path: Path) -> None:
+    """The readers take bytes that are not UTF-8 as they are, or empty a field with half of a surrogate pair."""
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
+                if _BYTE.search(line):
+                    raise MoeloraError(f"{path} is not UTF-8 text: a byte of line {number} is none of it")
                 if _SURROGATE.search(line) and _lone(line):
                     raise MoeloraError(
                         f"{path} line {number}: half of a surrogate pair, which is no character"

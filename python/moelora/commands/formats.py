@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from trl import maybe_convert_to_chatml
 
 from moelora.commands import files
 from moelora.errors import MoeloraError
@@ -23,6 +22,7 @@ _FIELDS = {
     PAIRS: (("prompt", "completion"),),
     INSTRUCTION: (("instruction", "output"),),
 }
+_ROLES = {"human": "user", "gpt": "assistant"}
 # Alpaca's, for a tokenizer without a chat template.
 _ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the "
@@ -143,13 +143,7 @@ def _chat(row: dict[str, Any], column: str, template: bool) -> dict[str, Any]:
     if name is None:
         raise _Unusable("no messages (null)")
     row[name] = _messages(row[name], name)
-    if name == "conversations" and "from" in row[name][0]:
-        try:
-            row = maybe_convert_to_chatml(row)
-        except KeyError as error:
-            raise MoeloraError(f'expected "from" and "value" in every turn, {error} is missing') from None
-    else:
-        row["messages"] = row.pop(name)
+    row["messages"] = [_turn(message) for message in row.pop(name)]
     for message in row["messages"]:
         if not isinstance(message.get("role"), str):
             raise MoeloraError(f'expected a "role" in every message, got the fields {", ".join(message)}')
@@ -158,6 +152,14 @@ def _chat(row: dict[str, Any], column: str, template: bool) -> dict[str, Any]:
     ):
         raise _Unusable("no assistant's turn")
     return row
+
+
+def _turn(message: dict[str, Any]) -> dict[str, Any]:
+    """A message; ShareGPT has other words for it."""
+    if "from" not in message or "value" not in message:
+        return message
+    others = {name: item for name, item in message.items() if name not in ("from", "value")}
+    return {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"], **others}
 
 
 def _messages(value: Any, name: str) -> list[dict[str, Any]]:
