@@ -1,39 +1,74 @@
 """`python -m moelora`."""
 
+import os
 import sys
-from importlib import import_module
 
-from moelora import MoeloraError
-from moelora.commands import options
+from moelora.commands import signals
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line. Returns its exit status: 2 for what the user can mend, 130 when interrupted."""
-    explicit = vars(options.parser().parse_args(argv))
-    command = explicit.pop("command")
+    """Runs the command line. Returns its exit status: 2 for what the user can mend, 128 + n for signal n."""
+    with signals.handled():  # before anything that takes time to import
+        explicit: dict = {}
+        try:
+            return _run(argv, explicit)
+        except KeyboardInterrupt as error:
+            signum = signals.ending() or getattr(error, "signum", signals.ENDING[1])
+        except Exception:
+            if signals.ending() is None:
+                raise
+            signum = signals.ending()  # a library met it in the middle of something
+        print(f"moelora: {_interrupted(explicit, signals.name(signum))}", file=sys.stderr)
+        return 128 + signum
+
+
+def _run(argv: list[str] | None, explicit: dict) -> int:
+    from importlib import import_module
+
+    from moelora.commands import config
+    from moelora.errors import MoeloraError, memory
+
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal need not know every character
+            stream.reconfigure(errors="backslashreplace")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainer sends some where it may
     try:
+        explicit |= config.parse(argv)
+        command = explicit["command"]
+        print(f"moelora {command}: loading torch and transformers", file=sys.stderr, flush=True)
         # Seconds to import, which --help need not wait for.
-        import_module(f"moelora.commands.{command}").main(explicit)
+        import_module(f"moelora.commands.{command}").main(
+            {name: value for name, value in explicit.items() if name != "command"}
+        )
     except (MoeloraError, ImportError) as error:  # ImportError: a missing dependency, or operators not built
+        if signals.ending() is not None:
+            raise
         print(f"moelora: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        told = _interrupted(explicit) if command == "finetune" else "interrupted"
-        print(f"moelora: {told}", file=sys.stderr)
-        return 130
+    except (MemoryError, RuntimeError) as error:
+        if (told := memory(error)) is None:
+            raise
+        print(f"moelora: error: {told}", file=sys.stderr)
+        return 2
     return 0
 
 
-def _interrupted(explicit: dict) -> str:
+def _interrupted(explicit: dict, signal: str) -> str:
+    if explicit.get("command") != "finetune":
+        return f"interrupted by {signal}"
     from pathlib import Path
+    from shlex import quote
 
-    from moelora.commands.training import last_checkpoint
+    from moelora.commands import directory, options
 
     out = explicit.get("output", options.DEFAULTS["output"])
-    found = last_checkpoint(Path(out))
+    found = directory.look(Path(out)).checkpoint
     if found is None:
-        return "interrupted before the first checkpoint"
-    return f"interrupted: {found} is complete; go on with: python -m moelora finetune --resume --output {out}"
+        return f"interrupted by {signal} before the first checkpoint"
+    return (
+        f"interrupted by {signal}: {found} is complete; go on with: "
+        f"python -m moelora finetune --resume --output {quote(out)}"
+    )
 
 
 if __name__ == "__main__":

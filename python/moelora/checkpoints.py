@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -16,10 +18,24 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    set_seed,
 )
 
-from moelora.errors import MoeloraError, first_line
+from moelora import stored
+from moelora.errors import MoeloraError, one_line
 from moelora.experts import is_experts, outside
+
+SHOWN = 6  # kinds of keys that a message lists
+# Any of them is a vocabulary; which ones a tokenizer reads, transformers does not tell reliably.
+_VOCABULARIES = (
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "*.vocab",
+)
 
 
 def inspect(directory: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
@@ -28,14 +44,22 @@ def inspect(directory: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]
     Raises: MoeloraError naming the directory and what it lacks.
     """
     _check_directory(directory)
-    if not any(directory.glob("*.safetensors")):
-        raise MoeloraError(
-            f"{directory} is not a transformers checkpoint: expected weights (*.safetensors) in it"
-        )
+    stored.required(directory)
     _, config = outline(directory)
-    with _loading(directory):
+    return config, _tokenizer(directory)
+
+
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    with _loading(directory, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    return config, tokenizer
+        # transformers makes up an empty one where the files are missing.
+        of_its_own = not tokenizer.vocab_files_names and (directory / "tokenizer_config.json").is_file()
+        if not of_its_own and not any(any(directory.glob(name)) for name in _VOCABULARIES):
+            raise MoeloraError(f"{directory} has no tokenizer: expected a tokenizer.json or the like in it")
+        known = len(tokenizer) - len(tokenizer.added_tokens_decoder)
+    if known <= 0:
+        raise MoeloraError(f"the tokenizer in {directory} has no tokens but the special ones")
+    return tokenizer
 
 
 def outline(directory: Path) -> tuple[PreTrainedModel, PreTrainedConfig]:
@@ -44,10 +68,10 @@ def outline(directory: Path) -> tuple[PreTrainedModel, PreTrainedConfig]:
     Raises: MoeloraError naming the directory and what it lacks.
     """
     _check_directory(directory)
-    with _loading(directory):
+    with _loading(directory, "the configuration"):
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
+    with _loading(directory, "a language model"), torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
     if not any(is_experts(module) for module in empty.modules()):
         raise MoeloraError(
             f"{directory} holds a {type(empty).__name__}, which has no expert layers: expected a "
@@ -56,21 +80,108 @@ def outline(directory: Path) -> tuple[PreTrainedModel, PreTrainedConfig]:
     return empty, config
 
 
-def load(directory: Path, dtype: str) -> PreTrainedModel:
-    """The causal language model in `directory`; `dtype` is a name or "auto".
+def load(
+    directory: Path, dtype: str, fresh: Sequence[str] = (), seed: int = 0
+) -> tuple[PreTrainedModel, list[str]]:
+    """The causal language model in `directory`, and the keys whose weights are not from there.
 
-    Raises: MoeloraError if it cannot be loaded.
+    Args:
+        dtype: a name or "auto".
+        fresh: patterns (`lm_head.*`) of keys that may be missing or of another shape, which are then drawn at
+            random, or that the model does not have, which are left out.
+        seed: of what is drawn.
+
+    Raises: MoeloraError if it cannot be loaded, or if keys are missing, unexpected or of another shape.
     """
-    with _loading(directory):
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    stored.required(directory)
+    report = _Report()
+    set_seed(seed)
+    with _loading(directory, "a language model", report), report.listening():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,  # pickles never run
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below
+        )
+    shapes = {name: f"{name} is {_size(a)}, expected {_size(b)}" for name, a, b in info["mismatched_keys"]}
+    problems = {
+        "missing": _left(info["missing_keys"], fresh),
+        "unexpected": _left(info["unexpected_keys"], fresh),
+        "of another shape": [shapes[name] for name in _left(shapes, fresh)],
+    }
+    if told := "; ".join(f"{what}: {listed(keys)}" for what, keys in problems.items() if keys):
+        raise MoeloraError(f"the weights in {directory} do not fit its configuration. {told}")
+    return model, sorted(info["missing_keys"] | set(shapes))
+
+
+def _left(keys: Iterable[str], fresh: Sequence[str]) -> list[str]:
+    return sorted(key for key in keys if not any(fnmatchcase(key, pattern) for pattern in fresh))
+
+
+def _size(shape: Iterable[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def listed(keys: Iterable[str]) -> str:
+    """Keys in a line: those that differ in numbers only are counted together."""
+    kinds: dict[str, list[str]] = {}
+    for key in keys:
+        kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".*", key), []).append(key)
+    shown = [same[0] if len(same) == 1 else f"{kind} ({len(same)})" for kind, same in kinds.items()]
+    more = f" and {len(shown) - SHOWN} more kinds" if len(shown) > SHOWN else ""
+    return ", ".join(shown[:SHOWN]) + more
+
+
+def check_runs(model: PreTrainedModel, directory: Path) -> None:
+    """A forward pass of two tokens, which meets what a configuration can have wrong.
+
+    Raises: MoeloraError with what the model raised.
+    """
+    device = model.get_input_embeddings().weight.device
+    with _loading(directory, "what the model computes"), torch.no_grad():
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device))
+
+
+class _Report(logging.Handler):
+    """What transformers logs of a load: its exceptions refer to this."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text += " ".join(re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage()).split()) + " "
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        logger = logging.getLogger("transformers.modeling_utils")
+        level, propagate = logger.level, logger.propagate
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+        logger.addHandler(self)
+        try:
+            yield
+        finally:
+            logger.removeHandler(self)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 @contextmanager
-def _loading(directory: Path) -> Iterator[None]:
+def _loading(directory: Path, what: str, report: _Report | None = None) -> Iterator[None]:
+    """Whatever transformers raises about a checkpoint, in one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        raise MoeloraError(f"cannot load a language model from {directory}: {first_line(error)}") from None
+    except MoeloraError:
+        raise
+    except Exception as error:
+        told = one_line(error)
+        if report is not None and "above report" in told:
+            entries = report.text.partition("LOAD REPORT")[2].partition("from:")[2].partition("Notes:")[0]
+            told = entries.partition("-+-")[2].lstrip("-+ ") or told
+        raise MoeloraError(f"cannot load {what} from {directory}: {told}") from None
 
 
 def _check_directory(directory: Path) -> None:

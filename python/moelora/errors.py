@@ -17,9 +17,23 @@ class MoeloraError(Exception):
     """A problem with what the user asked for: one line that says what was expected and what came."""
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def one_line(error: BaseException) -> str:
+    """All that an error says, in one line; its kind too, where the words alone say little."""
+    words = " ".join(str(error).split())
+    if (
+        isinstance(error, (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError))
+        or not words
+    ):
+        return f"{type(error).__name__}: {words}" if words else type(error).__name__
+    return words
+
+
+def memory(error: BaseException) -> str | None:
+    """What to say if `error` is about memory, the processor's or a device's, else None."""
+    words = one_line(error)
+    if not isinstance(error, MemoryError) and not re.search(r"out of memory|t allocate memory", words):
+        return None
+    return f"not enough memory: {words}. Less is needed with a smaller --batch-size, --seq-length or --rank"
 
 
 def warn_once(message: str) -> None:

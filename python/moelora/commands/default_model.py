@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.constants import HF_ASSETS_CACHE
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -56,29 +57,45 @@ def default_cache() -> Path:
     return Path(HF_ASSETS_CACHE) / "moelora"
 
 
+def inspect() -> tuple[Qwen3MoeConfig, PreTrainedTokenizerFast]:
+    """The base's configuration and tokenizer, whether it is pretrained yet or not."""
+    return Qwen3MoeConfig(**MODEL), byte_tokenizer()
+
+
+def outline() -> Qwen3MoeForCausalLM:
+    """The base on the meta device."""
+    with torch.device("meta"):
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**MODEL))
+
+
+def directory(cache: Path) -> Path:
+    """Where the base is, or will be, in `cache`. Its name covers everything that decides its content."""
+    recipe = {"model": MODEL, "pretraining": PRETRAINING, "python": sys.version_info[:3], "version": 1}
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    return cache / f"base-{digest}"
+
+
 def ensure(cache: Path, fixed_threads: bool = False) -> Path:
     """The directory of the pretrained base in `cache`: pretrained now if it is not there.
 
     Pretraining leaves torch with the number of threads that suits it, unless `fixed_threads`.
-    It appears under its name only when complete. Its name covers everything that decides its content.
+    It appears under its name only when complete.
     """
-    recipe = {"model": MODEL, "pretraining": PRETRAINING, "python": sys.version_info[:3], "version": 1}
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    directory = cache / f"base-{digest}"
-    if not directory.is_dir():
+    final = directory(cache)
+    if not final.is_dir():
         with writing(cache):
             cache.mkdir(parents=True, exist_ok=True)
             staging = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=cache))
         try:
-            print(f"first use: pretraining a small model, to be kept in {directory}")
+            print(f"first use: pretraining a small model, to be kept in {final}")
             model, tokenizer = pretrain(staging, MODEL, PRETRAINING, fixed_threads)
-            with writing(directory):
+            with writing(final):
                 model.save_pretrained(staging)
                 tokenizer.save_pretrained(staging)
-                _publish(staging, directory)
+                _publish(staging, final)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    return directory
+    return final
 
 
 def _publish(staging: Path, directory: Path) -> None:
@@ -96,21 +113,22 @@ def pretrain(
     tokenizer = byte_tokenizer()
     train, held_out = data.split(standard_library(settings["characters"]), 0.05, seed=0)
     length = settings["seq_length"]
-    train = data.blocks(tokenizer, train, length, "standard library's text")
-    held_out = data.blocks(tokenizer, held_out, length, "standard library's held-out text")
-    set_seed(0)
-    model = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**config, output_router_logits=True, router_aux_loss_coef=0.01)
+    tokens = data.Tokens(
+        data.blocks(tokenizer, train, length, "standard library's text"),
+        data.blocks(tokenizer, held_out, length, "standard library's held-out text"),
+        data.WRAPPED,
     )
+    set_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config))
     moelora.enable(model)
     if not fixed_threads:
-        rows = train[: settings["batch_size"]]
-        threads.choose(lambda: model(input_ids=rows, labels=rows).loss.backward())
+        inputs = data.batch(tokens.train.select(range(settings["batch_size"])), tokenizer, bordered=False)
+        threads.choose(lambda: model(**inputs).loss.backward())
         model.zero_grad()
     trainer, progress = training.trainer(
         model,
-        train,
-        data.spread(held_out, 64),
+        tokenizer,
+        tokens,
         scratch,
         "pretraining",
         max_steps=settings["steps"],
@@ -119,11 +137,12 @@ def pretrain(
         learning_rate=settings["learning_rate"],
         warmup_steps=settings["steps"] // 20,
         save_strategy="no",
+        router_aux_loss_coef=0.01,
         seed=0,
     )
     try:
         trainer.train()
-        model.config.output_router_logits = False  # the balancing loss is no part of what the model predicts
+        trainer.aux_loss_enabled = False  # the balancing loss is no part of what the model predicts
         loss = training.held_out_loss(trainer)
     finally:
         progress.close()

@@ -3,43 +3,62 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import platform
 import re
-import shutil
 import statistics
 import time
 import warnings
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import moelora
 from moelora import checkpoints
 from moelora.commands import (
+    card,
     data,
     default_model,
+    directory,
+    fingerprints,
+    finite,
+    formats,
     lora,
     options,
+    packing,
+    plan,
     profiling,
+    reloading,
     results,
+    resuming,
+    saving,
     showcase,
+    signals,
     threads,
     training,
 )
-from moelora.errors import MoeloraError, writing
+from moelora.errors import MoeloraError
 
-OPTIONS = "options.json"
-EVALUATION_ROWS = 64
 RELOAD_TOKENS = 64
+
+
+@dataclass
+class Start:
+    """Where a run begins: at a verified checkpoint, with what it tells, or from nothing."""
+
+    checkpoint: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    recorded: dict[str, Any] = field(default_factory=dict)  # options
+    extended: bool = False
 
 
 @dataclass
@@ -48,80 +67,151 @@ class Run:
 
     options: argparse.Namespace
     out: Path
-    checkpoint: Path | None  # to resume from
+    start: Start
     source: Path
     tokenizer: PreTrainedTokenizerBase
-    train: Tensor  # [n, seq_length] int64
-    held_out: Tensor  # [m, seq_length] int64
+    tokens: data.Tokens
     model: PeftModel
     started: float  # time.perf_counter()
+    fresh: list[str]  # keys of weights that were drawn
+    made_from: dict[str, dict[str, str]]  # fingerprints
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return plan.steps(self.options, len(self.tokens.train))
+
+    def batch(self, size: int | None = None) -> dict[str, Any]:
+        """The first rows as the model gets them in training."""
+        size = min(size or self.options.batch_size, len(self.tokens.train))
+        rows = self.tokens.train.select(range(size))
+        return data.batch(rows, self.tokenizer, self.tokens.bordered, self.model.device)
 
 
 def main(explicit: dict[str, Any]) -> None:
     """Runs the command with the options that were given. MoeloraError tells the user what to mend."""
     _quiet()
-    run = prepare(explicit)
-    existed = run.out.exists()
-    try:
-        _finish(run)
-    except BaseException:
-        if not existed:
-            with suppress(OSError):
-                run.out.rmdir()  # only if nothing worth keeping came into it
-        raise
+    options.check_texts(explicit)
+    out = Path(explicit.get("output", options.DEFAULTS["output"]))
+    if explicit.get("dry_run"):
+        prepare(explicit, out, Start())
+        return
+    resume = bool(explicit.get("resume"))
+    reports = [directory.RUNNING[name] for name in explicit.get("report_to", []) if name in directory.RUNNING]
+    names = (*directory.RESULTS, *reports)
+    with directory.held(out, bool(explicit.get("overwrite")), resume, names) as found:
+        start = _start(explicit, found) if resume else Start()
+        if start is None:
+            print(f"the run in {out} is finished: nothing is left to train (more --steps would extend it)")
+        else:
+            _finish(prepare(explicit, out, start))
+
+
+def _start(explicit: dict[str, Any], found: directory.Found) -> Start | None:
+    """Where to resume, or None if the run is finished and is not to be extended."""
+    checkpoint = found.checkpoint
+    if checkpoint is None:
+        if any(name in explicit for name in options.EXTENDABLE):
+            raise MoeloraError("a finished run can only be extended from its last checkpoint, which is gone")
+        return None
+    facts = resuming.verify(checkpoint)
+    if facts["best"] and facts["best"] != facts["step"]:
+        resuming.verify(checkpoint.with_name(f"checkpoint-{facts['best']}"))
+    recorded = resuming.options(checkpoint)
+    options.settle(explicit, recorded)  # what contradicts is told where nothing is left to do, too
+    extended = options.extended(explicit, recorded)
+    return Start(checkpoint, facts, recorded, extended) if extended or not found.finished else None
 
 
 def _finish(run: Run) -> None:
     summary = train(run)
-    adapter = results.write_adapter(run.out, run.model, run.tokenizer)
+    adapter = results.write_adapter(run.out, run.model, run.tokenizer, card.text(run.source, summary))
     loss = summary["held_out_loss"]
-    results.write_curve(run.out, summary["losses"], loss["base"], loss["tuned"])
+    results.write_curve(run.out, summary["losses"], summary["evaluations"], loss["base"], loss["tuned"])
+    results.write_config(run.out, vars(run.options))
     show(run, adapter, summary)
     summary["seconds"] = time.perf_counter() - run.started
     results.write_summary(run.out, summary)
-    _forget_checkpoints(run.out)
-    written = f"{results.ADAPTER}, {results.CURVE} and {results.SUMMARY}"
+    written = f"{results.ADAPTER}, {results.CURVE}, {results.CONFIG} and {results.SUMMARY}"
     print(f"wrote {written} to {run.out} in {summary['seconds']:.0f} s")
+    print(f"try it with: python -m moelora chat {run.source} {adapter}")
 
 
-def prepare(explicit: dict[str, Any]) -> Run:
-    """Everything before the training: options, data, base model, adapter, operators. Cheap checks first."""
+def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
+    """Everything before the training: options, data, base model, adapter, operators. Cheap checks first.
+
+    None after a dry run.
+    """
     started = time.perf_counter()
-    out = Path(explicit.get("output", options.DEFAULTS["output"]))
-    checkpoint = _checkpoint(out, explicit)
-    chosen = options.settle(explicit, _recorded(checkpoint) if checkpoint else {})
+    chosen = options.settle(explicit, start.recorded)
     if chosen.threads:
+        threads.check(chosen.threads)
         torch.set_num_threads(chosen.threads)
-    if chosen.profile and chosen.steps < chosen.profile + profiling.WARMUP:
-        raise MoeloraError(
-            f"--profile is {chosen.profile}, expected at most {chosen.steps - profiling.WARMUP}: --steps is "
-            f"{chosen.steps}, and {profiling.WARMUP} steps go before the measured ones"
-        )
-    documents = data.read_files(chosen.data, chosen.field) if chosen.data else data.language_reference()
-    source = _source(chosen)
-    config, tokenizer = checkpoints.inspect(source)
+    training.check_reports(chosen.report_to)
+    config, tokenizer = checkpoints.inspect(_given(chosen)) if chosen.model else default_model.inspect()
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and chosen.seq_length > limit:
         raise MoeloraError(f"--seq-length is {chosen.seq_length}, the model reads at most {limit} tokens")
-    rows = [
-        data.blocks(tokenizer, texts, chosen.seq_length, f"{what} text")
-        for what, texts in zip(
-            ("training", "held-out"), data.split(documents, chosen.held_out, chosen.seed), strict=True
-        )
-    ]
-    model = checkpoints.load(source, chosen.dtype)
+    tokens = _tokens(chosen, tokenizer)
+    _check_profile(chosen, plan.steps(chosen, len(tokens.train)))
+    if chosen.dry_run:
+        outline = checkpoints.outline(_given(chosen))[0] if chosen.model else default_model.outline()
+        print(tokens.told())
+        print(plan.told(outline, config, chosen, tokens))
+        return None
+    source = _given(chosen) if chosen.model else _default(chosen)
+    made_from = _made_from(chosen, source)
+    fingerprints.compare(start.facts.get("made_from", {}), made_from, start.checkpoint)
+    model, fresh = _base(chosen, source)
+    finite.check_weights(model, source)
+    for rows in (tokens.train, tokens.held_out):
+        data.check_ids(rows, tokenizer, model.get_input_embeddings().weight.shape[0], source)
+    checkpoints.check_runs(model, source)
     dtype = str(model.dtype).removeprefix("torch.")
     size = f"{checkpoints.count(model) / 1e6:.1f} M parameters"
     print(f"base     {source}: {type(model).__name__}, {size}, {dtype}")
-    print(f"data     {rows[0].numel():,} tokens to train on, {rows[1].numel():,} held out")
+    if fresh:
+        print(f"fresh    {checkpoints.listed(fresh)}: drawn with --seed {chosen.seed}, in no file")
+    print(tokens.told())
     set_seed(chosen.seed)
     adapted = lora.adapt(model, chosen.rank, chosen.alpha, chosen.projections, chosen.target_modules)
     report = moelora.enable(adapted)
-    _set_threads(chosen, adapted, rows[0])
+    run = Run(chosen, out, start, source, tokenizer, tokens, adapted, started, fresh, made_from)
+    if tokens.bordered:
+        packing.check_borders(adapted, tokenizer)
+    _set_threads(run)
     trainable = checkpoints.count(adapted, trainable=True) / 1e6
     print(f"adapter  rank {chosen.rank}, alpha {chosen.alpha:g}, {trainable:.2f} M trainable parameters")
+    print(f"plan     {plan.length(chosen, tokens)}")
     print(f"\n{report}\n")
-    return Run(chosen, out, checkpoint, source, tokenizer, *rows, adapted, started)
+    return run
+
+
+def _tokens(chosen: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> data.Tokens:
+    """The data's tokens, and a word on what it is."""
+    data.load_template(chosen.chat_template, tokenizer)
+    template = bool(tokenizer.chat_template)
+    if chosen.data is None:
+        texts = Dataset.from_dict({"text": data.language_reference()})
+        rows = formats.Rows(formats.TEXT, texts, "Python's language reference")
+    else:
+        rows = formats.read(chosen.data, chosen.format, chosen.field, template)
+        print(f"data     {rows.told()}")
+    held_out = chosen.held_out
+    if chosen.eval_data:
+        held_out = formats.read(chosen.eval_data, chosen.format, chosen.field, template)
+        if held_out.format != rows.format:
+            raise MoeloraError(f"--eval-data is of format {held_out.format}, --data of {rows.format}")
+        print(f"         to evaluate on: {held_out.told()}")
+    return data.tokens(rows, tokenizer, chosen.seq_length, chosen.packing, chosen.loss, held_out, chosen.seed)
+
+
+def _check_profile(chosen: argparse.Namespace, steps: int) -> None:
+    if chosen.profile and steps < chosen.profile + profiling.WARMUP:
+        raise MoeloraError(
+            f"--profile is {chosen.profile}, expected at most {steps - profiling.WARMUP}: --steps is "
+            f"{steps}, and {profiling.WARMUP} steps go before the measured ones"
+        )
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -132,13 +222,22 @@ def train(run: Run) -> dict[str, Any]:
         trainer.add_callback(profiler)
     try:
         before = training.held_out_loss(trainer)
+        finite.check_held_out(before, 0, run.model)
         print(f"held-out loss before: {before:.3f}")
         base_sample = _sample(run, adapted=False) if run.options.sample else None
         set_seed(run.options.seed)
-        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        with signals.deferred():
+            trainer.go_on(run.start.checkpoint, run.start.facts.get("trained", False), run.start.extended)
+        best = training.best_checkpoint(trainer.state, run.out)
+        if best is not None:
+            print(
+                f"the lowest held-out loss was at step {trainer.state.best_global_step}: its adapter is kept"
+            )
+            run.model.load_adapter(str(best), run.model.active_adapter, is_trainable=True)
         after = training.held_out_loss(trainer)
     finally:
         progress.close()
+    finite.check_held_out(after, trainer.state.global_step, run.model)
     _check_trained(run, steps=len(progress.seconds))
     print(f"held-out loss after:  {after:.3f}")
     if profiler is not None and profiler.table is not None:
@@ -146,11 +245,19 @@ def train(run: Run) -> dict[str, Any]:
     return {
         **_facts(run),
         "held_out_loss": {"base": before, "tuned": after},
-        "losses": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+        "losses": _logged(trainer, "loss"),
+        "evaluations": _logged(trainer, "eval_loss"),
+        "best_step": trainer.state.best_global_step,
         "step_seconds": statistics.median(progress.seconds) if progress.seconds else None,
         "tokens_per_second": progress.tokens_per_second(len(progress.seconds)),
         "base_sample": base_sample,
     }
+
+
+def _logged(trainer: training.TunedTrainer, name: str) -> list[tuple[int, float]]:
+    """(step, value) of what was logged in the training."""
+    history = trainer.state.log_history
+    return [(entry["step"], entry[name]) for entry in history if name in entry and entry["step"]]
 
 
 def _check_trained(run: Run, steps: int) -> None:
@@ -172,11 +279,13 @@ def show(run: Run, adapter: Path, summary: dict[str, Any]) -> None:
             text = summary[title].strip("\n").replace("\n", "\n       │ ")
             print(f"{title.removesuffix('_sample'):<7}│ {text}")
     if run.options.compare:
-        summary["race"] = showcase.race(run.model, run.train[: run.options.batch_size], run.options.compare)
+        summary["race"] = showcase.race(run.model, run.batch(), run.options.compare)
         print(_told(summary["race"]))
-    difference = showcase.reload(run.model, adapter, run.held_out[:1, :RELOAD_TOKENS])
+    ids = torch.tensor([run.tokens.held_out[0]["input_ids"][:RELOAD_TOKENS]])
+    difference = reloading.reload(run.model, adapter, lambda: _base(run.options, run.source)[0], ids)
     summary["reload_difference"] = difference
-    print(f"adapter reloaded with plain PEFT: logits agree (relative difference {difference:.0e})")
+    told = "all are zero" if difference is None else f"relative difference {difference:.0e}"
+    print(f"adapter reloaded with plain PEFT: logits agree ({told})")
 
 
 def _told(race: dict[str, Any]) -> str:
@@ -189,71 +298,72 @@ def _told(race: dict[str, Any]) -> str:
     )
 
 
-def _source(chosen: argparse.Namespace) -> Path:
-    if chosen.model:
-        return Path(chosen.model)
-    cache = Path(chosen.cache_dir) if chosen.cache_dir else default_model.default_cache()
+def _given(chosen: argparse.Namespace) -> Path:
+    return Path(os.path.abspath(chosen.model))  # PEFT writes it into the adapter
+
+
+def _default(chosen: argparse.Namespace) -> Path:
+    cache = Path(os.path.abspath(chosen.cache_dir)) if chosen.cache_dir else default_model.default_cache()
     return default_model.ensure(cache, fixed_threads=chosen.threads is not None)
 
 
-def _set_threads(chosen: argparse.Namespace, model: PeftModel, rows: Tensor) -> None:
+def _set_threads(run: Run) -> None:
     """Settles the number of threads, so that a resumed run has the same and goes on to the bit."""
-    if chosen.threads is None and chosen.model is None:
-        rows = rows[: chosen.batch_size]
-        threads.choose(lambda: model(input_ids=rows, labels=rows).loss.backward())
-        model.zero_grad()
-    chosen.threads = torch.get_num_threads()
+    if run.options.threads is None and run.model.device.type == "cpu":
+        inputs = run.batch(1 if run.options.gradient_checkpointing else None)
+        threads.choose(lambda: run.model(**inputs).loss.backward())
+        run.model.zero_grad()
+    run.options.threads = torch.get_num_threads()
 
 
-def _checkpoint(out: Path, explicit: dict[str, Any]) -> Path | None:
-    """The checkpoint to resume from; complains where the output directory does not fit the command."""
-    if out.exists() and not out.is_dir():
-        raise MoeloraError(f"--output {out} is a file, expected a directory")
-    found = training.last_checkpoint(out)
-    if explicit.get("resume"):
-        if found is None:
-            raise MoeloraError(f"nothing to resume in {out}: expected a checkpoint of an unfinished run")
-        return found
-    if found is not None and not explicit.get("overwrite"):
-        raise MoeloraError(
-            f"{out} holds an unfinished run ({found.name}): --resume goes on with it, --overwrite starts anew"
-        )
-    return None
+def _base(chosen: argparse.Namespace, source: Path) -> tuple[PreTrainedModel, list[str]]:
+    """The base as it is on disk, and the keys of what `--fresh` let be drawn, the same each time."""
+    return checkpoints.load(source, chosen.dtype, chosen.fresh, chosen.seed)
 
 
-def _recorded(checkpoint: Path) -> dict[str, Any]:
-    try:
-        return json.loads((checkpoint / OPTIONS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MoeloraError(
-            f"{checkpoint} cannot be resumed: expected its options in {OPTIONS}, got {error}"
-        ) from None
+def _made_from(chosen: argparse.Namespace, source: Path) -> dict[str, dict[str, str]]:
+    """Fingerprints, with which a resumed run is the same run."""
+    if chosen.data:
+        template = [chosen.chat_template] if chosen.chat_template else []
+        texts = fingerprints.data([*chosen.data, *(chosen.eval_data or []), *template])
+    else:
+        texts = {"python": fingerprints.texts(data.language_reference())}
+    return {"data": texts, "base": fingerprints.base(source)}
 
 
-def _trainer(run: Run) -> tuple[training.AtomicTrainer, training.Progress]:
+def _trainer(run: Run) -> tuple[training.TunedTrainer, training.Progress]:
     chosen = run.options
-    if chosen.overwrite:
-        _forget_checkpoints(run.out)
-    with writing(run.out):
-        run.out.mkdir(parents=True, exist_ok=True)
+    # Only now, when all that could be wrong before a training has been found right.
+    directory.remove(run.out, *([results.SUMMARY] if run.start.checkpoint else []))
+    for name in chosen.report_to:
+        if name in directory.RUNNING:
+            directory.claim(run.out, directory.RUNNING[name])
     trainer, progress = training.trainer(
         run.model,
-        run.train,
-        data.spread(run.held_out, EVALUATION_ROWS),
+        run.tokenizer,
+        run.tokens,
         run.out,
         "tuning",
-        max_steps=chosen.steps,
+        max_steps=run.steps,
         per_device_train_batch_size=chosen.batch_size,
         per_device_eval_batch_size=chosen.batch_size,
         gradient_accumulation_steps=chosen.grad_accumulation,
         gradient_checkpointing=chosen.gradient_checkpointing,
         learning_rate=chosen.learning_rate,
-        warmup_steps=max(1, chosen.steps // 20),
-        save_steps=chosen.save_every,
+        lr_scheduler_type=chosen.scheduler,
+        warmup_steps=plan.warmup(chosen.warmup, run.steps),
+        weight_decay=chosen.weight_decay,
+        max_grad_norm=chosen.max_grad_norm,
         seed=chosen.seed,
+        **training.evaluating(chosen.eval_every, chosen.keep_best, chosen.early_stopping, chosen.save_every),
+        report_to=[name for name in chosen.report_to if name != training.JSONL],
     )
-    text = json.dumps(vars(chosen), indent=2)
-    trainer.finish_checkpoint = lambda path: (path / OPTIONS).write_text(text, encoding="utf-8")
+    if chosen.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(chosen.early_stopping))
+    if training.JSONL in chosen.report_to:
+        trainer.add_callback(training.JsonLines(run.out / results.LOG))
+    trainer.record = saving.Record(vars(chosen), {"made_from": run.made_from})
+    trainer.add_callback(saving.Watch())
     return trainer, progress
 
 
@@ -266,7 +376,10 @@ def _prompt(run: Run) -> Tensor:
     """[n] int64: what to continue."""
     text = run.options.prompt
     if not text:
-        text = run.tokenizer.decode(run.held_out[0, : min(64, run.held_out.shape[1] // 2)])
+        ids = data.prompt(run.tokens.held_out[0], 64)
+        if data.IGNORED in run.tokens.held_out[0]["labels"]:
+            return torch.tensor(ids)
+        text = run.tokenizer.decode(ids)
         text = text[: re.search(r"\s*\S*$", text).start()] or text  # up to its last whole word
     return torch.tensor(run.tokenizer(text)["input_ids"], dtype=torch.int64)
 
@@ -274,9 +387,11 @@ def _prompt(run: Run) -> Tensor:
 def _facts(run: Run) -> dict[str, Any]:
     return {
         "base": run.source,
+        "fresh": run.fresh,
         "options": vars(run.options),
-        "train_tokens": run.train.numel(),
-        "held_out_tokens": run.held_out.numel(),
+        "train_tokens": data.count(run.tokens.train),
+        "held_out_tokens": data.count(run.tokens.held_out),
+        "steps": run.steps,
         "trainable_parameters": checkpoints.count(run.model, trainable=True),
         "experts": moelora.report(run.model).to_dict(),
         "versions": {
@@ -288,17 +403,10 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _forget_checkpoints(out: Path) -> None:
-    staging = out / training.STAGING
-    for path in out.glob("checkpoint-*"):
-        shutil.rmtree(staging, ignore_errors=True)
-        path.rename(staging)  # so that an interrupted removal leaves nothing that looks like a checkpoint
-    shutil.rmtree(staging, ignore_errors=True)
-
-
 def _quiet() -> None:
     """Only this command's own lines: the libraries' notes are about defaults that were chosen on purpose."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")

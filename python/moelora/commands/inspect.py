@@ -16,14 +16,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from moelora import checkpoints
 from moelora.advice import unconverted
-from moelora.errors import MoeloraError
 from moelora.experts import bind, is_experts, projections
+from moelora.stored import files, header
 from moelora.survey import activation, weights
 from torch_moelora.functional import moe_mlp
 
@@ -108,26 +107,58 @@ def main(explicit: dict) -> None:
     print(f"{directory}: {type(outline).__name__}, {_count(total)} parameters, {_name(dtype)}")
     print(f"stored   {stored(directory)}\n")
     print(_table(groups, rank, which))
-    trainable = sum(group.trainable(rank, which) for group in groups)
-    print(f"\nLoRA     rank {rank} on {which}: {_count(trainable)} trainable parameters")
+    found = Cost(groups, total, config.get_text_config().hidden_size, rank, which, tokens)
+    print(f"\nLoRA     rank {rank} on {which}: {_count(found.trainable)} trainable parameters")
     print(f"         of some layers only: {_some_layers(outline)}")
     if told := unconverted(outline):
         print(f"         {told}")
-    parts = {
-        "weights": total * dtype.itemsize,
-        "LoRA with gradients and AdamW": trainable * OPTIMIZER_BYTES,
-        f"kept by the expert layers for {tokens} tokens": sum(group.kept(tokens) for group in groups),
-    }
-    print(f"memory   {', '.join(f'{size / 1e9:.2f} GB {what}' for what, size in parts.items())}")
+    print(f"memory   {found.memory()}")
     print("         without what attention keeps; gradient checkpointing keeps one layer's at a time")
     if explicit["measure"]:
-        experts = sum(group.step_seconds(tokens, rank) for group in groups)
-        others = total - sum(group.parameters for group in groups)
-        rest = _dense_seconds(others, tokens, config.get_text_config().hidden_size, dtype)
+        experts, rest = found.seconds()
         threads = torch.get_num_threads()
-        print(f"time     about {_seconds(experts + rest)} a step of {tokens} tokens on {threads} threads:")
-        print(f"         {_seconds(experts)} in the experts, {_seconds(rest)} in the other weights;")
+        print(f"time     about {duration(experts + rest)} a step of {tokens} tokens on {threads} threads:")
+        print(f"         {duration(experts)} in the experts, {duration(rest)} in the other weights;")
         print("         attention scores are not counted, gradient checkpointing adds a third")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step takes."""
+
+    groups: list[Group]
+    parameters: int
+    hidden_size: int
+    rank: int
+    which: str
+    tokens: int
+
+    @property
+    def trainable(self) -> int:
+        """LoRA parameters on the experts."""
+        return sum(group.trainable(self.rank, self.which) for group in self.groups)
+
+    def memory(self) -> str:
+        """Bytes and what they are for, in words."""
+        kept = sum(group.kept(self.tokens) for group in self.groups)
+        parts = {
+            "weights": self.parameters * self.groups[0].dtype.itemsize,
+            "LoRA with gradients and AdamW": self.trainable * OPTIMIZER_BYTES,
+            f"kept by the expert layers for {self.tokens} tokens": kept,
+        }
+        return ", ".join(f"{size / 1e9:.2f} GB {what}" for what, size in parts.items())
+
+    def seconds(self) -> tuple[float, float]:
+        """Of a step in the experts and in the other weights, extrapolated from a short measurement."""
+        experts = sum(group.step_seconds(self.tokens, self.rank) for group in self.groups)
+        others = self.parameters - sum(group.parameters for group in self.groups)
+        return experts, _dense_seconds(others, self.tokens, self.hidden_size, self.groups[0].dtype)
+
+
+def cost(outline: nn.Module, config: PreTrainedConfig, rank: int, which: str, tokens: int) -> Cost:
+    """What a step of so many tokens takes with LoRA on a model's experts (`which`: both, gate_up or down)."""
+    total, hidden = checkpoints.count(outline), config.get_text_config().hidden_size
+    return Cost(list(_groups(outline, config)), total, hidden, rank, which, tokens)
 
 
 def _groups(outline: nn.Module, config: PreTrainedConfig) -> Iterator[Group]:
@@ -191,19 +222,15 @@ def _table(groups: list[Group], rank: int, which: str) -> str:
 def stored(directory: Path) -> str:
     """How the experts lie in the weight files, from their headers."""
     single, fused, dtypes = 0, 0, set()
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (not a dict)
-                    if re.search(r"experts\.\d+\.", name):
-                        single += 1
-                    elif "experts." in name and "shared_expert" not in name:
-                        fused += 1
-                    else:
-                        continue
-                    dtypes.add(file.get_slice(name).get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise MoeloraError(f"cannot read the header of {path}: {error}") from None
+    for path in files(directory):
+        for name, dtype in header(path).items():
+            if re.search(r"experts\.\d+\.", name):
+                single += 1
+            elif "experts." in name and "shared_expert" not in name:
+                fused += 1
+            else:
+                continue
+            dtypes.add(dtype)
     if not single and not fused:
         return "no expert weights in *.safetensors here"
     kinds = ", ".join(sorted(dtypes))
@@ -231,7 +258,12 @@ def _count(count: int) -> str:
     return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
-def _seconds(value: float) -> str:
+def duration(value: float) -> str:
+    """Seconds in words."""
+    if value >= 5400:
+        return f"{value / 3600:.1f} h"
+    if value >= 600:
+        return f"{value / 60:.0f} min"
     return f"{value:.0f} s" if value >= 10 else f"{value:.2g} s"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from moelora.errors import MoeloraError, first_line
+from moelora.errors import MoeloraError, one_line
 from moelora.experts import is_experts, projections
 
 
@@ -30,7 +30,7 @@ def adapt(
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise MoeloraError(f"PEFT cannot adapt {kind}: {first_line(error)}") from None
+        raise MoeloraError(f"PEFT cannot adapt {kind}: {one_line(error)}") from None
     found = adapted.base_model.targeted_module_names
     for name in target_modules:
         if not any(module == name or module.endswith(f".{name}") for module in found):

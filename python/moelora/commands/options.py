@@ -10,15 +10,19 @@ from typing import Any, NamedTuple
 from moelora import MoeloraError
 
 
-def _number(kind: type, low: float, description: str) -> Callable[[str], Any]:
-    """An argparse type: a finite number of `kind` that is at least `low` (above it for floats)."""
+def _number(
+    kind: type, low: float, description: str, above: bool = False, high: int = 2**31 - 1
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number of `kind` that is at least `low`, or `above` it; at most `high`."""
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and (value > low if kind is float else value >= low)):
+        if value > high and kind is int:
+            raise argparse.ArgumentTypeError(f"expected {description} and at most {high}, got {text!r}")
+        if not (math.isfinite(value) and (value > low if above else value >= low)):
             raise argparse.ArgumentTypeError(f"expected {description}, got {text!r}")
         return value
 
@@ -27,8 +31,11 @@ def _number(kind: type, low: float, description: str) -> Callable[[str], Any]:
 
 _COUNT = _number(int, 1, "a whole number of at least 1")
 _FROM_ZERO = _number(int, 0, "a whole number of at least 0")
+_SEED = _number(int, 0, "a whole number of at least 0", high=2**32 - 1)  # as far as numpy goes
 _FROM_TWO = _number(int, 2, "a whole number of at least 2")
-_POSITIVE = _number(float, 0.0, "a number above 0")
+_POSITIVE = _number(float, 0.0, "a number above 0", above=True)
+_NOT_NEGATIVE = _number(float, 0.0, "a number of at least 0")
+SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "inverse_sqrt")
 
 
 def _fraction(text: str) -> float:
@@ -55,8 +62,10 @@ def _option(flag: str, default: Any, help: str, metavar: str | None = None, **ke
     return Option(flag, default, help, keywords | ({"metavar": metavar} if metavar else {}))
 
 
-def _switch(flag: str, help: str) -> Option:
-    return Option(flag, False, help, {"action": "store_true"})
+def _switch(flag: str, help: str, negative: bool = False) -> Option:
+    """`negative`: there is a --no- form, too, which a command line needs against a --config."""
+    action = argparse.BooleanOptionalAction if negative else "store_true"
+    return Option(flag, False, help, {"action": action})
 
 
 _FINETUNE: dict[str, list[Option]] = {
@@ -71,17 +80,55 @@ _FINETUNE: dict[str, list[Option]] = {
         _option(
             "--data",
             None,
-            "text files, or .jsonl files with one object a line (default: Python's language reference)",
-            "FILE",
+            "files or directories of .jsonl, .json, .csv, .tsv, .parquet or plain text, each also with .gz "
+            "(default: Python's language reference)",
+            "PATH",
             nargs="+",
         ),
-        _option("--field", "text", "the field of a .jsonl object that holds the text", "NAME"),
+        _option(
+            "--format",
+            None,
+            "what the rows are: text; chat (messages); prompt with completion; instruction, input and output "
+            "(default: recognised by the fields)",
+            choices=["text", "chat", "prompt-completion", "instruction"],
+        ),
+        _option("--field", None, "the field of a row that holds its text (default: text)", "NAME"),
         _option("--held-out", 0.1, "share of the data kept for evaluation", "FRACTION", type=_fraction),
+        _option("--eval-data", None, "data for evaluation, instead of a share", "PATH", nargs="+"),
+        _option(
+            "--loss",
+            None,
+            "what the loss counts: all tokens, or answers, that is completions and assistant's turns "
+            "(default: answers, where the data has some)",
+            choices=["all", "answers"],
+        ),
+        _option(
+            "--packing",
+            None,
+            "none: a text a row; wrapped: texts end to end, each seeing the one before; bfd: whole texts "
+            "side by side, none seeing another; bfd_split: the same, long ones cut in pieces, not off "
+            "(default: wrapped for plain text, else none)",
+            choices=["none", "wrapped", "bfd", "bfd_split"],
+        ),
+        _option(
+            "--chat-template",
+            None,
+            "a Jinja file for conversations, instead of the tokenizer's template",
+            "FILE",
+        ),
         _option(
             "--dtype",
             "auto",
             "the frozen model's dtype; auto is the checkpoint's. LoRA parameters are always float32",
             choices=["auto", "float32", "bfloat16", "float16"],
+        ),
+        _option(
+            "--fresh",
+            [],
+            "keys of weights, as patterns such as 'lm_head.*', that the checkpoint may lack or have in "
+            "another shape (then drawn at random) or may have beside the model's (then left out)",
+            "KEY",
+            nargs="+",
         ),
         _option(
             "--cache-dir",
@@ -112,34 +159,77 @@ _FINETUNE: dict[str, list[Option]] = {
     ],
     "training": [
         _option("--steps", 120, "optimizer steps", "N", type=_COUNT),
+        _option("--epochs", None, "passes over the data, instead of --steps", "N", type=_POSITIVE),
         _option(
             "--learning-rate",
             None,
-            "peak learning rate, falling to 0 (default: 2e-4; 5e-3 for the small default model)",
+            "peak learning rate (default: 2e-4; 5e-3 for the small default model)",
             "LR",
             type=_POSITIVE,
+        ),
+        _option(
+            "--warmup",
+            0.05,
+            "steps in which the rate rises: their share of all if below 1, else their number",
+            "N",
+            type=_NOT_NEGATIVE,
+        ),
+        _option("--scheduler", "cosine", "how the rate goes on from its peak", choices=SCHEDULERS),
+        _option("--weight-decay", 0.0, "AdamW's weight decay", "W", type=_NOT_NEGATIVE),
+        _option(
+            "--max-grad-norm", 1.0, "gradients are clipped to this norm; 0 for never", "G", type=_NOT_NEGATIVE
         ),
         _option("--seq-length", 256, "tokens in a sequence", "N", type=_FROM_TWO),
         _option("--batch-size", 8, "sequences in a forward pass", "N", type=_COUNT),
         _option("--grad-accumulation", 1, "forward passes in an optimizer step", "N", type=_COUNT),
-        _switch("--gradient-checkpointing", "recompute activations in the backward: less memory, more time"),
+        _switch(
+            "--gradient-checkpointing",
+            "recompute activations in the backward: less memory, more time",
+            negative=True,
+        ),
         _option(
             "--threads",
             None,
-            "CPU threads (default: all; for the small default model one, where that measures faster)",
+            "CPU threads (default: all, half of them or one, whichever measures fastest)",
             "N",
             type=_COUNT,
         ),
-        _option("--seed", 0, "seed of the data split, the order and the adapter", "N", type=_FROM_ZERO),
+        _option("--seed", 0, "seed of the data split, the order and the adapter", "N", type=_SEED),
+    ],
+    "evaluation": [
+        _option(
+            "--eval-every", 0, "steps between evaluations; 0: before and after only", "N", type=_FROM_ZERO
+        ),
+        _switch(
+            "--keep-best",
+            "end with the adapter of the lowest held-out loss; needs --eval-every, and checkpoints go by it",
+            negative=True,
+        ),
+        _option(
+            "--early-stopping",
+            0,
+            "stop after N evaluations in a row without a lower loss, with --keep-best; 0 for never",
+            "N",
+            type=_FROM_ZERO,
+        ),
+        _option(
+            "--report-to",
+            [],
+            "where the log goes: jsonl (log.jsonl in the output directory), tensorboard, wandb and what else "
+            "transformers knows (default: none)",
+            "NAME",
+            nargs="+",
+        ),
     ],
     "output": [
         _option("--output", "out", "where the adapter, checkpoints, loss curve and summary go", "DIR"),
         _option("--save-every", 25, "steps between checkpoints", "N", type=_COUNT),
         _switch(
             "--resume",
-            "go on from the last checkpoint in the output directory, with its options",
+            "go on from the last checkpoint in the output directory, with its options; with more --steps or "
+            "--epochs, extend the run",
         ),
-        _switch("--overwrite", "start anew where an unfinished run left checkpoints"),
+        _switch("--overwrite", "start anew where an earlier run is, removing what it wrote"),
         _option(
             "--profile",
             0,
@@ -147,6 +237,15 @@ _FINETUNE: dict[str, list[Option]] = {
             "N",
             type=_FROM_ZERO,
         ),
+    ],
+    "the run itself": [
+        _option(
+            "--config",
+            None,
+            "options in a YAML file, such as the config.yaml that a run writes; those beside it go first",
+            "FILE",
+        ),
+        _switch("--dry-run", "print what would happen: tokens, steps, memory, time; and stop"),
     ],
     "what is shown at the end": [
         _option(
@@ -161,10 +260,13 @@ _FINETUNE: dict[str, list[Option]] = {
     ],
 }
 
+# These may grow when a run is resumed: it is extended.
+EXTENDABLE = ("steps", "epochs")
+
 # These may differ when a run is resumed: they do not touch what is trained.
 FREE_ON_RESUME = (
-    *("cache_dir", "output", "save_every", "resume", "overwrite", "profile"),
-    *("compare", "sample", "prompt"),
+    *("cache_dir", "output", "save_every", "resume", "overwrite", "profile", "dry_run"),
+    *("compare", "sample", "prompt", "report_to"),
 )
 
 DEFAULTS: dict[str, Any] = {option.name: option.default for group in _FINETUNE.values() for option in group}
@@ -190,6 +292,7 @@ def parser() -> argparse.ArgumentParser:
         "tunes a small model on text that comes with Python, in a few minutes on two cores.",
     )
     _add_inspect(commands)
+    _add_chat(commands)
     commands.add_parser(
         "models",
         help="list the experts classes of the installed transformers that run on the operators",
@@ -223,6 +326,45 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     inspect.add_argument("--no-measure", dest="measure", action="store_false", help=text)
 
 
+def _add_chat(commands: argparse._SubParsersAction) -> None:
+    chat = commands.add_parser(
+        "chat",
+        help="talk to a model with an adapter",
+        description="Answers each line of the standard input, as a conversation if the tokenizer has a chat "
+        "template, else by continuing it.",
+    )
+    chat.add_argument("model_dir", metavar="MODEL_DIR", help="a local transformers checkpoint")
+    chat.add_argument("adapter", metavar="ADAPTER", nargs="?", help="an adapter of it (default: none)")
+    for flag, default, kind, text in (
+        ("--tokens", 200, _COUNT, "tokens in an answer, at most"),
+        ("--temperature", 0.8, _NOT_NEGATIVE, "0 takes the likeliest token each time"),
+        ("--seed", 0, _FROM_ZERO, "seed of the sampling"),
+    ):
+        chat.add_argument(flag, metavar="N", type=kind, default=default, help=f"{text} (default: {default})")
+    chat.add_argument("--system", metavar="TEXT", help="a system message (default: none)")
+    dtype = next(o for group in _FINETUNE.values() for o in group if o.name == "dtype")
+    chat.add_argument("--dtype", help="the model's dtype", default=dtype.default, **dtype.keywords)
+
+
+def check_texts(explicit: dict[str, Any]) -> None:
+    """Raises: MoeloraError for a path that is empty, as an unset variable makes it, or what is no text."""
+    for name in ("model", "data", "eval_data", "output", "cache_dir", "chat_template"):
+        value = explicit.get(name)
+        paths = value if isinstance(value, list) else [value]
+        if any(path is not None and not str(path).strip() for path in paths):
+            flag = "--" + name.replace("_", "-")
+            raise MoeloraError(f"{flag} is empty, expected a path (leave {flag} out for the default)")
+    for name in ("prompt", "field"):
+        if any(0xD800 <= ord(character) < 0xE000 for character in explicit.get(name) or ""):
+            raise MoeloraError(f"--{name} is no UTF-8 text")
+
+
+def extended(explicit: dict[str, Any], recorded: dict[str, Any]) -> bool:
+    """Whether a resumed run is to train longer than it was started to."""
+    pairs = [(explicit.get(name), recorded.get(name)) for name in EXTENDABLE]
+    return any(now is not None and before is not None and now > before for now, before in pairs)
+
+
 def settle(explicit: dict[str, Any], recorded: dict[str, Any] | None = None) -> argparse.Namespace:
     """The options of a run: what was given, then what a resumed run was started with, then the defaults.
 
@@ -231,6 +373,8 @@ def settle(explicit: dict[str, Any], recorded: dict[str, Any] | None = None) -> 
     recorded = recorded or {}
     for name, value in explicit.items():
         if name in recorded and name not in FREE_ON_RESUME and recorded[name] != value:
+            if extended({name: value}, recorded):
+                continue
             flag = "--" + name.replace("_", "-")
             raise MoeloraError(
                 f"the run to resume was started with {flag} {recorded[name]}, got {value}: leave {flag} out"
@@ -239,8 +383,23 @@ def settle(explicit: dict[str, Any], recorded: dict[str, Any] | None = None) -> 
         name: value for name, value in recorded.items() if name in DEFAULTS and name not in FREE_ON_RESUME
     }
     options = argparse.Namespace(**{**DEFAULTS, **kept, **explicit})
+    _check(options, {**kept, **explicit})
     if options.alpha is None:
         options.alpha = 2.0 * options.rank
     if options.learning_rate is None:
         options.learning_rate = 2e-4 if options.model else 5e-3
     return options
+
+
+def _check(options: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Complains about options that contradict each other; of steps and epochs, one is left."""
+    if options.epochs is not None:
+        if given.get("steps") is not None:
+            raise MoeloraError("--steps and --epochs both say how long: expected one of them, got both")
+        options.steps = None
+    if options.early_stopping and not options.keep_best:
+        raise MoeloraError("--early-stopping needs --keep-best")
+    if options.keep_best and not options.eval_every:
+        raise MoeloraError("--keep-best needs --eval-every")
+    if options.field is not None and options.format not in (None, "text"):
+        raise MoeloraError(f"--field names text, which rows of --format {options.format} are not")

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile, schedule, supported_activities
 from transformers import TrainerCallback
 
-from moelora.errors import writing
+from moelora.commands import directory
 
 WARMUP = 2  # steps before those that are measured: the first ones also allocate and compile
 TRACE, TABLE = "trace.json", "profile.txt"
@@ -50,6 +50,5 @@ class Profiler(TrainerCallback):
             else "self_cpu_time_total"
         )
         self.table = events.table(sort_by=by, row_limit=ROWS, max_name_column_width=40)
-        with writing(self.out / TRACE):
-            measured.export_chrome_trace(str(self.out / TRACE))
-            (self.out / TABLE).write_text(self.table, encoding="utf-8")
+        directory.publish(self.out, TRACE, lambda path: measured.export_chrome_trace(str(path)))
+        directory.publish(self.out, TABLE, lambda path: path.write_text(self.table, encoding="utf-8"))

@@ -1,32 +1,52 @@
-"""How many threads a small model should have."""
+"""How many CPU threads a run should have."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
 import torch
 
+from moelora.errors import MoeloraError
+
 ROUNDS = 3
+SECONDS = 15.0  # spent on measuring, about: a step that takes longer is measured once
+HOPELESS = 2.0  # times slower than the best: not measured again
+PER_CPU = 4
+
+
+def check(count: int) -> None:
+    """Raises: MoeloraError for a number of threads that no machine like this one can use."""
+    cpus = os.cpu_count() or 1
+    if count > PER_CPU * cpus:
+        raise MoeloraError(
+            f"--threads is {count}, expected at most {PER_CPU * cpus}: this machine has {cpus} CPUs"
+        )
 
 
 def choose(step: Callable[[], object]) -> int:
-    """Leaves torch with all its threads or with one, whichever runs `step` faster, and returns how many.
+    """Leaves torch with all its threads, half of them or one, whichever is fastest; returns how many.
 
     The operations of a small model are short: on a machine with other work its threads wait for each other
-    longer than they compute.
+    longer than they compute. Hyperthreads can slow large ones down.
     """
     every = torch.get_num_threads()
-    if every == 1:
-        return 1
-    seconds = {every: [], 1: []}
-    step()
+    seconds: dict[int, list[float]] = {count: [] for count in (every, every // 2, 1) if count}
+    if len(seconds) == 1:
+        return every
+    started = time.perf_counter()
+    step()  # the first one also allocates
     for _ in range(ROUNDS):
         for count, spent in seconds.items():
             torch.set_num_threads(count)
-            started = time.perf_counter()
+            before = time.perf_counter()
             step()
-            spent.append(time.perf_counter() - started)
+            spent.append(time.perf_counter() - before)
+        fastest = min(map(min, seconds.values()))
+        seconds = {n: spent for n, spent in seconds.items() if min(spent) <= HOPELESS * fastest}
+        if len(seconds) == 1 or time.perf_counter() - started > SECONDS:
+            break
     best = min(seconds, key=lambda count: sum(seconds[count]))
     torch.set_num_threads(best)
     return best

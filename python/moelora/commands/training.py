@@ -1,65 +1,50 @@
-"""transformers' Trainer with a progress bar that shows tokens/s and checkpoints that are whole or absent."""
+"""TRL's SFTTrainer with a progress bar that shows tokens/s and checkpoints that are whole or absent."""
 
 from __future__ import annotations
 
-import math
-import os
-import shutil
+import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
+from transformers.integrations import get_available_reporting_integrations
+from trl import SFTConfig, SFTTrainer
 
-from moelora.commands.data import Blocks
+from moelora.commands.data import Tokens, padded, spread
+from moelora.commands.saving import AtomicCheckpoints
 from moelora.errors import MoeloraError, writing
 
-STAGING = ".incomplete"
+JSONL = "jsonl"
+EVALUATION_ROWS = 64
 
 
-class AtomicTrainer(Trainer):
-    """A Trainer whose checkpoints appear under their name only when complete.
+class TunedTrainer(AtomicCheckpoints, SFTTrainer):
+    """TRL's trainer as `finetune` uses it."""
 
-    `finish_checkpoint(directory)` may add files to a checkpoint before it appears.
-    """
-
-    finish_checkpoint: Callable[[Path], None] | None = None
-    _staging: Path | None = None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        out = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        self._staging = out / STAGING
-        try:
-            with writing(out / name):
-                shutil.rmtree(self._staging, ignore_errors=True)
-                super()._save_checkpoint(model, trial)
-                if self.finish_checkpoint is not None:
-                    self.finish_checkpoint(self._staging / name)
-                shutil.rmtree(out / name, ignore_errors=True)
-                os.replace(self._staging / name, out / name)
-        finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
-        rotate_checkpoints(str(out), save_total_limit=self.args.save_total_limit)
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None with each checkpoint: the command writes one, with figures, beside the adapter."""
 
 
 class Progress(TrainerCallback):
     """One bar for the training, with the loss and tokens/s of the last steps, and one for each evaluation."""
 
-    def __init__(self, title: str, tokens_per_step: int):
-        self.title, self.tokens_per_step = title, tokens_per_step
+    def __init__(self, title: str):
+        self.title = title
         self.bar: tqdm | None = None
         self.evaluation: tqdm | None = None
         self.seconds: list[float] = []  # of each step of this process
+        self.seen: list[int] = []  # tokens up to each of them
         self._started = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -75,10 +60,7 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is None or "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
-            raise MoeloraError(
-                f"the loss is {logs['loss']} at step {state.global_step}: lower --learning-rate"
-            )
+        self.seen.append(int(logs["num_tokens"]))
         self.bar.set_postfix_str(
             f"loss {logs['loss']:.3f}, {self.tokens_per_second():.0f} tokens/s", refresh=False
         )
@@ -88,9 +70,12 @@ class Progress(TrainerCallback):
             self.evaluation = _bar("held-out", len(eval_dataloader), leave=False, delay=2.0)
         self.evaluation.update(1)
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.evaluation.close()
-        self.evaluation = None
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if self.evaluation is not None:
+            self.evaluation.close()
+            self.evaluation = None
+        if self.bar is not None:
+            tqdm.write(f"step {state.global_step}: held-out loss {metrics['eval_loss']:.3f}")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
@@ -105,12 +90,25 @@ class Progress(TrainerCallback):
     @property
     def tokens(self) -> int:
         """Tokens trained on in this process."""
-        return self.tokens_per_step * len(self.seconds)
+        return self.seen[-1] if self.seen else 0
 
     def tokens_per_second(self, last: int = 10) -> float:
         """Tokens a second over the last steps."""
-        recent = self.seconds[-last:]
-        return self.tokens_per_step * len(recent) / sum(recent) if recent else 0.0
+        if not self.seen:
+            return 0.0
+        before = self.seen[-last - 1] if len(self.seen) > last else 0
+        return (self.seen[-1] - before) / sum(self.seconds[: len(self.seen)][-last:])
+
+
+class JsonLines(TrainerCallback):
+    """Appends what Trainer logs to a file, an object a line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
 
 def _bar(title: str, total: int, **options: Any) -> tqdm:
@@ -120,40 +118,81 @@ def _bar(title: str, total: int, **options: Any) -> tqdm:
 
 
 def trainer(
-    model: nn.Module, train: Tensor, held_out: Tensor, out: Path, title: str, **arguments: Any
-) -> tuple[AtomicTrainer, Progress]:
-    """A Trainer over rows of tokens ([n, length] int64 each) and its progress bar.
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tokens,
+    out: Path,
+    title: str,
+    **arguments: Any,
+) -> tuple[TunedTrainer, Progress]:
+    """A trainer over rows of tokens, evaluating on some of the held-out ones, and its progress bar.
 
-    `arguments` are TrainingArguments; each step's loss is kept in `state.log_history`.
+    `arguments` are SFTConfig's; each step's loss is kept in `state.log_history`.
     """
-    args = TrainingArguments(
+    # The adapter and the base have their dtypes, hence no autocast to bf16. The balancing loss of a frozen
+    # router would only disturb the adapter.
+    given = {
+        "lr_scheduler_type": "cosine",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "router_aux_loss_coef": 0.0,
+        "report_to": "none",
+    }
+    given |= {"packing": True, "packing_strategy": tokens.packing} if tokens.bordered else {}
+    args = SFTConfig(
         output_dir=str(out),
-        lr_scheduler_type="cosine",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to="none",
         disable_tqdm=True,
         prediction_loss_only=True,
         dataloader_pin_memory=False,
-        save_total_limit=1,
-        **arguments,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **given | arguments,
     )
-    rows = min(args.train_batch_size, len(train)) * args.gradient_accumulation_steps
-    progress = Progress(title, rows * train.shape[1])
-    result = AtomicTrainer(
-        model, args, train_dataset=Blocks(train), eval_dataset=Blocks(held_out), callbacks=[progress]
+    progress = Progress(title)
+    result = TunedTrainer(
+        model,
+        args,
+        train_dataset=tokens.train,
+        eval_dataset=spread(tokens.held_out, EVALUATION_ROWS),
+        processing_class=padded(tokenizer),
+        callbacks=[progress],
     )
     result.remove_callback(PrinterCallback)
     result.remove_callback(ProgressCallback)
     return result, progress
 
 
-def held_out_loss(of: AtomicTrainer) -> float:
+def evaluating(every: int, keep_best: bool, patience: int, save_every: int) -> dict[str, Any]:
+    """SFTConfig's arguments for evaluations while training, and for checkpoints."""
+    arguments: dict[str, Any] = {"save_steps": save_every}
+    if every:
+        arguments |= {"eval_strategy": "steps", "eval_steps": every}
+    if keep_best:
+        arguments |= {"metric_for_best_model": "eval_loss", "greater_is_better": False, "save_steps": every}
+    if patience:
+        arguments["restore_callback_states_from_checkpoint"] = True
+    return arguments
+
+
+def check_reports(names: list[str]) -> None:
+    """Complains about what cannot be reported to.
+
+    Raises: MoeloraError naming it, and what can.
+    """
+    able = [JSONL, *sorted(get_available_reporting_integrations())]
+    for name in names:
+        if name not in able:
+            raise MoeloraError(
+                f"--report-to {name} is not installed or unknown, here can be: {', '.join(able)}"
+            )
+
+
+def held_out_loss(of: Trainer) -> float:
     """Mean loss on the held-out rows, in nats a token."""
     return of.evaluate()["eval_loss"]
 
 
-def last_checkpoint(out: Path) -> Path | None:
-    """The newest complete checkpoint in `out`, or None."""
-    found = get_last_checkpoint(str(out)) if out.is_dir() else None
-    return Path(found) if found else None
+def best_checkpoint(state: TrainerState, out: Path) -> Path | None:
+    """The checkpoint of the lowest held-out loss, where a run keeps it."""
+    return out / f"checkpoint-{state.best_global_step}" if state.best_global_step else None

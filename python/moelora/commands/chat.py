@@ -1,0 +1,95 @@
+"""`python -m moelora chat`: talk to a model with an adapter."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+import moelora
+from moelora import checkpoints
+from moelora.errors import MoeloraError, one_line
+
+
+def main(explicit: dict[str, Any]) -> None:
+    """Answers each line of the standard input. MoeloraError tells the user what to mend."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, tokenizer = load(Path(explicit["model_dir"]), explicit.get("adapter"), explicit["dtype"])
+    set_seed(explicit["seed"])
+    chats = bool(tokenizer.chat_template)
+    messages: list[dict[str, str]] = []
+    if explicit["system"]:
+        messages.append({"role": "system", "content": explicit["system"]})
+    kind = "a conversation" if chats else "texts, each by itself, since the tokenizer has no chat template"
+    print(f"{kind}: a line is a turn, an empty one ends", file=sys.stderr)
+    while line := _line():
+        if chats:
+            messages.append({"role": "user", "content": line})
+            ids = _templated(tokenizer, messages)
+        else:
+            ids = torch.tensor([tokenizer(line)["input_ids"]])
+        answer = _answer(model, tokenizer, ids, explicit)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def load(directory: Path, adapter: str | None, dtype: str) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """A model, with an adapter if one is named, on the operators, and the tokenizer beside the adapter.
+
+    Raises: MoeloraError if either cannot be loaded, or does not belong to the other.
+    """
+    _, tokenizer = checkpoints.inspect(directory)
+    if adapter is None:
+        model, _ = checkpoints.load(directory, dtype)
+    else:
+        try:
+            PeftConfig.from_pretrained(adapter)  # before the base, which may take minutes
+            if (Path(adapter) / "tokenizer_config.json").exists():
+                tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
+            model = PeftModel.from_pretrained(checkpoints.load(directory, dtype)[0], adapter)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise MoeloraError(f"cannot load {adapter} onto {directory}: {one_line(error)}") from None
+    moelora.enable(model)
+    return model.eval(), tokenizer
+
+
+def _line() -> str:
+    if sys.stdin.isatty():
+        print("> ", end="", flush=True)
+    return sys.stdin.readline().strip()
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> torch.Tensor:
+    try:
+        told = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except Exception as error:  # a template raises what it likes
+        raise MoeloraError(f"the chat template does not take the turns: {one_line(error)}") from None
+    return told["input_ids"]
+
+
+def _answer(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, options: dict[str, Any]
+) -> str:
+    """What the model says to the tokens [1, n], printed as it comes."""
+    ids = ids.to(model.device)
+    warm = options["temperature"] > 0
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=options["tokens"],
+            do_sample=warm,
+            **({"temperature": options["temperature"], "top_p": 0.95} if warm else {}),
+            pad_token_id=padding,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

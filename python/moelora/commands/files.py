@@ -1,0 +1,229 @@
+"""Data files into rows, through the readers of `datasets`."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, Features, Value, load_dataset
+
+from moelora.errors import MoeloraError, one_line
+
+# What a file's name ends with → the reader. Prose is one text a file.
+READERS = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    ".parquet": "parquet",
+    **dict.fromkeys((".txt", ".text", ".md", ".rst", ".tex", ".py", ""), "text"),
+}
+PACKED = ".gz"
+_BYTE = re.compile("[\udc80-\udcff]")  # that was not decoded
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+
+
+def find(paths: list[str], anything_is_text: bool = False) -> tuple[list[tuple[Path, str]], int]:
+    """The data files in `paths` with their readers, directories searched, and how many others lie in these.
+
+    Raises: MoeloraError naming a path that is missing or of no known kind.
+    """
+    found: list[tuple[Path, str]] = []
+    skipped = 0
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append((path, _reader(path, anything_is_text)))
+            continue
+        inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not _hidden(p.relative_to(path))]
+        known = [(p, READERS[_suffix(p)]) for p in inside if _suffix(p) in READERS and _suffix(p)]
+        if not known:
+            raise MoeloraError(f"{path} has no data files in it: expected names in {_known()}")
+        skipped += len(inside) - len(known)
+        found += known
+    return found, skipped
+
+
+def read(path: Path, reader: str, anything_is_text: bool = False) -> Dataset:
+    """The rows of a file; for prose one row with the column `text`.
+
+    Raises: MoeloraError naming the file, and the line where that can be told, if it is not what it should be.
+    """
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise MoeloraError(f"cannot read {path}: {error.strerror}") from None
+    if reader == "json":
+        _refuse_no_characters(path)
+    options = _csv_options(path) if reader == "csv" else {}
+    if reader == "text":
+        options = {"sample_by": "document", "encoding": "utf-8-sig"}
+    try:
+        rows = _load(path, reader, options)
+    except Exception as error:  # whatever pandas, pyarrow and gzip raise, and there is no list of it
+        raise _explained(path, reader, error) from None
+    if rows is None or not len(rows) or (reader == "text" and not (rows[0]["text"] or "").strip()):
+        raise MoeloraError(f"{path} is empty, expected text")
+    if reader == "text" and not anything_is_text:
+        _refuse_disguised(path, rows[0]["text"])
+    return rows
+
+
+def _load(path: Path, reader: str, options: dict[str, Any]) -> Dataset | None:
+    datasets.disable_progress_bars()
+    datasets.disable_caching()  # a cache knows files by name and time, not by what is in them
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        return load_dataset(
+            reader, data_files=[str(path)], split="train", cache_dir=_scratch().name, **options
+        )
+    except StopIteration:  # an empty file
+        return None
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    """Where `datasets` keeps rows of files: mapped from disk, gone with the process."""
+    return tempfile.TemporaryDirectory(prefix="moelora-data-")
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _suffix(path: Path) -> str:
+    name = path.name.lower().removesuffix(PACKED)
+    return Path(name).suffix
+
+
+def _known() -> str:
+    return ", ".join(suffix for suffix in READERS if suffix) + f", each also with {PACKED}"
+
+
+def _reader(path: Path, anything_is_text: bool) -> str:
+    if not path.exists():
+        raise MoeloraError(f"cannot read {path}: No such file or directory")
+    if anything_is_text and READERS.get(_suffix(path)) is None:
+        return "text"
+    if _suffix(path) not in READERS:
+        raise MoeloraError(
+            f"{path} is of no known kind: expected a name in {_known()}. If it is plain text, --format text"
+        )
+    return READERS[_suffix(path)]
+
+
+def _open(path: Path):
+    """The file as text, unpacked; lone bytes stay visible to whoever looks for them."""
+    opener = gzip.open if path.name.lower().endswith(PACKED) else open
+    return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _csv_options(path: Path) -> dict[str, Any]:
+    """Every cell is text as it stands; only an empty one is null."""
+    separator = "\t" if _suffix(path) == ".tsv" else ","
+    try:
+        with _open(path) as file:
+            rows = csv.reader(file, delimiter=separator)
+            header, first = next(rows, []), next(rows, [])
+    except (OSError, EOFError, csv.Error) as error:
+        raise MoeloraError(f"cannot read {path}: {one_line(error)}") from None
+    if len(first) > len(header):  # pandas would take the first column for names of rows
+        raise MoeloraError(
+            f"{path} line 2 has {len(first)} fields, expected the {len(header)} of its first line"
+        )
+    features = Features({name: Value("string") for name in header})
+    return (
+        {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
+        if header
+        else {}
+    )
+
+
+def _refuse_disguised(path: Path, text: str) -> None:
+    """Rows of JSON are never prose, whatever their file is called."""
+    start = text.lstrip()[:1]
+    if start not in ("{", "["):
+        return
+    line = text.lstrip().partition("\n")[0]
+    for candidate in (line, text):
+        try:
+            rows = json.loads(candidate)
+        except ValueError:
+            continue
+        if isinstance(rows, dict) or (isinstance(rows, list) and rows and isinstance(rows[0], dict)):
+            raise MoeloraError(
+                f"{path} is JSON under a name for plain text: call it .jsonl or .json, or give --format text"
+            )
+
+
+def _refuse_no_characters(path: Path) -> None:
+    """The readers take bytes that are not UTF-8 as they are, or empty a field with half of a surrogate pair."""
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if _BYTE.search(line):
+                    raise MoeloraError(f"{path} is not UTF-8 text: a byte of line {number} is none of it")
+                if _SURROGATE.search(line) and _lone(line):
+                    raise MoeloraError(
+                        f"{path} line {number}: half of a surrogate pair, which is no character"
+                    )
+    except (OSError, EOFError) as error:
+        raise MoeloraError(f"cannot read {path}: {one_line(error)}") from None
+
+
+def _lone(line: str) -> bool:
+    """Whether escapes in a line of JSON stand for half a character."""
+    units = re.findall(r"(?:\\\\|\\u[0-9a-fA-F]{4}|\\.|[^\\])", line)
+    expected = False  # the second half
+    for unit in units:
+        code = int(unit[2:], 16) if unit.startswith("\\u") else 0
+        second = 0xDC00 <= code < 0xE000
+        if second != expected:
+            return True
+        expected = 0xD800 <= code < 0xDC00
+    return expected
+
+
+def _explained(path: Path, reader: str, error: Exception) -> MoeloraError:
+    """What is wrong with a file, in a line; the libraries tell neither its name nor the line."""
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, UnicodeDecodeError):
+            return MoeloraError(f"{path} is not UTF-8 text: {cause.reason} at byte {cause.start}")
+    if reader == "json":
+        lines = _bad_lines(path)
+        if (found := next(lines, None)) is not None:
+            return found
+    kind = {"json": "JSON", "csv": "comma- or tab-separated", "parquet": "Parquet"}.get(reader, "text")
+    return MoeloraError(f"{path} is not {kind}: {one_line(chain[-1])}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _bad_lines(path: Path) -> Iterator[MoeloraError]:
+    with _open(path) as file:
+        text = file.read()
+    if text.lstrip().startswith("["):
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            yield MoeloraError(f"{path} line {error.lineno} is not JSON: {error.msg}")
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except json.JSONDecodeError as error:
+            yield MoeloraError(f"{path} line {number} is not JSON: {error.msg}")
+            continue
+        if not isinstance(row, dict):
+            yield MoeloraError(f"{path} line {number}: expected an object, got {type(row).__name__}")

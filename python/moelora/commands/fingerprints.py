@@ -1,0 +1,83 @@
+"""What a run was made from, so that resuming can tell whether it is still the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from moelora.errors import MoeloraError
+
+PIECE = 1 << 24
+READERS = 4  # the hash waits for the disk
+# Of a checkpoint's directory, what decides the model and its tokens.
+_BASE = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+
+
+def file(path: Path) -> str:
+    """The digest of a file's content.
+
+    Raises: MoeloraError if it cannot be read.
+    """
+    digest = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as stream:
+            while piece := stream.read(PIECE):
+                digest.update(piece)
+    except OSError as error:
+        raise MoeloraError(f"cannot read {path}: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def files(paths: Iterable[Path]) -> dict[str, str]:
+    """path → digest."""
+    paths = list(paths)
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip(map(str, paths), pool.map(file, paths), strict=True))
+
+
+def data(paths: Iterable[str | Path]) -> dict[str, str]:
+    """Digests of data files, and of all files in those that are directories."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        found += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return files(found)
+
+
+def base(directory: Path) -> dict[str, str]:
+    """Digests of a checkpoint's weights, configuration and tokenizer, by their names in it."""
+    paths = sorted({path for pattern in _BASE for path in directory.glob(pattern) if path.is_file()})
+    return {Path(path).name: digest for path, digest in files(paths).items()}
+
+
+def texts(documents: Iterable[str]) -> str:
+    """The digest of texts that come from no file."""
+    digest = xxhash.xxh3_128()
+    for text in documents:
+        digest.update(text.encode("utf-8", "surrogatepass"))
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def compare(recorded: dict[str, dict[str, str]], now: dict[str, dict[str, str]], where: str) -> None:
+    """Complains about the first thing that is not what the run was started with.
+
+    Args:
+        recorded, now: what ("data", "base") → name → digest.
+        where: the checkpoint, for the message.
+
+    Raises: MoeloraError naming it.
+    """
+    for what, expected in recorded.items():
+        found = now.get(what, {})
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) == found.get(name):
+                continue
+            change = "changed" if name in expected and name in found else "is new"
+            change = "is gone" if name not in found else change
+            raise MoeloraError(
+                f"{what} changed: {name} {change} since the run of {where} was started. Put back what it was "
+                "to go on, or start anew with --overwrite"
+            )

@@ -1,0 +1,106 @@
+"""Numbers that are not finite, told apart: the base's weights, the data, the adapter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moelora.errors import MoeloraError
+
+
+def whole(tensor: Tensor) -> bool:
+    """Whether every element is finite. A sum settles it in one pass unless it overflows itself."""
+    return tensor.numel() == 0 or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def check_weights(model: nn.Module, where: object) -> None:
+    """Raises: MoeloraError naming the first parameter or buffer of the base that has a NaN or an Inf."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta or not tensor.is_floating_point() or tensor.element_size() < 2:
+            continue  # one-byte floats are codes, whose scales are looked at
+        if not whole(tensor):
+            raise MoeloraError(f"the weights in {where} are not finite: {name} has {_counts(tensor)}")
+
+
+def _counts(tensor: Tensor) -> str:
+    nans, infs = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    found = [f"{count} {what}" for count, what in ((nans, "NaN"), (infs, "Inf")) if count]
+    return f"{' and '.join(found)} among {tensor.numel():,} elements"
+
+
+def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """(name, parameter) of what is trained."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def check_adapter(model: nn.Module, step: int, rate: float | None = None) -> None:
+    """Raises: MoeloraError naming the first trained parameter that is not finite after `step` steps."""
+    for name, parameter in trainable(model):
+        if not whole(parameter.detach()):
+            at = "" if rate is None else f", at a rate of {rate:.3g}"
+            raise MoeloraError(
+                f"{name} has {_counts(parameter.detach())} after step {step}{at}: lower --learning-rate"
+            )
+
+
+def check_held_out(loss: float, step: int, model: nn.Module) -> None:
+    """Raises: MoeloraError if the held-out loss is not finite, with what is to blame for it."""
+    if math.isfinite(loss):
+        return
+    if step:
+        check_adapter(model, step)
+        raise MoeloraError(f"the held-out loss is {loss} after step {step}: {_overflow(model)}")
+    raise MoeloraError(
+        f"the held-out loss is {loss} before anything was trained, from finite weights: "
+        f"{_overflow(model)}, or the held-out data have no token to learn"
+    )
+
+
+def check_loss(loss: Tensor, model: nn.Module, inputs: dict[str, Any], step: int) -> None:
+    """Looks at the loss of a forward pass in optimizer step `step` (from 1).
+
+    Raises: MoeloraError if it is not finite: data without a token to learn, a base that overflows on these
+        data, or an adapter that training drove too far, each with its own advice.
+    """
+    if bool(loss.isfinite()):
+        return
+    value, labels = loss.item(), inputs.get("labels")
+    if isinstance(labels, Tensor) and bool((labels == -100).all()):
+        raise MoeloraError(f"the loss is {value} at step {step}: its data have no token to learn")
+    check_adapter(model, step - 1)
+    if step == 1:
+        raise MoeloraError(
+            f"the loss is {value} at step 1, before anything was trained, from finite weights: "
+            f"{_overflow(model)}"
+        )
+    raise MoeloraError(
+        f"the loss is {value} at step {step}, with a finite adapter: {_overflow(model)}, or lower "
+        "--learning-rate"
+    )
+
+
+def check_gradients(model: nn.Module, step: int) -> None:
+    """Raises: MoeloraError naming the first gradient of optimizer step `step` that is not finite."""
+    graded = [(name, p.grad) for name, p in trainable(model) if p.grad is not None]
+    if not graded:
+        return
+    # One answer for all of them: a question each would wait for the device as often.
+    home = graded[0][1].device
+    if bool(torch.stack([grad.sum(dtype=torch.float32).to(home) for _, grad in graded]).isfinite().all()):
+        return
+    for name, grad in graded:
+        if not whole(grad):
+            raise MoeloraError(
+                f"the gradient of {name} has {_counts(grad)} at step {step}, of a finite loss: "
+                f"{_overflow(model)}, or lower --learning-rate"
+            )
+
+
+def _overflow(model: nn.Module) -> str:
+    dtype = str(getattr(model, "dtype", torch.float32)).removeprefix("torch.")
+    if dtype == "float16":
+        return "float16 ends at 65504, take --dtype bfloat16 or float32"
+    return f"the model overflows {dtype} on these data"

@@ -1,0 +1,68 @@
+"""The proof at a run's end: the adapter as it is on disk, on the base as it is on disk, by plain PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import moelora
+from moelora.errors import MoeloraError
+
+# Relative difference of logits, by the base's dtype: PEFT rounds W + scaling·B·A to it, the operators do not.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def reload(
+    model: PeftModel, adapter: Path, base: Callable[[], PreTrainedModel], rows: Tensor
+) -> float | None:
+    """Relative difference of the logits on `rows` [n, length] between `model` and `base()` with `adapter` in
+    plain PEFT; None if no logit of the base is other than 0.
+
+    The median over tokens: in half precision, rounding sends a few tokens to other experts. The weights of
+    `model` are let go first, so that a large base is not in memory twice; `model` is used up.
+
+    Raises: MoeloraError if the logits differ by more than rounding, or the adapter's tensors at all.
+    """
+    model.eval()
+    rows = rows.to(model.device)
+    with torch.no_grad():
+        tuned = model(input_ids=rows).logits.double()
+    tensors = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    moelora.disable(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    plain = PeftModel.from_pretrained(base(), adapter).to(rows.device).eval()
+    plain.get_base_model().set_experts_implementation("eager")  # runs whatever the sizes and the dtype
+    for name, tensor in get_peft_model_state_dict(plain).items():
+        if name not in tensors or not torch.equal(tensor.to(tensors[name]), tensors.pop(name)):
+            raise MoeloraError(f"{adapter} reloaded with plain PEFT has another {name} than the one trained")
+    if tensors:
+        raise MoeloraError(f"{adapter} reloaded with plain PEFT lacks {next(iter(tensors))}")
+    with torch.no_grad():
+        reloaded = plain(input_ids=rows).logits.double()
+    difference, allowed = relative(tuned, reloaded), TOLERANCE[plain.dtype]
+    if difference is not None and not difference <= allowed:
+        raise MoeloraError(
+            f"{adapter} reloaded with plain PEFT gives other logits: relative difference {difference:.1e}, "
+            f"expected at most {allowed:.0e}"
+        )
+    return difference
+
+
+def relative(found: Tensor, expected: Tensor) -> float | None:
+    """Median over tokens of ‖found − expected‖ / ‖expected‖, both [..., V], where ‖expected‖ is not 0.
+
+    A token that should have zeros and has others makes it infinite; None if all are zeros.
+    """
+    sizes = expected.norm(dim=-1)
+    zero = sizes == 0
+    if bool((found[zero] != 0).any()):
+        return float("inf")
+    if bool(zero.all()):
+        return None
+    return ((found - expected).norm(dim=-1)[~zero] / sizes[~zero]).median().item()
