@@ -164,7 +164,7 @@ def recognise_activation(module: nn.Module) -> dict[str, Any]:
     others = (name for name, _ in module.named_parameters() if name not in known)
     if any(name.partition(".")[0] != POST_NORM for name in others):
         return {"activation": own}  # a learned gate can look like a fused one until it is trained
-    width = weights.oriented(module, weights.weight_of(module, "gate_up_proj")).shape[1]
+    width = weights.weight_of(module, "gate_up_proj").shape[2 if module.is_transposed else 1]
     with unset_fake_temporarily(), torch.device("cpu"):  # whatever the default is now
         probe = torch.randn(16, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         probe *= torch.logspace(-1, 4, 16).unsqueeze(1)
@@ -240,8 +240,8 @@ def experts_forward(
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     # As transformers' own functions do: norms may hand over fp32 where the experts are 16-bit.
     # Packed weights take any.
-    if isinstance(weight, Tensor) and not torch.is_autocast_enabled(x.device.type):
-        x = x.to(weight.dtype)
+    fits = isinstance(weight, PackedWeight) or x.dtype == weight.dtype
+    x = x if fits or torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
     ids = top_k_index.reshape(-1, top_k_index.shape[-1])
     gates = top_k_weights.reshape(ids.shape)
     gates = gates if gates.dtype in (x.dtype, torch.float32) else gates.to(x.dtype)
