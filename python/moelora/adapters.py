@@ -42,7 +42,8 @@ class ParamWrapper(PeftParamWrapper):
                 torch._dynamo.graph_break(msg=told)  # which PEFT's own code would do, in other words
             return _by_peft(self, told, x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
-        lora = {**kwargs.pop(LORA, {}), self.parameter_name: together(found)}
+        several = [factors(self, name, *weights) for name, weights in zip(present, found, strict=True)]
+        lora = {**kwargs.pop(LORA, {}), self.parameter_name: together(several)}
         return self.base_layer(x, *args, **kwargs, **{LORA: lora})
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -65,8 +66,10 @@ def _by_peft(wrapper: ParamWrapper, told: str, x: Tensor, *args: Any, **kwargs: 
         return PeftParamWrapper.forward(wrapper, x, *args, **kwargs)
 
 
-def served(wrapper: PeftParamWrapper, adapters: list[str]) -> list[Factors] | str:
-    """The factors of `adapters`, this wrapper's active ones, if the operators can apply them; or why not."""
+def served(wrapper: PeftParamWrapper, adapters: list[str]) -> list[tuple[Tensor, Tensor]] | str:
+    """A's and B's weights of `adapters`, this wrapper's active ones, if the operators can apply them; else why
+    not.
+    """
     module = wrapper.get_base_layer()
     binding = getattr(module, "_moelora", None)
     if binding is None:
@@ -84,7 +87,7 @@ def served(wrapper: PeftParamWrapper, adapters: list[str]) -> list[Factors] | st
         reason = _unusable(wrapper, adapter, a, b)
         if reason is not None:
             return reason if len(adapters) == 1 else f"of {adapter}, {reason}"
-        found.append(factors(wrapper, adapter, a, b))
+        found.append((a, b))
     return found
 
 

@@ -150,7 +150,7 @@ def _is_zero(factor: Tensor) -> bool:
     return has_values(here) and here.numel() > 0 and not bool(nonzero(here.detach()))
 
 
-def _reason(served: list[experts.Factors] | str) -> str | None:
+def _reason(served: list[tuple[Tensor, Tensor]] | str) -> str | None:
     return served if isinstance(served, str) else None
 
 
