@@ -112,5 +112,9 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 
 def _say(what: str, signum: int) -> None:
+    text = f"\nmoelora: {name(signum)}: {what}\n"
     with suppress(OSError):
-        os.write(sys.__stderr__.fileno(), f"\nmoelora: {name(signum)}: {what}\n".encode())
+        try:
+            print(text, end="", file=sys.stderr, flush=True)
+        except RuntimeError:  # the signal came in the middle of another print
+            os.write(sys.__stderr__.fileno(), text.encode())
