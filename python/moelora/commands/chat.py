@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer, s
 
 import moelora
 from moelora import checkpoints
-from moelora.errors import MoeloraError, first_line
+from moelora.errors import MoeloraError, one_line
 
 
 def main(explicit: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ def load(directory: Path, adapter: str | None, dtype: str) -> tuple[torch.nn.Mod
                 tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
             model = PeftModel.from_pretrained(checkpoints.load(directory, dtype)[0], adapter)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise MoeloraError(f"cannot load {adapter} onto {directory}: {first_line(error)}") from None
+            raise MoeloraError(f"cannot load {adapter} onto {directory}: {one_line(error)}") from None
     moelora.enable(model)
     return model.eval(), tokenizer
 
@@ -71,7 +71,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     except Exception as error:  # a template raises what it likes
-        raise MoeloraError(f"the chat template does not take the turns: {first_line(error)}") from None
+        raise MoeloraError(f"the chat template does not take the turns: {one_line(error)}") from None
     return told["input_ids"]
 
 
