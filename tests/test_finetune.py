@@ -20,7 +20,7 @@ from model_tiny import (
 )
 from moelora import MoeloraError
 from moelora.__main__ import main
-from moelora.commands import data, default_model, lora, options, threads, training
+from moelora.commands import data, default_model, directory, lora, options, threads, training
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -70,6 +70,12 @@ def _adapter(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter" / "adapter_model.safetensors")
 
 
+def _written(out: Path) -> set[str]:
+    """What a run leaves, beside what it needs to be extended."""
+    kept = {".moelora", *(path.name for path in out.glob("checkpoint-*"))}
+    return {path.name for path in out.iterdir()} - kept
+
+
 def _summary(out: Path) -> dict:
     return json.loads((out / "summary.json").read_text())
 
@@ -80,7 +86,7 @@ def _summary(out: Path) -> dict:
 def test_run_writes_adapter_curve_and_summary(arguments, model_dir, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(_set(arguments, steps=30, learning_rate=0.01, save_every=100)) == 0
-    assert {path.name for path in out.iterdir()} == FILES
+    assert _written(out) == FILES
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     summary = _summary(out)
     loss = summary["held_out_loss"]
@@ -168,9 +174,9 @@ def test_without_options_pretrains_a_base_once(tmp_path, monkeypatch, capsys):
     assert main(arguments) == 0
     (directory,) = (tmp_path / "cache").iterdir()
     made = directory.stat().st_mtime_ns
-    assert main(arguments) == 0
+    assert main([*arguments, "--overwrite"]) == 0
     assert directory.stat().st_mtime_ns == made and len(list((tmp_path / "cache").iterdir())) == 1
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert _written(tmp_path / "out") == FILES
 
 
 def test_module_prints_help():
@@ -203,7 +209,7 @@ def test_resumed_run_equals_an_uninterrupted_one(arguments, tmp_path, capsys):
         _interrupt_at(patch, 5)
         assert main(_set(arguments, output=parts)) == 130
     assert "checkpoint-4 is complete; go on with" in capsys.readouterr().err
-    assert [path.name for path in parts.iterdir()] == ["checkpoint-4"]
+    assert sorted(path.name for path in parts.iterdir()) == [".moelora", "checkpoint-4"]
     assert main(["finetune", "--resume", "--output", str(parts)]) == 0
     assert _summary(parts)["losses"] == _summary(whole)["losses"]
     assert _summary(parts)["held_out_loss"] == _summary(whole)["held_out_loss"]
@@ -225,7 +231,7 @@ def test_unfinished_run_is_not_lost(arguments, tmp_path, capsys, monkeypatch):
 def test_interrupt_before_the_first_checkpoint(arguments, tmp_path, capsys, monkeypatch):
     _interrupt_at(monkeypatch, 1)
     assert main(arguments) == 130
-    assert capsys.readouterr().err.endswith("moelora: interrupted before the first checkpoint\n")
+    assert capsys.readouterr().err.endswith("moelora: interrupted by SIGINT before the first checkpoint\n")
 
 
 @contextlib.contextmanager
@@ -246,7 +252,7 @@ def test_signal_leaves_a_usable_checkpoint(arguments, model_dir, tmp_path):
     try:
         deadline = time.monotonic() + 100
         while (
-            training.last_checkpoint(out) is None and process.poll() is None and time.monotonic() < deadline
+            directory.look(out).checkpoint is None and process.poll() is None and time.monotonic() < deadline
         ):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
@@ -254,7 +260,7 @@ def test_signal_leaves_a_usable_checkpoint(arguments, model_dir, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130, errors
-    checkpoint = training.last_checkpoint(out)
+    checkpoint = directory.look(out).checkpoint
     assert f"{checkpoint} is complete" in errors.splitlines()[-1]
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), checkpoint)
 
@@ -334,12 +340,12 @@ def test_wrong_models(arguments, tmp_path, capsys):
         vocab_size=257, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
     config.save_pretrained(directory)
-    _fails(wrong, "is not a transformers checkpoint: expected weights (*.safetensors) in it", capsys)
+    _fails(wrong, "is not a transformers checkpoint: expected weights (model.safetensors, or", capsys)
     LlamaForCausalLM(config).save_pretrained(directory)
     default_model.byte_tokenizer().save_pretrained(directory)
     _fails(wrong, "holds a LlamaForCausalLM, which has no expert layers", capsys)
     (directory / "config.json").write_text("{")
-    _fails(wrong, "cannot load a language model from", capsys)
+    _fails(wrong, "cannot load the configuration from", capsys)
 
 
 def test_operators_not_built(arguments, capsys, monkeypatch):
@@ -388,9 +394,9 @@ def test_disk_full_at_the_end_leaves_the_checkpoint(arguments, tmp_path, capsys,
     with monkeypatch.context() as patch:
         patch.setattr("moelora.commands.results.Figure.savefig", _no_space)
         _fails(arguments, f"cannot write {out / 'loss.png'}: No space left on device", capsys)
-    assert {path.name for path in out.iterdir()} == {"adapter", "checkpoint-6"}
+    assert {path.name for path in out.iterdir()} == {".moelora", "adapter", "checkpoint-6"}
     assert main(["finetune", "--resume", "--output", str(out)]) == 0
-    assert {path.name for path in out.iterdir()} == FILES
+    assert _written(out) == FILES
 
 
 def _no_space(*args, **kwargs):
@@ -440,5 +446,5 @@ def test_byte_tokenizer_is_lossless():
 def test_options_of_a_resumed_run():
     assert options.settle({"output": "b"}, {"rank": 4, "output": "a"}).rank == 4
     assert options.settle({"rank": 4}, {"rank": 4}).alpha == 8
-    with pytest.raises(MoeloraError, match="started with --steps 10, got 20"):
-        options.settle({"steps": 20}, {"steps": 10})
+    with pytest.raises(MoeloraError, match="started with --steps 10, got 5"):
+        options.settle({"steps": 5}, {"steps": 10})

@@ -189,6 +189,60 @@ def test_interrupted_writing_leaves_nothing(tmp_path):
     assert sorted(json.loads((out / ".moelora" / "manifest.json").read_text())["files"]) == ["adapter/b"]
 
 
+def _killed(n: int, out: Path) -> bool:
+    """A run in another process that dies at its n-th change of the disk; whether it got that far."""
+    child = os.fork()
+    if not child:
+        left = [n]
+
+        def dying(real):
+            def call(*args, **kwargs):
+                left[0] -= 1
+                if not left[0]:
+                    os._exit(9)
+                return real(*args, **kwargs)
+
+            return call
+
+        for module, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (Path, "write_text")):
+            setattr(module, name, dying(getattr(module, name)))
+        try:
+            _finished(out)
+            with directory.held(out, overwrite=True):
+                directory.publish(out, "checkpoint-6", _tree(a="3"))
+                directory.remove_checkpoints(out, keep=1)
+                directory.publish(out, "loss.png", _write("new"))
+                directory.publish(out, "adapter", _tree(other="o"))
+                directory.remove(out, "summary.json")
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_killed_at_any_point(tmp_path):
+    """What is there under its name is whole, and nothing of it stands in the way of the next run."""
+    allowed = {
+        "adapter": [{"weights": b"w", "card": b"c"}, {"other": b"o"}],
+        "checkpoint-4": [{"a": b"1"}],
+        "checkpoint-6": [{"a": b"3"}],
+    }
+    n = 1
+    while _killed(n, out := tmp_path / str(n)):
+        for name, wholes in allowed.items():
+            if (out / name).exists():
+                assert content(out / name) in wholes, n
+        if (out / "loss.png").exists():
+            assert (out / "loss.png").read_text() in ("p", "new")
+        with directory.held(out, overwrite=True):
+            assert not (out / ".moelora" / "staging").exists()
+            directory.publish(out, "checkpoint-8", _tree(a="8"))
+            directory.publish(out, "adapter", _tree(a="8"))
+            directory.remove(out)
+        assert content(out) == {}
+        n += 1
+    assert n > 30
+
+
 # ---- the command
 
 

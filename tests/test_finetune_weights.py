@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from finetune_tiny import (
     WEIGHTS,
     arguments,  # noqa: F401  (a fixture)
@@ -19,6 +20,7 @@ from finetune_tiny import (
 from model_tiny import one_thread  # noqa: F401  (autouse)
 from moelora import MoeloraError, checkpoints, stored
 from moelora.__main__ import main
+from moelora.commands import data
 from safetensors.torch import load_file, save_file
 
 INDEX = "model.safetensors.index.json"
@@ -189,11 +191,20 @@ def test_empty_vocabulary_is_refused(model_dir, tmp_path):  # noqa: F811
         checkpoints.inspect(directory)
 
 
-def test_ids_beyond_the_vocabulary_are_the_tokenizers_fault(model_dir):  # noqa: F811
-    model, _ = checkpoints.load(model_dir, "auto")
-    checkpoints.check_tokens(256, model, model_dir)
-    with pytest.raises(MoeloraError, match=r"the tokenizer in .* gives the id 257, .* for 257 tokens"):
-        checkpoints.check_tokens(257, model, model_dir)
+def test_tokenizers_that_do_not_fit(model_dir):  # noqa: F811
+    _, tokenizer = checkpoints.inspect(model_dir)
+    rows = Dataset.from_dict({"input_ids": [[0, 256], [3]]})
+    data.check_ids(rows, tokenizer, 257, model_dir)
+    with pytest.raises(MoeloraError, match=r"the tokenizer in .* gives the id 256, .* for 256 tokens"):
+        data.check_ids(rows, tokenizer, 256, model_dir)
+    tokenizer.unk_token = tokenizer.eos_token
+    data.check_ids(rows, tokenizer, 257, model_dir)
+    with pytest.raises(MoeloraError, match="does not know 2 of 3 tokens of the data"):
+        data.check_ids(Dataset.from_dict({"input_ids": [[256, 256], [3]]}), tokenizer, 257, model_dir)
+    deaf = lambda text, **keywords: {"input_ids": []}  # noqa: E731
+    deaf.eos_token_id = 256
+    with pytest.raises(MoeloraError, match="the tokenizer makes 1 tokens of the text's 5,000 characters"):
+        data.blocks(deaf, ["x" * 5000], 16, "text")
 
 
 @pytest.mark.parametrize(

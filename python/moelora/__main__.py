@@ -26,8 +26,11 @@ def _run(argv: list[str] | None, explicit: dict) -> int:
     from importlib import import_module
 
     from moelora.commands import config
-    from moelora.errors import MoeloraError
+    from moelora.errors import MoeloraError, memory
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal need not know every character
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainer sends some where it may
     try:
         explicit |= config.parse(argv)
@@ -41,6 +44,11 @@ def _run(argv: list[str] | None, explicit: dict) -> int:
         if signals.ending() is not None:
             raise
         print(f"moelora: error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if (told := memory(error)) is None:
+            raise
+        print(f"moelora: error: {told}", file=sys.stderr)
         return 2
     return 0
 

@@ -134,16 +134,6 @@ def listed(keys: Iterable[str]) -> str:
     return ", ".join(shown[:SHOWN]) + more
 
 
-def check_tokens(largest: int, model: PreTrainedModel, directory: Path) -> None:
-    """Raises: MoeloraError if the largest token id of some data is not in the model's vocabulary."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if largest >= rows:
-        raise MoeloraError(
-            f"the tokenizer in {directory} gives the id {largest}, the model has embeddings for "
-            f"{rows} tokens: they do not belong together"
-        )
-
-
 def check_runs(model: PreTrainedModel, directory: Path) -> None:
     """A forward pass of two tokens, which meets what a configuration can have wrong.
 

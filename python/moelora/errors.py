@@ -28,6 +28,14 @@ def one_line(error: BaseException) -> str:
     return words
 
 
+def memory(error: BaseException) -> str | None:
+    """What to say if `error` is about memory, the processor's or a device's, else None."""
+    words = one_line(error)
+    if not isinstance(error, MemoryError) and not re.search(r"out of memory|t allocate memory", words):
+        return None
+    return f"not enough memory: {words}. Less is needed with a smaller --batch-size, --seq-length or --rank"
+
+
 def warn_once(message: str) -> None:
     """A warning that each process gives once, however many layers and steps it concerns."""
     if message not in _warned:

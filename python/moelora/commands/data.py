@@ -12,6 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from jinja2 import TemplateError
@@ -24,6 +25,8 @@ from moelora.commands import formats
 from moelora.errors import MoeloraError, one_line
 
 PIECE = 1 << 20  # characters tokenized at once
+UNKNOWN = 0.5  # the share of unknown tokens that no text which fits its tokenizer has
+CHARACTERS = 30  # for each token, more than any tokenizer joins
 IGNORED = -100  # the label of a token that is not learnt
 WRAPPED = "wrapped"
 PACKINGS = ("none", WRAPPED, "bfd", "bfd_split")
@@ -57,19 +60,42 @@ class Tokens:
 
 def count(rows: Dataset, learnt: bool = False) -> int:
     """How many tokens there are in rows, or how many are in the loss."""
-    column = rows.with_format("arrow")["labels" if learnt else "input_ids"]
-    total = 0
-    for chunk in column if not hasattr(column, "chunks") else column.chunks:
-        values = chunk.values.to_numpy(zero_copy_only=False)[
+    parts = flat(rows, "labels" if learnt else "input_ids")
+    return sum(int((part != IGNORED).sum()) if learnt else len(part) for part in parts)
+
+
+def flat(rows: Dataset, column: str = "input_ids") -> Iterator[np.ndarray]:
+    """A column's numbers, [n] each, row after row."""
+    values = rows.with_format("arrow")[column]
+    for chunk in values if not hasattr(values, "chunks") else values.chunks:
+        yield chunk.values.to_numpy(zero_copy_only=False)[
             chunk.offsets[0].as_py() : chunk.offsets[-1].as_py()
         ]
-        total += int((values != IGNORED).sum()) if learnt else len(values)
-    return total
 
 
-def largest(rows: Dataset) -> int:
-    """The largest token id in rows."""
-    return max(max(ids, default=0) for ids in rows["input_ids"])
+def check_ids(rows: Dataset, tokenizer: PreTrainedTokenizerBase, vocabulary: int, where: Path) -> None:
+    """Looks at the token ids of rows, for what a tokenizer has wrong.
+
+    Args:
+        vocabulary: how many tokens the model has embeddings for.
+        where: the tokenizer's directory, for the message.
+
+    Raises: MoeloraError if an id is beyond the vocabulary, or if most tokens are unknown ones.
+    """
+    total = unknown = 0
+    for ids in flat(rows):
+        total += len(ids)
+        unknown += int((ids == tokenizer.unk_token_id).sum()) if tokenizer.unk_token_id is not None else 0
+        if len(ids) and ids.max() >= vocabulary:
+            raise MoeloraError(
+                f"the tokenizer in {where} gives the id {ids.max()}, the model has embeddings for "
+                f"{vocabulary} tokens: they do not belong together"
+            )
+    if unknown > UNKNOWN * total:
+        raise MoeloraError(
+            f"the tokenizer in {where} does not know {unknown:,} of {total:,} tokens of the data: it does "
+            "not fit them, or is damaged"
+        )
 
 
 def language_reference() -> list[str]:
@@ -110,6 +136,12 @@ def blocks(tokenizer: PreTrainedTokenizerBase, documents: list[str], length: int
     end = [] if tokenizer.eos_token_id is None else [torch.tensor([tokenizer.eos_token_id])]
     parts = [part for text in documents for part in (*_pieces(tokenizer, text), *end)]
     tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    characters = sum(map(len, documents))
+    if characters > CHARACTERS * max(1, tokens.numel()):
+        raise MoeloraError(
+            f"the tokenizer makes {tokens.numel():,} tokens of the {what}'s {characters:,} characters: it "
+            "does not fit them, or is damaged"
+        )
     if tokens.numel() < length:
         raise MoeloraError(
             f"the {what} is {tokens.numel()} tokens long, expected at least --seq-length ({length})"

@@ -91,7 +91,7 @@ class Run:
 def main(explicit: dict[str, Any]) -> None:
     """Runs the command with the options that were given. MoeloraError tells the user what to mend."""
     _quiet()
-    options.check_paths(explicit)
+    options.check_texts(explicit)
     out = Path(explicit.get("output", options.DEFAULTS["output"]))
     if explicit.get("dry_run"):
         prepare(explicit, out, Start())
@@ -118,6 +118,7 @@ def _start(explicit: dict[str, Any], found: directory.Found) -> Start | None:
     if facts["best"] and facts["best"] != facts["step"]:
         resuming.verify(checkpoint.with_name(f"checkpoint-{facts['best']}"))
     recorded = resuming.options(checkpoint)
+    options.settle(explicit, recorded)  # what contradicts is told where nothing is left to do, too
     extended = options.extended(explicit, recorded)
     return Start(checkpoint, facts, recorded, extended) if extended or not found.finished else None
 
@@ -163,7 +164,8 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
     fingerprints.compare(start.facts.get("made_from", {}), made_from, start.checkpoint)
     model, fresh = _base(chosen, source)
     finite.check_weights(model, source)
-    checkpoints.check_tokens(max(map(data.largest, (tokens.train, tokens.held_out))), model, source)
+    for rows in (tokens.train, tokens.held_out):
+        data.check_ids(rows, tokenizer, model.get_input_embeddings().weight.shape[0], source)
     checkpoints.check_runs(model, source)
     dtype = str(model.dtype).removeprefix("torch.")
     size = f"{checkpoints.count(model) / 1e6:.1f} M parameters"

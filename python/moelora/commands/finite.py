@@ -84,10 +84,17 @@ def check_loss(loss: Tensor, model: nn.Module, inputs: dict[str, Any], step: int
 
 def check_gradients(model: nn.Module, step: int) -> None:
     """Raises: MoeloraError naming the first gradient of optimizer step `step` that is not finite."""
-    for name, parameter in trainable(model):
-        if parameter.grad is not None and not whole(parameter.grad):
+    graded = [(name, p.grad) for name, p in trainable(model) if p.grad is not None]
+    if not graded:
+        return
+    # One answer for all of them: a question each would wait for the device as often.
+    home = graded[0][1].device
+    if bool(torch.stack([grad.sum(dtype=torch.float32).to(home) for _, grad in graded]).isfinite().all()):
+        return
+    for name, grad in graded:
+        if not whole(grad):
             raise MoeloraError(
-                f"the gradient of {name} has {_counts(parameter.grad)} at step {step}, of a finite loss: "
+                f"the gradient of {name} has {_counts(grad)} at step {step}, of a finite loss: "
                 f"{_overflow(model)}, or lower --learning-rate"
             )
 

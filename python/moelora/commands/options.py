@@ -346,14 +346,17 @@ def _add_chat(commands: argparse._SubParsersAction) -> None:
     chat.add_argument("--dtype", help="the model's dtype", default=dtype.default, **dtype.keywords)
 
 
-def check_paths(explicit: dict[str, Any]) -> None:
-    """Raises: MoeloraError for a path that is empty, as an unset variable makes it."""
+def check_texts(explicit: dict[str, Any]) -> None:
+    """Raises: MoeloraError for a path that is empty, as an unset variable makes it, or what is no text."""
     for name in ("model", "data", "eval_data", "output", "cache_dir", "chat_template"):
         value = explicit.get(name)
         paths = value if isinstance(value, list) else [value]
         if any(path is not None and not str(path).strip() for path in paths):
             flag = "--" + name.replace("_", "-")
             raise MoeloraError(f"{flag} is empty, expected a path (leave {flag} out for the default)")
+    for name in ("prompt", "field"):
+        if any(0xD800 <= ord(character) < 0xE000 for character in explicit.get(name) or ""):
+            raise MoeloraError(f"--{name} is no UTF-8 text")
 
 
 def extended(explicit: dict[str, Any], recorded: dict[str, Any]) -> bool:

@@ -89,6 +89,7 @@ class AtomicCheckpoints(Trainer):
             factors = [factor(schedule.last_epoch) for factor in getattr(schedule, "lr_lambdas", ())]
             for group, factor in zip(self.optimizer.param_groups, factors, strict=False):
                 group["lr"] = group["initial_lr"] * factor
+            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # which is logged
             print(
                 f"extended to {self.state.max_steps} steps: from step {self.state.global_step + 1} on, the "
                 f"rate follows the {self.args.lr_scheduler_type.value} schedule of a run of that length, "
