@@ -1,4 +1,4 @@
-"""Runs on conversations: evaluation, the best adapter, options in a file, a dry run, chat; what is said."""
+"""Runs on conversations: evaluation, the best adapter, options in a file, a dry run, chat."""
 
 from __future__ import annotations
 

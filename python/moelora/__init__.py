@@ -6,8 +6,6 @@ reports what it did; `moelora.disable(model)` undoes it; `moelora.report(model)`
 `python -m moelora` is the command line.
 """
 
-from typing import Any
-
 __all__ = ["Callback", "MoeloraError", "Report", "disable", "enable", "register", "report"]
 
 _HOMES = {
@@ -21,7 +19,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # transformers and peft take seconds to import, which `python -m moelora --help` need not wait for.
     if name not in _HOMES:
         raise AttributeError(f"module 'moelora' has no attribute {name!r}")
