@@ -3,12 +3,14 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
-EXTRAS ?= models,test,lint
+EXTRAS ?= commands,test,lint
 ARGS   ?=
 RUNS   ?=
 
 BIN   := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
+# The demonstration needs neither tests nor formatters; where all is set up, that serves.
+DEMO  := $(if $(wildcard $(READY)),$(READY),$(VENV)/.ready-demo)
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -30,8 +32,8 @@ help: ## this list
 
 setup: $(READY) ## .venv with everything, the extension built in place
 
-demo: $(READY) ## LoRA fine-tuning of a mixture-of-experts model, from scratch, in minutes
-	$(BIN)/python -m moelora finetune $(ARGS)
+demo: $(DEMO) ## LoRA fine-tuning of a mixture-of-experts model, from scratch, in minutes
+	$(BIN)/python -m moelora finetune $(or $(ARGS),--overwrite)
 
 test: $(READY) ## the whole suite, each instruction set, the sanitizers, Triton, side by side
 	$(BIN)/python tests/run.py $(RUNS)
@@ -62,10 +64,13 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import ensurepip' || { echo "$(PYTHON) cannot make virtual environments: install its venv package (Debian: python3-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+$(VENV)/.ready-demo: WANTED = commands
+$(READY): WANTED = $(EXTRAS)
+
 # One pip call with TORCH in it: nothing that is installed beside it may bring another torch.
-$(READY): $(SOURCES) $(if $(COMPILED),,FORCE) | $(VENV)/bin/python
+$(READY) $(VENV)/.ready-demo: $(SOURCES) $(if $(COMPILED),,FORCE) | $(VENV)/bin/python
 	@echo 'Installing $(TORCH) and what goes with it, compiling the extension: some minutes.'
 	$(BIN)/python -m pip install --quiet '$(TORCH)' $(BUILD_REQUIRES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation '$(TORCH)' -e '.$(if $(EXTRAS),[$(EXTRAS)])'
+	$(BIN)/python -m pip install --quiet --no-build-isolation '$(TORCH)' -e '.$(if $(WANTED),[$(WANTED)])'
 	$(BIN)/python -m torch_moelora
 	@touch $@

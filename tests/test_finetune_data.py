@@ -1,4 +1,4 @@
-"""Runs on conversations: evaluation, the best adapter, options in a file, a dry run, chat; and what a run says."""
+"""Runs on conversations: evaluation, the best adapter, options in a file, a dry run, chat."""
 
 from __future__ import annotations
 

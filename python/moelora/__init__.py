@@ -7,8 +7,6 @@ reports what it did; `moelora.disable(model)` undoes it; `moelora.report(model)`
 `python -m moelora` is the command line.
 """
 
-from typing import Any
-
 __all__ = [
     "Callback",
     "MoeloraError",
@@ -32,7 +30,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # transformers and peft take seconds to import, which `python -m moelora --help` need not wait for.
     if name not in _HOMES:
         raise AttributeError(f"module 'moelora' has no attribute {name!r}")

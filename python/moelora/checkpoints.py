@@ -134,7 +134,7 @@ def listed(keys: Iterable[str]) -> str:
     return ", ".join(shown[:SHOWN]) + more
 
 
-def check_runs(model: PreTrainedModel, directory: Path) -> None:
+def check_runs(model: nn.Module, directory: Path) -> None:
     """A forward pass of two tokens, which meets what a configuration can have wrong.
 
     Raises: MoeloraError with what the model raised.

@@ -163,7 +163,7 @@ def _refuse_disguised(path: Path, text: str) -> None:
 
 
 def _refuse_no_characters(path: Path) -> None:
-    """The readers take bytes that are not UTF-8 as they are, or empty a field with half of a surrogate pair."""
+    """Readers take bytes that are not UTF-8 as they are, or empty a field with half of a surrogate pair."""
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):

@@ -166,7 +166,6 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
     finite.check_weights(model, source)
     for rows in (tokens.train, tokens.held_out):
         data.check_ids(rows, tokenizer, model.get_input_embeddings().weight.shape[0], source)
-    checkpoints.check_runs(model, source)
     dtype = str(model.dtype).removeprefix("torch.")
     size = f"{checkpoints.count(model) / 1e6:.1f} M parameters"
     print(f"base     {source}: {type(model).__name__}, {size}, {dtype}")
@@ -176,6 +175,7 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
     set_seed(chosen.seed)
     adapted = lora.adapt(model, chosen.rank, chosen.alpha, chosen.projections, chosen.target_modules)
     report = moelora.enable(adapted)
+    checkpoints.check_runs(adapted, source)
     run = Run(chosen, out, start, source, tokenizer, tokens, adapted, started, fresh, made_from)
     if tokens.bordered:
         packing.check_borders(adapted, tokenizer)

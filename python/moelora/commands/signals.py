@@ -1,7 +1,7 @@
 """Signals of a run: SIGTERM and SIGINT end it with a checkpoint, SIGUSR1 asks for one.
 
-Only the standard library is imported, so that the handlers are there before the libraries, which take
-seconds.
+Only what the interpreter has loaded anyway is imported, so that the handlers are there before the libraries,
+which take seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
@@ -26,13 +25,13 @@ class Stopped(KeyboardInterrupt):
         self.signum = signum
 
 
-@dataclass
 class _State:
-    process: int = 0
-    ending: int | None = None  # the signal that came
-    save: bool = False
-    deferred: bool = False  # in a training: its steps are finished first
-    before: dict = field(default_factory=dict)
+    def __init__(self, process: int = 0):
+        self.process = process
+        self.ending: int | None = None  # the signal that came
+        self.save = False
+        self.deferred = False  # in a training: its steps are finished first
+        self.before: dict = {}
 
 
 _state = _State()
@@ -112,5 +111,9 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 
 def _say(what: str, signum: int) -> None:
+    text = f"\nmoelora: {name(signum)}: {what}\n"
     with suppress(OSError):
-        os.write(sys.__stderr__.fileno(), f"\nmoelora: {name(signum)}: {what}\n".encode())
+        try:
+            print(text, end="", file=sys.stderr, flush=True)
+        except RuntimeError:  # the signal came in the middle of another print
+            os.write(sys.__stderr__.fileno(), text.encode())
