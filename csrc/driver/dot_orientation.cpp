@@ -19,14 +19,21 @@ DotRows::DotRows(const KernelChoice& choice, const GroupedLinear& op, const Bloc
 
 void DotRows::operator()(int64_t out, int64_t width, bool fetch, char* c, int64_t ldc, Arena& arena) const {
   const Kernels& k = *choice_.kernels;
+  const auto tile = [&](int64_t i, int64_t p) {
+    Arena::Scope scope(arena);
+    const int64_t height = min64(height_, width - i), steps = min64(pass_of(k), w_.depth() - p);
+    const WeightTiles::DotOperand rows = w_.dot_rows(out + i, height, p, steps, fetch, arena);
+    const Ahead ahead = fetch && !w_.is_packed() ? w_.rows_ahead(out + i + height, height, p, steps) : Ahead{};
+    tile_row(rows, ahead, out + i, height, p, c + i * accumulator_size(k), ldc, arena);
+  };
+  if (w_.is_packed()) {
+    // Codes are read in the order of their memory.
+    for (int64_t i = 0; i < width; i += height_)
+      for (int64_t p = 0; p < w_.depth(); p += pass_of(k)) tile(i, p);
+    return;
+  }
   for (int64_t p = 0; p < w_.depth(); p += pass_of(k))
-    for (int64_t i = 0; i < width; i += height_) {
-      Arena::Scope scope(arena);
-      const int64_t height = min64(height_, width - i), steps = min64(pass_of(k), w_.depth() - p);
-      const WeightTiles::DotOperand rows = w_.dot_rows(out + i, height, p, steps, fetch, arena);
-      const Ahead ahead = fetch && !w_.is_packed() ? w_.rows_ahead(out + i + height, height, p, steps) : Ahead{};
-      tile_row(rows, ahead, out + i, height, p, c + i * accumulator_size(k), ldc, arena);
-    }
+    for (int64_t i = 0; i < width; i += height_) tile(i, p);
 }
 
 void DotRows::pass(const LeftRows& w, int64_t out, int64_t width, int64_t p, char* c, int64_t ldc, Arena& arena) const {

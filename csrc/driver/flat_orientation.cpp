@@ -61,21 +61,29 @@ class BaseSteps {
     return steps_.rows * accumulator_size(k) + (w_.has_lines() ? lined() * size_of(k.compute) : 0);
   }
 
-  void add(int64_t p0, int64_t p1, int64_t first, int64_t width, char* c, Arena& arena) {
-    if (!w_.has_lines()) return steps_.add(p0, p1, first, width, Start::zero, c);
-    Arena::Scope scope(arena);
-    const Kernels& k = steps_.k;
-    steps_.r.lines = true;
-    steps_.r.rows.stride = copy_pitch(k, width * k.pack);
-    char* some = static_cast<char*>(arena.take(lined() / k.pack * steps_.r.rows.stride));
-    for (int64_t p = p0; p < p1; p += lined()) {
-      const int64_t steps = min64(lined(), p1 - p);
-      w_.lines(out_ + first, width, p, steps, some, steps_.r.rows.stride, 2 * lined(), arena);
-      steps_.multiply(p, steps, some, 0, first, width, p == p0 ? Start::zero : Start::resume, c);
-    }
+  // c: all outputs, so many at a time.
+  void set(int64_t p0, int64_t p1, int64_t outputs, char* c, Arena& arena) {
+    if (w_.has_lines()) return unpack_and_set(p0, p1, outputs, c, arena);
+    for (int64_t j = 0; j < steps_.ldc; j += outputs)
+      steps_.add(p0, p1, j, min64(outputs, steps_.ldc - j), Start::zero, c);
   }
 
  private:
+  // Some steps of all outputs after the other: codes are read in the order of their memory.
+  void unpack_and_set(int64_t p0, int64_t p1, int64_t outputs, char* c, Arena& arena) {
+    Arena::Scope scope(arena);
+    const Kernels& k = steps_.k;
+    const int64_t all = steps_.ldc, stride = copy_pitch(k, min64(outputs, all) * k.pack);
+    char* some = static_cast<char*>(arena.take(lined() / k.pack * stride));
+    steps_.r = {{some, stride}, k.compute, true};
+    for (int64_t p = p0; p < p1; p += lined())
+      for (int64_t j = 0; j < all; j += outputs) {
+        const int64_t steps = min64(lined(), p1 - p), width = min64(outputs, all - j);
+        w_.lines(out_ + j, width, p, steps, some, stride, 2 * lined(), arena);
+        steps_.multiply(p, steps, some, 0, j, width, p == p0 ? Start::zero : Start::resume, c);
+      }
+  }
+
   int64_t lined() const { return kStep * steps_.k.pack; }
 
   const WeightTiles& w_;
@@ -117,11 +125,9 @@ void flat_orientation_block(const KernelChoice& choice, const GroupedLinear& op,
   const int64_t outputs = max64(1, kResident / (base.bytes_each() * piece)) * piece;
   for (int64_t p = 0; p < depth; p += chain) {
     const int64_t end = min64(depth, p + chain);
-    for (int64_t j = 0; j < width; j += outputs) {
-      const int64_t n = min64(outputs, width - j);
-      base.add(p, end, j, n, c, arena);
-      if (rank && end == depth) lora.add(0, rank, j, n, Start::resume, c);
-    }
+    base.set(p, end, outputs, c, arena);
+    for (int64_t j = 0; j < width && rank && end == depth; j += outputs)
+      lora.add(0, rank, j, min64(outputs, width - j), Start::resume, c);
     if (total && p == 0)
       std::memcpy(total, c, static_cast<size_t>(bytes));
     else if (total)

@@ -37,7 +37,7 @@ UnpackArgs PackedRows::unpack_args(const PackedPart& part, int64_t ahead, Arena&
     zeros = arena.take_array<float>(part.rows * groups);
     run_scales(k_, zero.type,
                {zero.at(expert_, part.row, group), part.rows, groups, zero.row_stride, zero.col_stride, 1.0f, 0.0f,
-                nullptr, zeros, groups, ahead});
+                nullptr, zeros, groups, ahead * zero.row_stride});
   }
   return {row_codes(part.row),
           packed_.row_stride,
@@ -78,10 +78,13 @@ bool PackedRows::read_scales(int64_t row, int64_t rows, int64_t group, int64_t n
     float factor = 1.0f;
     if (scale.type == ScaleType::e4m3)
       factor = fp32(packed_.scale2, expert_, row / (packed_.rows / packed_.scale2.cols));
+    const void* from = scale.at(expert_, row / scale.rows_each, group);
+    const int64_t row_stride = scale.rows_each == 1 ? scale.row_stride : 0, soon = ahead * row_stride;
+    // One of each row: as if they were one row's.
     ordinary &= run_scales(
         k_, scale.type,
-        {scale.at(expert_, row / scale.rows_each, group), next - row, n, scale.rows_each == 1 ? scale.row_stride : 0,
-         scale.col_stride, factor, 0.0f, nullptr, to, n, ahead});
+        n == 1 ? ScaleArgs{from, 1, next - row, 0, row_stride, factor, 0.0f, nullptr, to, 0, soon}
+               : ScaleArgs{from, next - row, n, row_stride, scale.col_stride, factor, 0.0f, nullptr, to, n, soon});
   }
   return ordinary;
 }

@@ -168,7 +168,7 @@ struct ScaleArgs {
   const float* values;  // [256], of these
   float* to;
   int64_t to_stride;  // elements
-  int64_t ahead;      // rows: those so far behind these will be wanted soon; 0: none
+  int64_t ahead;      // elements: those so far behind these will be wanted soon; 0: none
 };
 
 // Scales are ordinary if they are zero or of a size from the first to the second.

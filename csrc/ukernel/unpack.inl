@@ -131,7 +131,7 @@ template <class U, class T, class Read>
   for (int64_t row = 0; row < args.rows; ++row) {
     if (args.ahead != 0 && args.stride == 1) {
       const auto* at =
-          reinterpret_cast<const char*>(static_cast<const T*>(args.from) + (row + args.ahead) * args.row_stride);
+          reinterpret_cast<const char*>(static_cast<const T*>(args.from) + row * args.row_stride + args.ahead);
       for (int64_t i = 0; i < args.n * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 2);
     }
     float* to = args.to + row * args.to_stride;
