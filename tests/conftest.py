@@ -28,8 +28,8 @@ settings.register_profile("sparse", max_examples=4, derandomize=True, **_COMMON)
 settings.register_profile("search", max_examples=1500, **_COMMON)
 settings.register_profile("fuzz", max_examples=200, **_COMMON)
 settings.load_profile("default")
-# Seconds for all tests that draw examples together, in the profiles that look for new ones: each has its share
-# of what is left, and draws no more once that is over.
+# Seconds for all tests that draw examples, in the profiles that look for new ones: each has its share of what
+# is left, and draws no more once that is over.
 SECONDS = {"search": 1200, "fuzz": 1200}
 LEAST = 10  # examples that a test draws all the same
 
@@ -41,7 +41,7 @@ class Budget:
         self.left, self.tests, self.until, self.drawn, self.failed = seconds, 0, 0.0, 0, False
 
     def limit(self, function) -> None:
-        """Let the examples of a test be empty when its time is over; but not while a failure is made small."""
+        """Let a test's examples be empty when its time is over, but not while a failure is made small."""
         inner, self.tests = function.hypothesis.inner_test, self.tests + 1
         if getattr(inner, "limited", False):
             return  # another row of the same test
