@@ -1,5 +1,8 @@
 """Markers and hypothesis profiles of the whole suite."""
 
+import functools
+import time
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -25,6 +28,70 @@ settings.register_profile("sparse", max_examples=4, derandomize=True, **_COMMON)
 settings.register_profile("search", max_examples=1500, **_COMMON)
 settings.register_profile("fuzz", max_examples=200, **_COMMON)
 settings.load_profile("default")
+# Seconds for all tests that draw examples, in the profiles that look for new ones: each has its share of what
+# is left, and draws no more once that is over.
+SECONDS = {"search": 1200, "fuzz": 1200}
+LEAST = 10  # examples that a test draws all the same
+
+
+class Budget:
+    """Shares time out among tests."""
+
+    def __init__(self, seconds: float) -> None:
+        self.left, self.tests, self.until, self.drawn, self.failed = seconds, 0, 0.0, 0, False
+
+    def limit(self, function) -> None:
+        """Let a test's examples be empty when its time is over, but not while a failure is made small."""
+        inner, self.tests = function.hypothesis.inner_test, self.tests + 1
+        if getattr(inner, "limited", False):
+            return  # another row of the same test
+
+        @functools.wraps(inner)
+        def limited(*args, **kwargs):
+            self.drawn += 1
+            if self.failed or self.drawn <= LEAST or time.monotonic() < self.until:
+                before, self.failed = self.failed, True
+                inner(*args, **kwargs)
+                self.failed = before
+
+        limited.limited = True
+        function.hypothesis.inner_test = limited
+
+    def start(self) -> float:
+        started = time.monotonic()
+        self.until, self.drawn, self.failed = started + self.left / max(self.tests, 1), 0, False
+        return started
+
+    def stop(self, started: float) -> None:
+        self.left, self.tests = max(self.left - (time.monotonic() - started), 0), self.tests - 1
+
+
+BUDGET = pytest.StashKey[Budget | None]()
+
+
+def _draws(item: pytest.Item) -> bool:
+    return hasattr(getattr(item, "obj", None), "hypothesis")
+
+
+@pytest.hookimpl(trylast=True)  # of those that were selected
+def pytest_collection_finish(session: pytest.Session) -> None:
+    seconds = SECONDS.get(session.config.getoption("--hypothesis-profile", None))
+    budget = session.config.stash[BUDGET] = None if seconds is None else Budget(seconds)
+    for item in session.items if budget is not None else ():
+        if _draws(item):
+            budget.limit(item.obj)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    budget = item.config.stash[BUDGET]
+    if budget is None or not _draws(item):
+        return (yield)
+    started = budget.start()
+    try:
+        return (yield)
+    finally:
+        budget.stop(started)
 
 
 def pytest_configure(config: pytest.Config) -> None:

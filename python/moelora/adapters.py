@@ -67,7 +67,7 @@ def _by_peft(wrapper: ParamWrapper, told: str, x: Tensor, *args: Any, **kwargs: 
 
 
 def served(wrapper: PeftParamWrapper, adapters: list[str]) -> list[tuple[Tensor, Tensor]] | str:
-    """A's and B's weights of `adapters`, the active ones, or why the operators cannot apply them."""
+    """A's and B's weights of this wrapper's active `adapters` if the operators can apply them, or why not."""
     module = wrapper.get_base_layer()
     binding = getattr(module, "_moelora", None)
     if binding is None:
