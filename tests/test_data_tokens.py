@@ -102,6 +102,8 @@ def test_wrapped_texts_fill_every_row(tokenizer):
     texts = [{"text": f"text {i} " * 20} for i in range(12)]
     tokens = _tokens(tokenizer, _rows("text", texts), length=16)
     assert {len(row["input_ids"]) for row in _all(tokens)} == {16}
+    lost = sum(len(text["text"].encode()) + 1 for text in texts) - 16 * len(_all(tokens))
+    assert tokens.dropped == {"tokens at the ends, which fill no row": lost}
     joined = tokenizer.decode([i for row in tokens.train for i in row["input_ids"]])
     assert joined.count(tokenizer.eos_token) >= 7
 

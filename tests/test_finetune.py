@@ -175,6 +175,7 @@ def test_without_options_pretrains_a_base_once(tmp_path, monkeypatch, capsys):
     (directory,) = (tmp_path / "cache").iterdir()
     made = directory.stat().st_mtime_ns
     assert main([*arguments, "--overwrite"]) == 0
+    assert not json.loads((directory / "config.json").read_text())["output_router_logits"]
     assert directory.stat().st_mtime_ns == made and len(list((tmp_path / "cache").iterdir())) == 1
     assert _written(tmp_path / "out") == FILES
 

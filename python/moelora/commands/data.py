@@ -128,8 +128,16 @@ def split(documents: list[str], held_out: float, seed: int) -> tuple[list[str], 
     return [text[:cut] for text, cut in pairs], [text[cut:] for text, cut in pairs]
 
 
-def blocks(tokenizer: PreTrainedTokenizerBase, documents: list[str], length: int, what: str) -> Dataset:
+def blocks(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[str],
+    length: int,
+    what: str,
+    dropped: Counter | None = None,
+) -> Dataset:
     """The documents' tokens, each document closed by the end-of-text token, cut into rows of `length`.
+
+    What fills no row is counted in `dropped`.
 
     Raises: MoeloraError if they do not fill one row; `what` names them.
     """
@@ -146,6 +154,8 @@ def blocks(tokenizer: PreTrainedTokenizerBase, documents: list[str], length: int
         raise MoeloraError(
             f"the {what} is {tokens.numel()} tokens long, expected at least --seq-length ({length})"
         )
+    if dropped is not None and tokens.numel() % length:
+        dropped["tokens at the ends, which fill no row"] += tokens.numel() % length
     rows = tokens[: tokens.numel() // length * length].view(-1, length).numpy()
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
@@ -179,14 +189,15 @@ def tokens(
 
     Raises: MoeloraError if the tokenizer cannot, or if too little is left.
     """
+    dropped: Counter = Counter()
     packing = packing or (WRAPPED if source.format == formats.TEXT else "none")
     if source.format == formats.TEXT and packing == WRAPPED:
         texts = source.rows["text"]
         aside = list(held_out.rows["text"]) if isinstance(held_out, formats.Rows) else None
         parts = split(list(texts), held_out, seed) if aside is None else (list(texts), aside)
         named = zip(parts, ("training text", "held-out text"), strict=True)
-        return Tokens(*(blocks(tokenizer, texts, length, what) for texts, what in named), packing)
-    dropped: Counter = Counter()
+        rows = [blocks(tokenizer, texts, length, what, dropped) for texts, what in named]
+        return Tokens(*rows, packing, dropped)
     if isinstance(held_out, formats.Rows):
         parts = [
             _learnable(_tokenized(rows, tokenizer, loss), length, packing, dropped)

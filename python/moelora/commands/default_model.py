@@ -142,7 +142,8 @@ def pretrain(
     )
     try:
         trainer.train()
-        trainer.aux_loss_enabled = False  # the balancing loss is no part of what the model predicts
+        # The balancing loss is no part of what the model predicts, and not for its later trainings.
+        trainer.aux_loss_enabled = model.config.output_router_logits = False
         loss = training.held_out_loss(trainer)
     finally:
         progress.close()

@@ -105,14 +105,23 @@ def _taken(
     path: Path, rows: Dataset, take: Callable, column: str, template: bool, dropped: Counter
 ) -> list[Dataset]:
     """`rows` with the columns of their format; what is null or empty is left out and counted."""
-    kept = []
+    if take is _text:
+        rows = rows.select_columns([column])
+    kept, numbers = [], []
     for number, row in enumerate(rows, 1):
         try:
-            kept.append(take(row, column, template))
+            taken = take(row, column, template)
+            if take is _text:
+                numbers.append(number - 1)  # the texts stay on the disk
+            else:
+                kept.append(taken)
         except _Unusable as reason:
             dropped[f"rows with {reason}"] += 1
         except (MoeloraError, ValueError) as error:
             raise MoeloraError(f"{path} row {number}: {error}") from None
+    if numbers:
+        rows = rows.select(numbers)
+        return [rows if column == "text" else rows.rename_column(column, "text")]
     return [Dataset.from_list(kept, on_mixed_types="use_json")] if kept else []
 
 
