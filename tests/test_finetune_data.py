@@ -105,6 +105,28 @@ def test_the_best_adapter_is_kept_and_the_run_stops_early(chat, tmp_path, losses
     assert not all(torch.equal(value, kept[8][name]) for name, value in found.items())
 
 
+def test_a_resumed_run_keeps_the_same_best_adapter(chat, tmp_path, monkeypatch):
+    """And its early stopping counts on."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    chat = changed(chat, steps=8, keep_best=True, early_stopping=3, learning_rate=0.05)
+    assert main(changed(chat, output=whole)) == 0
+    begin = training.Progress.on_step_begin
+    with monkeypatch.context() as patch:
+
+        def interrupted(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+            begin(self, args, state, control, **kwargs)
+
+        patch.setattr(training.Progress, "on_step_begin", interrupted)
+        assert main(changed(chat, output=parts)) == 130
+    assert main(["finetune", "--resume", "--output", str(parts)]) == 0
+    one, other = _summary(whole), _summary(parts)
+    assert one["best_step"] == other["best_step"] and one["evaluations"] == other["evaluations"]
+    assert one["losses"] == other["losses"]
+    assert all(torch.equal(value, adapter(whole)[name]) for name, value in adapter(parts).items())
+
+
 def test_packing_that_a_model_cannot_do_is_refused(chat, tmp_path, capsys):
     model = build("gpt_oss")
     model.resize_token_embeddings(257)

@@ -247,6 +247,7 @@ def train(run: Run) -> dict[str, Any]:
         "held_out_loss": {"base": before, "tuned": after},
         "losses": _logged(trainer, "loss"),
         "evaluations": _logged(trainer, "eval_loss"),
+        "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
         "step_seconds": statistics.median(progress.seconds) if progress.seconds else None,
         "tokens_per_second": progress.tokens_per_second(len(progress.seconds)),
@@ -391,7 +392,6 @@ def _facts(run: Run) -> dict[str, Any]:
         "options": vars(run.options),
         "train_tokens": data.count(run.tokens.train),
         "held_out_tokens": data.count(run.tokens.held_out),
-        "steps": run.steps,
         "trainable_parameters": checkpoints.count(run.model, trainable=True),
         "experts": moelora.report(run.model).to_dict(),
         "versions": {

@@ -22,6 +22,7 @@ _FIELDS = {
     PAIRS: (("prompt", "completion"),),
     INSTRUCTION: (("instruction", "output"),),
 }
+SHOWN = 12  # fields in a message
 _ROLES = {"human": "user", "gpt": "assistant"}
 # Alpaca's, for a tokenizer without a chat template.
 _ALPACA = (
@@ -85,17 +86,20 @@ def read(paths: list[str], wanted: str | None, text_field: str | None, template:
 def _recognise(path: Path, columns: list[str], wanted: str | None, text_field: str | None) -> str:
     """The format of a file's rows."""
     fields = {TEXT: ((text_field or "text",),)} | _FIELDS
+    listed = ", ".join(columns[:SHOWN]) + (
+        f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else ""
+    )
     have = [format for format, ways in fields.items() if any(set(way) <= set(columns) for way in ways)]
     if wanted is None and text_field is not None:
         wanted = TEXT
     if wanted is not None and wanted not in have:
         expected = " or ".join(" and ".join(f'"{name}"' for name in way) for way in fields[wanted])
-        raise MoeloraError(f"{path}: expected rows with {expected}, got the fields {', '.join(columns)}")
+        raise MoeloraError(f"{path}: expected rows with {expected}, got the fields {listed}")
     if wanted is None and len(have) > 1:
         raise MoeloraError(f"{path} has the fields of {' and of '.join(have)}: say which with --format")
     if wanted is None and not have:
         raise MoeloraError(
-            f"{path} is of no known format, it has the fields {', '.join(columns)}: expected text, messages, "
+            f"{path} is of no known format, it has the fields {listed}: expected text, messages, "
             "prompt with completion, or instruction with output; --field names another field of text"
         )
     return wanted or have[0]
