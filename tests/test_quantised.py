@@ -94,6 +94,54 @@ def test_to_the_bit_of_the_dense_weight(drawn, tokens, dtype, seed):
         assert all(map(same, outs, denses)), name
 
 
+@pytest.mark.skipif(not ON_CPU, reason="threads of the CPU's kernels")
+@pytest.mark.parametrize("name", NAMES)
+def test_any_number_of_threads(name):
+    p = problems.build(
+        Case(tokens=120, n=192, k=64, packing=packing_of(name), experts=5, dtype=BF16, rank=4, gates="fp32")
+    )
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            y = problems.call("scatter_lora", *p.forward_args())
+            found.append(
+                [y, *problems.call("scatter_lora_backward", *p.backward_args(), True, *p.packed_args)]
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(same(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.skipif(not ON_CPU, reason="to the bit on CPU only")
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_invariant(name):
+    """With the switch on, a token's bits are those of the dense weight, and those that it has by itself."""
+    row = packing_of(name)
+    packed = packings.build(row, E, 96, 64, generator())
+    dense = packed.dequantize(BF16)
+    x, ids = torch.randn(90, 64, generator=generator()).to(BF16), torch.arange(90) % E
+
+    def results(weight, tokens: list[int]) -> list[torch.Tensor]:
+        routing = functional.flatten_sort_count(ids[tokens].view(-1, 1), E)
+        y = functional.scatter_lora(x[tokens], weight, *routing, 1)
+        operands = weight.operands() if isinstance(weight, PackedWeight) else {"weight": weight}
+        slots, offsets = routing
+        dx, _ = torch.ops.moelora.scatter_lora_dx(
+            y, sorted_scattered_idxs=slots, expert_offsets=offsets, top_k=1, **operands
+        )
+        return [y, dx]
+
+    before = torch_moelora.is_batch_invariant()
+    torch_moelora.set_batch_invariant(True)
+    try:
+        whole, alone = results(packed, list(range(90))), results(packed, [7])
+        assert all(map(same, whole, results(dense, list(range(90)))))
+    finally:
+        torch_moelora.set_batch_invariant(before)
+    assert all(same(w[7:8], a) for w, a in zip(whole, alone, strict=True))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_turned(name):
     """A checkpoint's [E, K, N] by the flag is the same product."""

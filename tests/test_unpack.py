@@ -222,7 +222,13 @@ def sized(p: Packing, k: int) -> Packing:
     return p if p.group else Packing(**{**p.__dict__, "group": k})
 
 
-SIZES = [(96, 192, [7, 0, 2, 31]), (30, 576, [1, 70, 3, 2]), (160, 96, [200, 5, 0, 11])]
+SIZES = [
+    (96, 192, [7, 0, 2, 31]),
+    (30, 576, [1, 70, 3, 2]),
+    (160, 96, [200, 5, 0, 11]),
+    (1090, 192, [40, 0, 3, 13]),  # contracted over rows of codes: several passes
+    (20, 2112, [17, 0, 5, 26]),  # over columns: several passes, some with rows that become dot products
+]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)

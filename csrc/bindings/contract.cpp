@@ -105,7 +105,7 @@ void check_pack(const KernelChoice& choice, bool lanes, const std::string& chang
 
 void check_unpacking(const KernelChoice& choice, bool lines, const std::string& change, int64_t to) {
   static const float values[16] = {};
-  float scale[2] = {1.0f, 1.0f};
+  float scale[6] = {1, 1, 1, 1, 1, 1};
   const Kernels& k = *choice.kernels;
   Code code = Code::nibbles_low;
   UnpackArgs args{

@@ -88,7 +88,7 @@ class WeightTiles {
   FlatOperand flat_rows(int64_t out, int64_t p) const { return {lane_rows(out, p), matrix_.dtype}; }
 
   // Whether there are `lines`: lanes of a panel, unpacked.
-  bool has_lines() const { return packed_ && turned_ && k_.flat_lines; }
+  bool has_lines() const { return packed_ && turned_; }
   // Outputs [out, out + width) as lanes of lines `stride` bytes apart, steps [p, p + steps); the same of steps so far
   // ahead will be wanted soon.
   void lines(int64_t out, int64_t width, int64_t p, int64_t steps, void* to, int64_t stride, int64_t ahead,

@@ -4,7 +4,7 @@
 #include "ukernel/f32_kernels.inl"
 #include "ukernel/kernel_sets.h"
 #include "ukernel/peak.inl"
-#include "ukernel/unpack_avx512.inl"
+#include "ukernel/unpack_avx512_bf16.inl"
 #include "ukernel/vec_avx2.inl"
 #include "ukernel/vec_avx512.inl"
 

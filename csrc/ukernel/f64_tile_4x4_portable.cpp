@@ -14,6 +14,7 @@ const moelora::Kernels& moelora::f64_kernels_portable() {
     fill_rows<V>(k);
     k.peak = peak<Op, 2, 6>;
     fill_storage<V, Op, double>(k, DType::f64);
+    k.flat_lines = k.flat_tile[static_cast<int>(DType::f64)];
     return k;
   }();
   return kernels;

@@ -1,0 +1,237 @@
+// Unpacking on AVX-512 to bf16 for its dot products: rows, and lines of two rows.
+#pragma once
+
+#include "ukernel/unpack_avx512.inl"
+
+namespace {
+
+struct Bf16Unpack : Avx512Values {
+  using elem = bf16_t;
+  template <class, bool Ordinary>
+  struct Table;
+
+  template <class>
+  static void put(elem* to, __m512 v, int64_t n) {
+    _mm256_mask_storeu_epi16(to, first16(n), to_bf16(v));
+  }
+  // Ordinary numbers.
+  static __m512i both_to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+  template <Code C, class>
+  static void block(elem* to, const uint8_t* codes, __m512 factor) {
+    __m512 low, high;
+    scaled_block<C>(codes, factor, low, high);
+    _mm512_storeu_si512(to, both_to_bf16(low, high));
+  }
+
+  // A word with a byte of codes in its lower half for every second number. Only the low five bits of an index count.
+  template <bool High>
+  static __m512i index_of(__m512i pairs) {
+    return High ? _mm512_or_si512(_mm512_srli_epi32(pairs, 4), _mm512_slli_epi32(pairs, 16))
+                : _mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 12));
+  }
+  static __m512i pairs_at(const uint8_t* codes) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  }
+
+  // Whole groups of a multiple of 32.
+  template <class T, bool High>
+  static void groups(elem* to, const uint8_t* codes, const float* values, const float* scales, const float* zeros,
+                     int64_t group, int64_t n, int64_t ahead) {
+    for (const elem* end = to + n; to < end; ++scales, to += group, codes += group / 2) {
+      const Table<T, true> table(values, *scales, zeros);
+      if (zeros) ++zeros;
+      for (int64_t i = 0; i < group; i += 32) {
+        fetch(codes + i / 2, ahead);
+        table.template lookup_32<High>(to + i, codes + i / 2);
+      }
+    }
+  }
+
+  static constexpr int64_t kSmallGroup = 16;
+  // Two groups' numbers in one table.
+  template <class, bool High>
+  static void small_groups(elem* to, const uint8_t* codes, const float* values, const float* scales, int64_t n,
+                           int64_t ahead) {
+    const __m512 all = _mm512_loadu_ps(values);
+    const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+    for (int64_t i = 0; i < n; i += 32, scales += 2) {
+      fetch(codes + i / 2, ahead);
+      const __m512i table =
+          both_to_bf16(_mm512_mul_ps(all, _mm512_set1_ps(scales[0])), _mm512_mul_ps(all, _mm512_set1_ps(scales[1])));
+      const __m512i code = _mm512_and_si512(index_of<High>(pairs_at(codes + i / 2)), _mm512_set1_epi16(15));
+      _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(_mm512_or_si512(code, second), table));
+    }
+  }
+
+  template <class, bool Ordinary>
+  struct Table {
+    __m512i numbers;  // twice
+
+    Table(const float* values, float scale, const float* zero) {
+      const __m512 all = scaled(values, scale, zero);
+      numbers = Ordinary ? both_to_bf16(all, all) : _mm512_broadcast_i64x4(to_bf16(all));
+    }
+    bf16_t at(int i) const {
+      alignas(64) bf16_t all[32];
+      _mm512_store_si512(all, numbers);
+      return all[i];
+    }
+    template <bool High>
+    void lookup_32(elem* to, const uint8_t* codes) const {
+      _mm512_storeu_si512(to, _mm512_permutexvar_epi16(index_of<High>(pairs_at(codes)), numbers));
+    }
+    template <bool High>
+    void lookup(elem* to, const uint8_t* codes, int64_t n) const {
+      int64_t i = 0;
+      for (; i + 32 <= n; i += 32) lookup_32<High>(to + i, codes + i / 2);
+      if (i == n) return;
+      const __m512i pairs = _mm512_cvtepu8_epi32(load_bytes(codes + i / 2, (n - i + 1) / 2));
+      _mm512_mask_storeu_epi16(to + i, (1u << (n - i)) - 1u, _mm512_permutexvar_epi16(index_of<High>(pairs), numbers));
+    }
+  };
+};
+
+// Lines of two rows: lane j is (a[j], b[j]).
+struct Bf16Lines {
+  using U = Bf16Unpack;
+
+  // The numbers of both rows of a group.
+  static __m512i table(const float* values, float a, float b) {
+    const __m512 all = _mm512_loadu_ps(values);
+    return U::both_to_bf16(_mm512_mul_ps(all, _mm512_set1_ps(a)), _mm512_mul_ps(all, _mm512_set1_ps(b)));
+  }
+  static __m512i table(const float* values, float a, float b, float zero_a, float zero_b) {
+    return U::both_to_bf16(U::scaled(values, a, &zero_a), U::scaled(values, b, &zero_b));
+  }
+  // In words: row a's codes below row b's, with what tells b's numbers from a's.
+  static __m512i index(__m512i codes) {
+    return _mm512_or_si512(_mm512_and_si512(codes, _mm512_set1_epi32(0x000f000f)), _mm512_set1_epi32(0x00100000));
+  }
+
+  // 32 lanes. `to`, of lanes as pairs.
+  template <bool High>
+  static void nibbles_32(bf16_t* to, const uint8_t* a, const uint8_t* b, __m512i table) {
+    const __m512i both = _mm512_or_si512(U::pairs_at(a), _mm512_slli_epi32(U::pairs_at(b), 16));
+    const __m512i high = _mm512_permutexvar_epi16(index(_mm512_srli_epi32(both, 4)), table);
+    const __m512i low = _mm512_permutexvar_epi16(index(both), table);
+    const __m512i even = High ? high : low, odd = High ? low : high;
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi32(even, first, odd));
+    _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi32(even, second, odd));
+  }
+  template <bool High>
+  static void nibbles_16(bf16_t* to, const uint8_t* a, const uint8_t* b, __m512i table) {
+    const auto wide = [](const uint8_t* p) {
+      return _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    };
+    const __m512i both = _mm512_or_si512(wide(a), _mm512_slli_epi64(wide(b), 16));
+    const __m512i codes = High ? _mm512_or_si512(_mm512_srli_epi64(both, 4), _mm512_slli_epi64(both, 32))
+                               : _mm512_or_si512(both, _mm512_slli_epi64(both, 28));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(index(codes), table));
+  }
+  template <Code C>
+  static void bytes_16(bf16_t* to, const uint8_t* a, const uint8_t* b, __m512 factor_a, __m512 factor_b) {
+    __m512 first, second;
+    const __m128i at_a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
+    const __m128i at_b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
+    if constexpr (C == Code::int8) {
+      first = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(at_a)), factor_a);
+      second = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(at_b)), factor_b);
+    } else {
+      const __m512i halves = U::as_halves(_mm256_set_m128i(at_b, at_a));
+      first = _mm512_mul_ps(U::low_numbers(halves), factor_a);
+      second = _mm512_mul_ps(U::high_numbers(halves), factor_b);
+    }
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, U::both_to_bf16(first, second)));
+  }
+
+  // Lanes [column, stop) of one group, in sixteens.
+  template <Code C>
+  [[gnu::always_inline]] static void group(const UnpackArgs& args, const PackedRow<bf16_t>& a,
+                                           const PackedRow<bf16_t>& b, int64_t g, int64_t column, int64_t stop,
+                                           bf16_t* line) {
+    if constexpr (moelora::bits_of(C) == 8) {
+      const __m512 factor_a = U::block_factor<C>(a.scale[g]), factor_b = U::block_factor<C>(b.scale[g]);
+      for (; column < stop; column += 16) {
+        fetch(a.codes + column, args.ahead);
+        fetch(b.codes + column, args.ahead);
+        bytes_16<C>(line + 2 * column, a.codes + column, b.codes + column, factor_a, factor_b);
+      }
+    } else {
+      constexpr bool kHigh = C == Code::nibbles_high;
+      const __m512i numbers = a.zero ? table(args.values, a.scale[g], b.scale[g], a.zero[g], b.zero[g])
+                                     : table(args.values, a.scale[g], b.scale[g]);
+      for (; column + 32 <= stop; column += 32) {
+        fetch(a.codes + column / 2, args.ahead);
+        fetch(b.codes + column / 2, args.ahead);
+        nibbles_32<kHigh>(line + 2 * column, a.codes + column / 2, b.codes + column / 2, numbers);
+      }
+      if (column < stop) nibbles_16<kHigh>(line + 2 * column, a.codes + column / 2, b.codes + column / 2, numbers);
+    }
+  }
+
+  // Columns [first, args.first + args.n), any scales; b: null where there is no second row.
+  template <Code C>
+  static void rest(const UnpackArgs& args, int64_t first, const UnpackArgs& a, bool has_b, bf16_t* line) {
+    constexpr int64_t kSome = 64;
+    bf16_t rows[2][kSome] = {};
+    for (const int64_t end = args.first + args.n; first < end; first += kSome) {
+      UnpackArgs part = a;
+      const int64_t groups = first / args.group - args.first / args.group;
+      part.rows = has_b ? 2 : 1;
+      part.first = first;
+      part.n = end - first < kSome ? end - first : kSome;
+      part.scale += groups;
+      if (part.zero) part.zero += groups;
+      part.to = rows;
+      part.to_stride = sizeof(rows[0]);
+      part.ahead = 0;
+      unpack<U, bf16_t, C>(part);
+      for (int64_t j = 0; j < part.n; ++j) {
+        line[2 * (first + j)] = rows[0][j];
+        line[2 * (first + j) + 1] = rows[1][j];
+      }
+    }
+  }
+
+  template <Code C>
+  static void unpack_lines(const UnpackArgs& given) {
+    const UnpackArgs args = given;  // not in memory that stores might change
+    const int64_t first_group = args.first / args.group;
+    const bool aligned =
+        args.ordinary && args.first % 16 == 0 && (args.group % 16 == 0 || args.group >= args.first + args.n);
+    for (int64_t p = 0; p < args.rows; p += 2) {
+      const bool has_b = p + 1 < args.rows;
+      const PackedRow<bf16_t> a(args, p, first_group), b(args, has_b ? p + 1 : p, first_group);
+      bf16_t* line = reinterpret_cast<bf16_t*>(static_cast<char*>(args.to) + p / 2 * args.to_stride) - 2 * args.first;
+      const int64_t whole = aligned && has_b ? args.n / 16 * 16 : 0;
+      UnpackArgs sixteens = args;
+      sixteens.n = whole;
+      for_each_group(sixteens, first_group, args.first,
+                     [&](int64_t g, int64_t column, int64_t stop)
+                         __attribute__((always_inline)) { group<C>(args, a, b, g, column, stop, line); });
+      if (whole == args.n) continue;
+      UnpackArgs rows = args;
+      rows.codes = a.codes;
+      rows.scale = a.scale;
+      rows.zero = a.zero;
+      rest<C>(args, args.first + whole, rows, has_b, line);
+    }
+  }
+
+  static void fill(moelora::Kernels& k) {
+    const auto at = [&](Code code) -> auto& {
+      return k.unpack_lines[static_cast<int>(code)][static_cast<int>(moelora::DType::bf16)];
+    };
+    at(Code::nibbles_high) = unpack_lines<Code::nibbles_high>;
+    at(Code::nibbles_low) = unpack_lines<Code::nibbles_low>;
+    at(Code::int8) = unpack_lines<Code::int8>;
+    at(Code::e4m3) = unpack_lines<Code::e4m3>;
+  }
+};
+
+}  // namespace
