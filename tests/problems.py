@@ -234,8 +234,8 @@ def magnitudes(name: str, args: tuple) -> tuple[Tensor, ...]:
 def tolerance(case: Case, elements: int) -> float:
     """Bound on the norm-relative error; wider where a handful of roundings has nothing to average out with.
 
-    One rounded element of x·Aᵀ or dy·B [S, R] is in a whole row of the result, so these count as well. Of
-    equal rows an expert has one such row only.
+    One rounded element of x·Aᵀ or dy·B [S, R] is in a whole row of the result, so these count as well, and so
+    does one of gate·dy [S, N]. Of equal rows an expert has one row of x·Aᵀ only.
     """
     base = TOLERANCE[case.dtype]
     if case.rank and case.lora == "fp32" and case.dtype in HALVES:
@@ -243,6 +243,8 @@ def tolerance(case: Case, elements: int) -> float:
     alike = "expanded" in (case.x_layout, case.dy_layout)
     rows = min(case.rows, case.experts) if alike else case.rows
     roundings = min(elements, rows * case.rank) if case.rank else elements
+    if case.gates != "none":
+        roundings = min(roundings, case.rows * case.n)
     return base * (1 + 2 / math.sqrt(max(roundings, 1)))
 
 
