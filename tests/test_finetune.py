@@ -251,13 +251,13 @@ def test_signal_leaves_a_usable_checkpoint(arguments, model_dir, tmp_path):
     with _interruptible():
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while (
             directory.look(out).checkpoint is None and process.poll() is None and time.monotonic() < deadline
         ):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 130, errors
