@@ -170,8 +170,28 @@ struct Bf16Lines {
         fetch(b.codes + column / 2, args.ahead);
         nibbles_32<kHigh>(line + 2 * column, a.codes + column / 2, b.codes + column / 2, numbers);
       }
-      if (column < stop) nibbles_16<kHigh>(line + 2 * column, a.codes + column / 2, b.codes + column / 2, numbers);
+      if (column == stop) return;
+      fetch(a.codes + column / 2, args.ahead);
+      fetch(b.codes + column / 2, args.ahead);
+      nibbles_16<kHigh>(line + 2 * column, a.codes + column / 2, b.codes + column / 2, numbers);
     }
+  }
+
+  // The first n columns, in sixteens.
+  template <Code C>
+  [[gnu::always_inline]] static void whole_groups(UnpackArgs args, const PackedRow<bf16_t>& a,
+                                                  const PackedRow<bf16_t>& b, int64_t n, bf16_t* line) {
+    args.n = n;
+    for_each_group(args, a.first_group, args.first,
+                   [&](int64_t g, int64_t column, int64_t stop)
+                       __attribute__((always_inline)) { group<C>(args, a, b, g, column, stop, line); });
+  }
+  // The same of groups of sixteen.
+  template <Code C>
+  [[gnu::always_inline]] static void small_groups(const UnpackArgs& args, const PackedRow<bf16_t>& a,
+                                                  const PackedRow<bf16_t>& b, int64_t n, bf16_t* line) {
+    int64_t column = args.first;
+    for (int64_t g = 0; g < n / 16; ++g, column += 16) group<C>(args, a, b, g, column, column + 16, line);
   }
 
   // Columns [first, args.first + args.n), any scales; b: null where there is no second row.
@@ -209,11 +229,10 @@ struct Bf16Lines {
       const PackedRow<bf16_t> a(args, p, first_group), b(args, has_b ? p + 1 : p, first_group);
       bf16_t* line = reinterpret_cast<bf16_t*>(static_cast<char*>(args.to) + p / 2 * args.to_stride) - 2 * args.first;
       const int64_t whole = aligned && has_b ? args.n / 16 * 16 : 0;
-      UnpackArgs sixteens = args;
-      sixteens.n = whole;
-      for_each_group(sixteens, first_group, args.first,
-                     [&](int64_t g, int64_t column, int64_t stop)
-                         __attribute__((always_inline)) { group<C>(args, a, b, g, column, stop, line); });
+      if (args.group == U::kSmallGroup)
+        small_groups<C>(args, a, b, whole, line);
+      else
+        whole_groups<C>(args, a, b, whole, line);
       if (whole == args.n) continue;
       UnpackArgs rows = args;
       rows.codes = a.codes;
