@@ -11,6 +11,7 @@ from model_tiny import (
     build,
     fill,
     one_thread,  # noqa: F401  (autouse)
+    wrappers,
 )
 from peft import LoraConfig, PeftModel
 from torch import nn
@@ -26,14 +27,18 @@ def _switch_often():
     sys.setswitchinterval(before)
 
 
-def _model(*active: str) -> PeftModel:
-    """With two adapters, `active` ones of them."""
+def _model(*active: str, by_peft: bool = False) -> PeftModel:
+    """With two adapters, `active` ones of them, of which PEFT computes the second if `by_peft`."""
     torch.manual_seed(3)
     model = adapt(build("qwen3_moe"))
     names = ["experts.gate_up_proj", "experts.down_proj"]
     model.add_adapter("second", LoraConfig(r=2, lora_alpha=5, target_modules=[], target_parameters=names))
     fill(model, seed=4)
     model.base_model.set_adapter(list(active))
+    if by_peft:  # a dtype that the operators do not take beside float32
+        for wrapper in wrappers(model):
+            wrapper.lora_A["second"].to(torch.bfloat16)
+            wrapper.lora_B["second"].to(torch.bfloat16)
     moelora.enable(model)
     return model.train()
 
@@ -48,16 +53,19 @@ def _step(model: PeftModel, trained: list[nn.Parameter], batch: int) -> list[tor
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "active",
-    [[("default",)], [("default",), ("second",)], [("default", "second")]],
-    ids=["one model", "a copy for each adapter", "two active adapters"],
+    [[("default",)], [("default",), ("second",)], [("default", "second")], [("second",)]],
+    ids=["one model", "a copy for each adapter", "two active adapters", "an adapter that PEFT computes"],
 )
 @pytest.mark.parametrize("recompute", [False, True])
 def test_concurrent_calls_equal_serial_ones(active, recompute):
-    models = [_model(*names) for names in active]
+    by_peft = active == [("second",)]
+    models = [_model(*names, by_peft=by_peft) for names in active]
+    paths = {a.path for model in models for x in moelora.report(model).layers for a in x.adapters if a.active}
+    assert paths == {"PEFT" if by_peft else "operators"}
     for model in models:
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-    # Listed before the calls: with two active adapters PEFT changes the tree of modules during one.
+    # Listed before the calls: PEFT changes the tree of modules during one.
     trained = {id(model): [p for p in model.parameters() if p.requires_grad] for model in models}
     jobs = [(models[call % len(models)], call % BATCHES) for call in range(CALLS)]
     serial = {(id(model), batch): _step(model, trained[id(model)], batch) for model, batch in {*jobs}}

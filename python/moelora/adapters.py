@@ -9,6 +9,7 @@ Everything else (state dicts, merging, `isinstance`, adding and switching adapte
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class ParamWrapper(PeftParamWrapper):
         if not enabled or not present or self.disable_adapters or self.merged or "adapter_names" in kwargs:
             return super().forward(x, *args, **kwargs)
         watch(self, running=True)
-        found = served(self, present)
+        with nullcontext() if torch.compiler.is_compiling() else _BY_PEFT:  # the weight may be away
+            found = served(self, present)
         if isinstance(found, str):
             _refuse_copy(self, found)
             told = f"PEFT adds the LoRA of {self.parameter_name} to a copy of the weights: {found}"
