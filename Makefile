@@ -33,7 +33,7 @@ help: ## this list
 setup: $(READY) ## .venv with everything, the extension built in place
 
 demo: $(DEMO) ## LoRA fine-tuning of a mixture-of-experts model, from scratch, in minutes
-	$(BIN)/python -m moelora finetune $(or $(ARGS),--overwrite)
+	$(BIN)/python -m moelora finetune $(ARGS)
 
 test: $(READY) ## the whole suite, each instruction set, the sanitizers, Triton, side by side
 	$(BIN)/python tests/run.py $(RUNS)
