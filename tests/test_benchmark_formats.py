@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from model_tiny import one_thread  # noqa: F401  (autouse)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
 
@@ -20,14 +20,6 @@ from benchmarks.registry import Shape
 SMALL = Shape("small", DISTINCT + 3, 256, 128, 2)
 OURS = [f"ours-{name}" for name in FORMATS]
 BITSANDBYTES = ["bitsandbytes-nf4", "bitsandbytes-fp4-loop"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", OURS + BITSANDBYTES)

@@ -53,5 +53,5 @@ is treated in the same way.
 | experts class | why |
 |---|---|
 {outside}
-| quantised experts | weights of less than 16 bits stay on transformers' own functions |
+| other quantised experts | stay on transformers' own functions; FP8Experts and bitsandbytes' run packed |
 """
