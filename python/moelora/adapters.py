@@ -37,8 +37,9 @@ class ParamWrapper(PeftParamWrapper):
         watch(self, running=True)
         with nullcontext() if torch.compiler.is_compiling() else _BY_PEFT:  # the weight may be away
             found = served(self, present)
+            if isinstance(found, str):
+                _refuse_copy(self, found)
         if isinstance(found, str):
-            _refuse_copy(self, found)
             told = f"PEFT adds the LoRA of {self.parameter_name} to a copy of the weights: {found}"
             if torch.compiler.is_compiling():
                 torch._dynamo.graph_break(msg=told)  # which PEFT's own code would do, in other words
