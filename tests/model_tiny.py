@@ -52,7 +52,7 @@ def one_thread():
 
 
 def build(kind: str, dtype: torch.dtype = torch.float32, layers: int | None = None) -> PreTrainedModel:
-    """A model with random weights, biases included, on transformers' eager experts; two layers if not told."""
+    """Random weights, biases included, on transformers' eager experts; two `layers` by default."""
     torch.manual_seed(0)
     config = CONFIGS[kind]()
     config.num_hidden_layers = layers or config.num_hidden_layers

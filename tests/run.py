@@ -96,7 +96,7 @@ def main() -> int:
         "--seed",
         type=int,
         metavar="N",
-        help="for the runs that look for new examples: the same ones for a seed",
+        help="of the runs that look for new examples",
     )
     parser.add_argument("--list", action="store_true", help="print the runs and stop")
     parser.add_argument(
