@@ -159,7 +159,7 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
     if chosen.dry_run:
         outline = checkpoints.outline(_given(chosen))[0] if chosen.model else default_model.outline()
         print(tokens.told())
-        print(plan.told(outline, config, chosen, tokens))
+        print(plan.told(outline, config, chosen, tokens, _given(chosen) if chosen.model else None))
         return None
     source = _given(chosen) if chosen.model else _default(chosen)
     made_from = _made_from(chosen, source)

@@ -324,6 +324,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+# Options of `finetune` that decide how much memory it takes.
+_INSPECTED = (
+    *("rank", "projections", "target_modules", "seq_length", "optimizer", "step_in_backward"),
+    "gradient_checkpointing",
+)
+
+
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
     inspect = commands.add_parser(
         "inspect",
@@ -333,9 +340,11 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     )
     inspect.add_argument("model_dir", metavar="MODEL_DIR", help="a local transformers checkpoint")
     for option in (option for group in _FINETUNE.values() for option in group):
-        if option.name in ("rank", "projections"):
-            text = f"{option.help} (default: {option.default})"
-            inspect.add_argument(option.flag, help=text, default=option.default, **option.keywords)
+        if option.name in _INSPECTED:
+            shown = f" (default: {option.default})" if option.default else ""
+            inspect.add_argument(
+                option.flag, help=option.help + shown, default=option.default, **option.keywords
+            )
     text = "tokens in a step, all sequences together (default: 2048)"
     inspect.add_argument("--tokens", metavar="N", type=_COUNT, default=2048, help=text)
     text = "leave the time of a step out"
