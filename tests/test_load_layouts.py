@@ -3,39 +3,13 @@
 import moelora
 import pytest
 import torch
-from model_tiny import adapt, one_thread, tokens  # noqa: F401  (one_thread: autouse)
+from model_tiny import one_thread, tokens  # noqa: F401  (one_thread: autouse)
 from moelora import weights
-from moelora.experts import is_experts
-from packed_files import LAYOUTS, TABLE, write
-from peft import PeftModel
+from packed_files import TABLE
+from packed_models import adapted, checkpoints, experts  # noqa: F401  (checkpoints: a fixture)
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from torch_moelora.formats import PackedWeight
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    """name of the layout → (packed directory, dense directory, cache)."""
-    made = {}
-
-    def get(name: str):
-        if name not in made:
-            home = tmp_path_factory.mktemp("layout")
-            write(LAYOUTS[name], home / "packed", home / "dense")
-            made[name] = home / "packed", home / "dense", home / "cache"
-        return made[name]
-
-    return get
-
-
-def experts(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if is_experts(module)]
-
-
-def adapted(model: nn.Module) -> PeftModel:
-    torch.manual_seed(3)  # of A
-    return adapt(model, targets=["q_proj"])
 
 
 def step(model: nn.Module):
@@ -46,11 +20,9 @@ def step(model: nn.Module):
 
 
 @pytest.mark.parametrize("layout", TABLE, ids=str)
-def test_trains_as_the_dense_model_of_its_numbers(layout, checkpoints):
-    """Logits, loss, every adapter's gradient and generated tokens: the same bits; the report names the format."""
-    directory, other, cache = checkpoints(layout.name)
-    packed = moelora.from_pretrained(directory, cache_dir=cache)
-    dense = AutoModelForCausalLM.from_pretrained(other)
+def test_trains_as_the_dense_model_of_its_numbers(layout, checkpoints):  # noqa: F811
+    """Logits, loss, every adapter's gradient and generated tokens to the bit; the report names the format."""
+    packed, dense = checkpoints(layout.name).model(), checkpoints(layout.name).other()
     for module, beside in zip(experts(packed), experts(dense), strict=True):
         for name in ("gate_up_proj", "down_proj"):
             weight = weights.weight_of(module, name)

@@ -208,10 +208,10 @@ def gptq(name: str, parts: Parts, settings: dict) -> PackedWeight:
     zero = _nibbles(typed(name, "qzeros", qzeros, torch.int32), 1)
     if settings.get("checkpoint_format", "gptq") != "gptq_v2":
         zero = zero + 1  # it stores one less
-    g_idx = parts.get("g_idx")
+    weight, g_idx = _transposed(name, codes, scales, zero), parts.get("g_idx")
     if g_idx is not None and not _in_order(g_idx, codes.shape[0], scales.shape[0]):
         raise MoeloraError(f"{name}: g_idx permutes the columns (desc_act): {NOT_PERMUTED}")
-    return _transposed(name, codes, scales, zero)
+    return weight
 
 
 def awq(name: str, parts: Parts, settings: dict) -> PackedWeight:

@@ -69,11 +69,12 @@ def plan(model: nn.Module, files: Files, layout: Layout) -> Plan:
     packed = sources(files, layout)
     found: dict[str, dict[tuple[int, int], Source]] = {}
     for source in packed:
-        if layout.stacked and source.name in stacks:
-            stacks[source.name].sources, stacks[source.name].stacked = [[source]], True
-            continue
         target, converter, at = names.of(source.name)
-        if target in stacks:
+        if layout.stacked and source.name in stacks:  # named as in memory, whatever the map says
+            target, converter = source.name, None
+        if target in stacks and layout.stacked and converter is None:
+            stacks[target].sources, stacks[target].stacked = [[source]], True
+        elif target in stacks:
             place = (_number(source.name), _order(target, converter, at, source))
             found.setdefault(target, {})[place] = source
         elif target in state:
