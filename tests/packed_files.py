@@ -34,7 +34,7 @@ CONFIGS = {
     "gpt_oss": lambda: GptOssConfig(intermediate_size=INNER, num_local_experts=EXPERTS, **_SIZES),
     "deepseek_v3": lambda: DeepseekV3Config(
         moe_intermediate_size=INNER, n_routed_experts=EXPERTS, intermediate_size=HIDDEN, first_k_dense_replace=1,
-        q_lora_rank=None, kv_lora_rank=64, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=64, n_group=1,
+        q_lora_rank=None, kv_lora_rank=64, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32, n_group=1,
         topk_group=1, n_shared_experts=1, **_SIZES | {"num_key_value_heads": 2, "head_dim": 32},
     ),
 }  # fmt: skip
@@ -259,10 +259,11 @@ TABLE = [
 LAYOUTS = {layout.name: layout for layout in TABLE}
 
 
-def write(layout: Layout, packed: Path, dense: Path) -> None:
-    """Both checkpoints. `dense` has what `packed` stands for, in bfloat16."""
+def write(layout: Layout, packed: Path, dense: Path | None = None, **sizes: int) -> None:
+    """Both checkpoints. `dense` has what `packed` stands for, in bfloat16. sizes: of the configuration."""
     gen = torch.Generator().manual_seed(0)
     config = CONFIGS[layout.family]()
+    config.update(sizes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
@@ -282,6 +283,8 @@ def write(layout: Layout, packed: Path, dense: Path) -> None:
             )
             stored[name] = numbers[name] = values.to(BF16)
     for directory, tensors, section in ((packed, stored, layout.section), (dense, numbers, None)):
+        if directory is None:
+            continue
         directory.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(directory)
         written = json.loads((directory / "config.json").read_text())
