@@ -35,7 +35,8 @@ CONFIGS = {
     "deepseek_v3": lambda: DeepseekV3Config(
         moe_intermediate_size=INNER, n_routed_experts=EXPERTS, intermediate_size=HIDDEN,
         first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=64, qk_rope_head_dim=32, qk_nope_head_dim=32,
-        v_head_dim=32, n_group=1, topk_group=1, n_shared_experts=1, **_SIZES | {"num_key_value_heads": 2, "head_dim": 32},
+        v_head_dim=32, n_group=1, topk_group=1, n_shared_experts=1,
+        **_SIZES | {"num_key_value_heads": 2, "head_dim": 32},
     ),
 }  # fmt: skip
 # Of an expert: gate, up, down.

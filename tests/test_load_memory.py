@@ -108,7 +108,7 @@ def test_the_cache_is_written_once_and_said(checkpoints, caplog):  # noqa: F811
     with caplog.at_level(logging.WARNING, "moelora"):
         assert torch.equal(logits(checkpoint.model()), expected)
     (told,) = (r.getMessage() for r in caplog.records if "stacked in" in r.getMessage())
-    assert str(home) in told and "GB" in told and "delete that directory" in told
+    assert str(home) in told and "GB" in told and "delete it" in told
     assert files(checkpoint) == list(written)
 
 

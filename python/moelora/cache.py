@@ -2,8 +2,8 @@
 
 One file for each experts module, in our own layout: `MODULE.safetensors` with `MODULE.gate_up_proj.codes` and
 so on, in a directory whose name is a digest of the checkpoint's files (names, sizes, times, headers). A file
-is written expert by expert under another name and renamed when it is complete: what is there is whole, whoever
-else writes it or was interrupted.
+is written expert by expert under another name and renamed when it is complete: what is there is whole,
+whoever else writes it or was interrupted.
 """
 
 from __future__ import annotations
