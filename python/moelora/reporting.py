@@ -73,6 +73,7 @@ class Report:
 
     layers: tuple[LayerReport, ...] = field(default=())
     notes: tuple[str, ...] = ()  # what an adapter's configuration asks for in vain, and what would do it
+    linears: int = 0  # frozen linear layers that run on the operators
 
     @property
     def served(self) -> tuple[LayerReport, ...]:
@@ -129,6 +130,8 @@ class Report:
         elif not own:
             names = sorted({f'"experts.{name}"' for layer in self.layers for name in layer.projections})
             yield f"{nothing}: no LoRA is active on them (target_parameters=[{', '.join(names)}])"
+        if self.linears:
+            yield f"{self.linears} frozen linear layers run on the operators too"
         active = [a for layer in self.layers for a in layer.adapters if a.active]
         if active and all(a.zero and not a.trainable for a in active):
             yield (

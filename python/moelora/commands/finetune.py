@@ -33,6 +33,7 @@ from moelora.commands import (
     finite,
     formats,
     lora,
+    optimizers,
     options,
     packing,
     plan,
@@ -148,6 +149,7 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
         threads.check(chosen.threads)
         torch.set_num_threads(chosen.threads)
     training.check_reports(chosen.report_to)
+    optimizers.check(chosen.optimizer)
     config, tokenizer = checkpoints.inspect(_given(chosen)) if chosen.model else default_model.inspect()
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and chosen.seq_length > limit:
@@ -350,6 +352,7 @@ def _trainer(run: Run) -> tuple[training.TunedTrainer, training.Progress]:
         per_device_eval_batch_size=chosen.batch_size,
         gradient_accumulation_steps=chosen.grad_accumulation,
         gradient_checkpointing=chosen.gradient_checkpointing,
+        optim=optimizers.NAMES[chosen.optimizer],
         learning_rate=chosen.learning_rate,
         lr_scheduler_type=chosen.scheduler,
         warmup_steps=plan.warmup(chosen.warmup, run.steps),
@@ -359,6 +362,7 @@ def _trainer(run: Run) -> tuple[training.TunedTrainer, training.Progress]:
         **training.evaluating(chosen.eval_every, chosen.keep_best, chosen.early_stopping, chosen.save_every),
         report_to=[name for name in chosen.report_to if name != training.JSONL],
     )
+    trainer.steps_in_backward = chosen.step_in_backward
     if chosen.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(chosen.early_stopping))
     if training.JSONL in chosen.report_to:

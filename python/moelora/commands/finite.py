@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +93,15 @@ def check_gradients(model: nn.Module, step: int) -> None:
         return
     for name, grad in graded:
         if not whole(grad):
-            raise MoeloraError(
-                f"the gradient of {name} has {_counts(grad)} at step {step}, of a finite loss: "
-                f"{_overflow(model)}, or lower --learning-rate"
-            )
+            refuse_gradient(name, grad, step, model)
+
+
+def refuse_gradient(name: str, gradient: Tensor, step: int, model: nn.Module) -> NoReturn:
+    """Raises: MoeloraError that names a gradient which is not finite."""
+    raise MoeloraError(
+        f"the gradient of {name} has {_counts(gradient)} at step {step}, of a finite loss: "
+        f"{_overflow(model)}, or lower --learning-rate"
+    )
 
 
 def _overflow(model: nn.Module) -> str:

@@ -175,9 +175,25 @@ _FINETUNE: dict[str, list[Option]] = {
             type=_NOT_NEGATIVE,
         ),
         _option("--scheduler", "cosine", "how the rate goes on from its peak", choices=SCHEDULERS),
+        _option(
+            "--optimizer",
+            "adamw",
+            "adamw_8bit keeps its moments in 8 bits, a quarter of their memory; it is bitsandbytes'",
+            choices=["adamw", "adamw_8bit"],
+        ),
+        _switch(
+            "--step-in-backward",
+            "take each parameter's step when its gradient is there, and drop the gradient: less memory. Not "
+            "with --grad-accumulation or --max-grad-norm, which is 0 then",
+            negative=True,
+        ),
         _option("--weight-decay", 0.0, "AdamW's weight decay", "W", type=_NOT_NEGATIVE),
         _option(
-            "--max-grad-norm", 1.0, "gradients are clipped to this norm; 0 for never", "G", type=_NOT_NEGATIVE
+            "--max-grad-norm",
+            None,
+            "gradients are clipped to this norm; 0 for never (default: 1; 0 with --step-in-backward)",
+            "G",
+            type=_NOT_NEGATIVE,
         ),
         _option("--seq-length", 256, "tokens in a sequence", "N", type=_FROM_TWO),
         _option("--batch-size", 8, "sequences in a forward pass", "N", type=_COUNT),
@@ -386,6 +402,8 @@ def settle(explicit: dict[str, Any], recorded: dict[str, Any] | None = None) -> 
     _check(options, {**kept, **explicit})
     if options.alpha is None:
         options.alpha = 2.0 * options.rank
+    if options.max_grad_norm is None:
+        options.max_grad_norm = 0.0 if options.step_in_backward else 1.0
     if options.learning_rate is None:
         options.learning_rate = 2e-4 if options.model else 5e-3
     return options
@@ -401,5 +419,11 @@ def _check(options: argparse.Namespace, given: dict[str, Any]) -> None:
         raise MoeloraError("--early-stopping needs --keep-best")
     if options.keep_best and not options.eval_every:
         raise MoeloraError("--keep-best needs --eval-every")
+    if options.step_in_backward:
+        for name, alone in (("grad_accumulation", 1), ("max_grad_norm", 0)):
+            value = getattr(options, name)
+            if value not in (None, alone):
+                flag = "--" + name.replace("_", "-")
+                raise MoeloraError(f"{flag} is {value:g}, expected {alone} with --step-in-backward")
     if options.field is not None and options.format not in (None, "text"):
         raise MoeloraError(f"--field names text, which rows of --format {options.format} are not")
