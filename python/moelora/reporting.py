@@ -107,7 +107,9 @@ class Report:
         for names, layer in _rows(self.layers):
             path = layer.path if not layer.reason else f"{layer.path}: {layer.reason}"
             path += " (own gate)" if layer.path == "operators" and layer.gate == "module" else ""
-            kind = layer.kind if layer.format == "dense" else f"{layer.kind}, {layer.format}"
+            kind = layer.kind
+            if layer.format != "dense":
+                kind += f", {layer.format}, {_bytes(layer.nbytes)}"
             adapters = ", ".join(map(str, layer.adapters)) or "none"
             table.add_row(names, kind, str(layer.experts), path, adapters)
         console = Console(file=StringIO(), width=200, color_system=None)
@@ -139,6 +141,14 @@ class Report:
                 "(moelora.check_adapter(model, directory) compares it with its file)"
             )
         yield from self.notes
+
+
+def _bytes(count: int) -> str:
+    """In the largest unit of which there is one."""
+    unit, size = next(
+        (u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if count >= s or s == 1
+    )
+    return f"{count / size:.3g} {unit}"
 
 
 def _rows(layers: tuple[LayerReport, ...]) -> Iterator[tuple[str, LayerReport]]:

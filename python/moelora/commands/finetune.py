@@ -48,6 +48,7 @@ from moelora.commands import (
     training,
 )
 from moelora.errors import MoeloraError
+from moelora.standin import installed
 
 RELOAD_TOKENS = 64
 
@@ -285,10 +286,11 @@ def show(run: Run, adapter: Path, summary: dict[str, Any]) -> None:
         summary["race"] = showcase.race(run.model, run.batch(), run.options.compare)
         print(_told(summary["race"]))
     ids = torch.tensor([run.tokens.held_out[0]["input_ids"][:RELOAD_TOKENS]])
+    how = "PEFT on packed experts" if any(installed(run.model)) else "plain PEFT"
     difference = reloading.reload(run.model, adapter, lambda: _base(run.options, run.source)[0], ids)
     summary["reload_difference"] = difference
     told = "all are zero" if difference is None else f"relative difference {difference:.0e}"
-    print(f"adapter reloaded with plain PEFT: logits agree ({told})")
+    print(f"adapter reloaded with {how}: logits agree ({told})")
 
 
 def _told(race: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora.errors import MoeloraError
+from moelora.standin import StandIn
 
 
 def whole(tensor: Tensor) -> bool:
@@ -17,9 +18,17 @@ def whole(tensor: Tensor) -> bool:
 
 
 def check_weights(model: nn.Module, where: object) -> None:
-    """Raises: MoeloraError naming the first parameter or buffer of the base that has a NaN or an Inf."""
+    """Raises: MoeloraError naming the first parameter or buffer of the base that has a NaN or an Inf.
+
+    Of packed weights the scales are looked at, which are buffers.
+    """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta or not tensor.is_floating_point() or tensor.element_size() < 2:
+        if (
+            isinstance(tensor, StandIn)
+            or tensor.is_meta
+            or not tensor.is_floating_point()
+            or tensor.element_size() < 2
+        ):
             continue  # one-byte floats are codes, whose scales are looked at
         if not whole(tensor):
             raise MoeloraError(f"the weights in {where} are not finite: {name} has {_counts(tensor)}")
