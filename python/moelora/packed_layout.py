@@ -1,0 +1,119 @@
+"""The layout of our own packed checkpoints: names of tensors, and the section of config.json.
+
+A packed checkpoint is a transformers directory whose safetensors hold, where the model has the weight `NAME`,
+the tensors of a `PackedWeight` as `NAME.codes`, `NAME.scale` and, where the format has them, `NAME.scale2` and
+`NAME.zero`. All are those of [E, N, K], nn.Linear's orientation, never transposed:
+
+- experts, by the parameter of transformers' module in memory: `model.layers.0.mlp.experts.gate_up_proj`, rows
+  in the module's order (gate then up, or interleaved), all experts of a layer in one weight;
+- linear layers, where they are packed too: `model.layers.0.self_attn.q_proj.weight`, with E = 1.
+
+Every other tensor is as in the dense checkpoint. config.json has
+
+    "quantization_config": {"quant_method": "moelora", "version": 1,
+                            "experts": {"format": "nf4", "group_size": 64, "nested": true}, "linears": null}
+
+where group_size is `torch_moelora.formats.quantize`'s, 0 for the whole row, and `linears` null or such a choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from moelora.errors import MoeloraError
+from torch_moelora.formats import FORMATS, PackedWeight
+
+SECTION = "quantization_config"
+METHOD = "moelora"
+VERSION = 1
+PARTS = ("codes", "scale", "scale2", "zero")  # suffixes, the fields of PackedWeight
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How weights of a kind are packed: `torch_moelora.formats.quantize`'s arguments."""
+
+    format: str
+    group_size: int
+    nested: bool = False
+
+    @classmethod
+    def of(cls, format: str, group_size: int | None = None, nested: bool = False) -> Choice:
+        """With the format's own group size where none is given."""
+        groups = FORMATS[format].groups
+        return cls(format, groups.default if group_size is None else group_size, nested)
+
+    def __str__(self) -> str:
+        size = f"groups of {self.group_size}" if self.group_size else "a scale a row"
+        return f"{self.format}, {size}{', nested' if self.nested else ''}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of a checkpoint is packed, and how."""
+
+    experts: Choice
+    linears: Choice | None = None
+
+    def section(self) -> dict[str, Any]:
+        """The value of "quantization_config"."""
+        linears = None if self.linears is None else asdict(self.linears)
+        return {
+            "quant_method": METHOD,
+            "version": VERSION,
+            "experts": asdict(self.experts),
+            "linears": linears,
+        }
+
+
+def is_ours(section: Any) -> bool:
+    """Whether a "quantization_config" is this layout's."""
+    return isinstance(section, dict) and section.get("quant_method") == METHOD
+
+
+def read(section: dict[str, Any]) -> Layout:
+    """The layout that a "quantization_config" of ours describes.
+
+    Raises: MoeloraError that names the field that is missing or of another kind than expected.
+    """
+    version = section.get("version")
+    if version != VERSION:
+        raise MoeloraError(f'"version" of {SECTION} is {version!r}, expected {VERSION}')
+    linears = section.get("linears")
+    return Layout(
+        _choice("experts", section.get("experts")), None if linears is None else _choice("linears", linears)
+    )
+
+
+def _choice(field: str, value: Any) -> Choice:
+    where = f'"{field}" of {SECTION}'
+    if not isinstance(value, dict):
+        raise MoeloraError(f"{where} is {value!r}, expected a format with its group_size and nested")
+    name, size, nested = value.get("format"), value.get("group_size"), value.get("nested", False)
+    if name not in FORMATS or FORMATS[name].bits is None:
+        known = ", ".join(row.name for row in FORMATS.values() if row.bits is not None)
+        raise MoeloraError(f"{where} has the format {name!r}, expected one of {known}")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise MoeloraError(f"{where} has the group_size {size!r}, expected a whole number, 0 for the row")
+    if not isinstance(nested, bool) or (nested and not FORMATS[name].nested):
+        raise MoeloraError(f"{where} has nested {nested!r}, expected false for {name}")
+    return Choice(name, size, nested)
+
+
+def split(tensor: str) -> tuple[str, str] | None:
+    """`NAME.scale` → (`NAME`, `scale`); None for what is no part of a packed weight."""
+    name, dot, part = tensor.rpartition(".")
+    return (name, part) if dot and part in PARTS else None
+
+
+def tensors(name: str, weight: PackedWeight) -> dict[str, Tensor]:
+    """The tensors to store for the packed weight `name`."""
+    return {f"{name}.{part}": t for part, t in zip(PARTS, weight[:4], strict=True) if t is not None}
+
+
+def packed(choice: Choice, parts: dict[str, Tensor]) -> PackedWeight:
+    """The weight of the stored tensors, given by their suffixes; what it holds is not checked."""
+    return PackedWeight(*(parts.get(part) for part in PARTS), format=choice.format)
