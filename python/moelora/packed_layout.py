@@ -1,19 +1,20 @@
 """The layout of our own packed checkpoints: names of tensors, and the section of config.json.
 
-A packed checkpoint is a transformers directory whose safetensors hold, where the model has the weight `NAME`,
-the tensors of a `PackedWeight` as `NAME.codes`, `NAME.scale` and, where the format has them, `NAME.scale2` and
-`NAME.zero`. All are those of [E, N, K], nn.Linear's orientation, never transposed:
+A packed checkpoint is a transformers directory whose safetensors hold, where the model has the weight
+`NAME`, the tensors of a `PackedWeight` as `NAME.codes`, `NAME.scale` and, where the format has them,
+`NAME.scale2` and `NAME.zero`. All are those of [E, N, K], nn.Linear's orientation, never transposed:
 
-- experts, by the parameter of transformers' module in memory: `model.layers.0.mlp.experts.gate_up_proj`, rows
-  in the module's order (gate then up, or interleaved), all experts of a layer in one weight;
+- experts, by the parameter of transformers' module in memory: `model.layers.0.mlp.experts.gate_up_proj`,
+  rows in the module's order (gate then up, or interleaved), all experts of a layer in one weight;
 - linear layers, where they are packed too: `model.layers.0.self_attn.q_proj.weight`, with E = 1.
 
 Every other tensor is as in the dense checkpoint. config.json has
 
-    "quantization_config": {"quant_method": "moelora", "version": 1,
-                            "experts": {"format": "nf4", "group_size": 64, "nested": true}, "linears": null}
+    "quantization_config": {"quant_method": "moelora", "version": 1, "linears": null,
+                            "experts": {"format": "nf4", "group_size": 64, "nested": true}}
 
-where group_size is `torch_moelora.formats.quantize`'s, 0 for the whole row, and `linears` null or such a choice.
+where group_size is `torch_moelora.formats.quantize`'s, 0 for the whole row, and `linears` null or such a
+choice.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moelora.errors import MoeloraError
-from torch_moelora.formats import FORMATS, PackedWeight
+from torch_moelora.formats import FORMATS, NESTED_RUN, PackedWeight
 
 SECTION = "quantization_config"
 METHOD = "moelora"
@@ -117,3 +119,25 @@ def tensors(name: str, weight: PackedWeight) -> dict[str, Tensor]:
 def packed(choice: Choice, parts: dict[str, Tensor]) -> PackedWeight:
     """The weight of the stored tensors, given by their suffixes; what it holds is not checked."""
     return PackedWeight(*(parts.get(part) for part in PARTS), format=choice.format)
+
+
+def specs(
+    choice: Choice, shape: tuple[int, int, int], parts: int = 1
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Suffix → (dtype, shape) of what `torch_moelora.formats.quantize` makes of a weight [E, N, K].
+
+    parts: P, how many multipliers an expert has where the format has them.
+    """
+    experts, n, k = shape
+    row = FORMATS[choice.format]
+    group = choice.group_size or k
+    scale = (experts, n, k // group)
+    if row.groups.kind == "grid" and choice.group_size:
+        scale = (experts, -(-n // group), -(-k // group))
+    dtype = torch.uint8 if choice.nested else row.scale_dtypes[0]
+    found = {"codes": (row.storage, (experts, n, k // row.per_byte)), "scale": (dtype, scale)}
+    if choice.nested:
+        found["scale2"] = (torch.float32, (-(-experts * n * (k // group) // NESTED_RUN), 2))
+    elif row.scale2 == "parts":
+        found["scale2"] = (torch.float32, (experts, parts))
+    return found
