@@ -1,5 +1,5 @@
-"""A checkpoint written file by file in bounded memory: it appears when complete, and a run that was interrupted
-goes on.
+"""A checkpoint written file by file in bounded memory: it appears when complete, and a run that was
+interrupted goes on.
 
 Until then it lies beside its place, in a directory whose name ends in `.unfinished`, with a record of what it
 is made from and of each file that is finished. A record is believed only if the file's content is the
@@ -120,7 +120,7 @@ def write(
 
 @contextmanager
 def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that compute one operation each; what waits for them is dropped where the block is left early."""
+    """Threads that compute one operation each; what waits is dropped where the block is left early."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(threads)
@@ -152,9 +152,17 @@ def _held(partial: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        if not existed and partial.is_dir() and not (partial / _RECORD).exists():
+        if not existed and partial.is_dir() and not _finished(partial):
             shutil.rmtree(partial, ignore_errors=True)
+        lock.release()
+
+
+def _finished(partial: Path) -> bool:
+    """Whether there is a file to go on from."""
+    try:
+        return bool(json.loads((partial / _RECORD).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _begin(partial: Path, source: dict[str, Any]) -> dict[str, Any]:
@@ -174,8 +182,8 @@ def _begin(partial: Path, source: dict[str, Any]) -> dict[str, Any]:
         raise MoeloraError(f"{path} is damaged ({one_line(error)}): remove {partial} to start anew") from None
     if changed := sorted(key for key in {*before, *source} if before.get(key) != source.get(key)):
         raise MoeloraError(
-            f"{partial} is an unfinished run with another {' and '.join(changed)}: remove it to start anew, or "
-            "repeat the command that it is of to go on"
+            f"{partial} is an unfinished run with another {' and '.join(changed)}: remove it to start anew, "
+            "or repeat the command that it is of to go on"
         )
     return record
 
@@ -184,10 +192,9 @@ def _check_space(partial: Path, total: int, names: Iterable[str]) -> None:
     there = sum((partial / name).stat().st_blocks * 512 for name in names if (partial / name).exists())
     free = shutil.disk_usage(partial).free
     if total - there > free:
-        (partial / _RECORD).unlink() if not there else None
         raise MoeloraError(
-            f"{partial.parent} has {free / 1e9:.1f} GB free, expected the {(total - there) / 1e9:.1f} GB that "
-            "are to be written"
+            f"{partial.parent} has {free / 1e9:.1f} GB free, expected the {(total - there) / 1e9:.1f} GB "
+            "that are to be written"
         )
 
 
@@ -225,15 +232,15 @@ def _write_index(
 
 
 def _publish(partial: Path, out: Path) -> None:
-    """The directory under its name, without what was only for the run."""
+    """The directory under its name, then without what was only for the run."""
     for path in partial.iterdir():
         _sync(path)
-    for name in (_RECORD, _LOCK):
-        (partial / name).unlink(missing_ok=True)
     with suppress(OSError):
         out.rmdir()  # an empty one
     os.rename(partial, out)
     _sync(out.parent)
+    for name in (_RECORD, _LOCK):
+        (out / name).unlink(missing_ok=True)
 
 
 def _save(path: Path, content: Any) -> None:

@@ -44,9 +44,33 @@ class Choice:
 
     @classmethod
     def of(cls, format: str, group_size: int | None = None, nested: bool = False) -> Choice:
-        """With the format's own group size where none is given."""
-        groups = FORMATS[format].groups
-        return cls(format, groups.default if group_size is None else group_size, nested)
+        """With the format's own group size where none is given.
+
+        Raises: MoeloraError for what is no format, or a group size or nesting that it does not have.
+        """
+        if format not in FORMATS or FORMATS[format].bits is None:
+            raise MoeloraError(f"the format is {format!r}, expected one of {', '.join(formats())}")
+        row = FORMATS[format]
+        if nested and not row.nested:
+            which = ", ".join(name for name in formats() if FORMATS[name].nested)
+            raise MoeloraError(f"nested scales are for {which}, got {format}")
+        groups = row.groups
+        size = groups.default if group_size is None else group_size
+        possible = size in (0, groups.least) if groups.kind == "grid" else groups.allow(size, size)
+        if not possible and not (size == 0 and groups.kind == "multiple"):
+            raise MoeloraError(f"the group size is {size}, which {format} does not have")
+        return cls(format, size, nested)
+
+    def misfit(self, n: int, k: int) -> str | None:
+        """Why a weight [E, n, k] cannot be packed so, or None."""
+        row = FORMATS[self.format]
+        if k % row.per_byte:
+            return f"K is {k}, expected an even one"
+        if row.groups.kind == "grid" or row.groups.allow(self.group_size or k, k):
+            return None
+        sizes = [g for g in (256, 128, 64, 32, 16) if row.groups.allow(g, k)]
+        instead = f" (groups of {' or '.join(map(str, sizes))} would fit)" if sizes else ""
+        return f"K is {k}, which {self} do not fit{instead}"
 
     def __str__(self) -> str:
         size = f"groups of {self.group_size}" if self.group_size else "a scale a row"
@@ -69,6 +93,11 @@ class Layout:
             "experts": asdict(self.experts),
             "linears": linears,
         }
+
+
+def formats() -> list[str]:
+    """The names of the formats that pack."""
+    return [row.name for row in FORMATS.values() if row.bits is not None]
 
 
 def is_ours(section: Any) -> bool:
@@ -96,8 +125,7 @@ def _choice(field: str, value: Any) -> Choice:
         raise MoeloraError(f"{where} is {value!r}, expected a format with its group_size and nested")
     name, size, nested = value.get("format"), value.get("group_size"), value.get("nested", False)
     if name not in FORMATS or FORMATS[name].bits is None:
-        known = ", ".join(row.name for row in FORMATS.values() if row.bits is not None)
-        raise MoeloraError(f"{where} has the format {name!r}, expected one of {known}")
+        raise MoeloraError(f"{where} has the format {name!r}, expected one of {', '.join(formats())}")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise MoeloraError(f"{where} has the group_size {size!r}, expected a whole number, 0 for the row")
     if not isinstance(nested, bool) or (nested and not FORMATS[name].nested):

@@ -1,4 +1,4 @@
-"""Safetensors files written piece by piece, which the library's own writer, that wants whole tensors, is not for.
+"""Safetensors files written and read piece by piece; the library's own writer wants all of a file in memory.
 
 Sizes are known before anything is written: the header goes first, and pieces of tensors, from any thread,
 to where it says.
@@ -62,13 +62,16 @@ class Stored(NamedTuple):
         """`count` bytes from byte `start` of the tensor, as a flat tensor of its dtype."""
         buffer = torch.empty(count, dtype=torch.uint8)
         view = memoryview(buffer.numpy())
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.offset + start)
-            done = 0
-            while done < count:
-                if not (got := file.readinto(view[done:])):
-                    raise MoeloraError(f"{self.path} ends in the middle of a tensor: it is not complete")
-                done += got
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset + start)
+                done = 0
+                while done < count:
+                    if not (got := file.readinto(view[done:])):
+                        raise MoeloraError(f"{self.path} ends in the middle of a tensor: it is not complete")
+                    done += got
+        except OSError as error:
+            raise MoeloraError(f"cannot read {self.path}: {error.strerror}") from None
         return buffer.view(self.spec.dtype)
 
 
