@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+_GOES = "OUT appears when it is complete; interrupted, the same command goes on. Nothing is overwritten."
 COMMANDS = ("synthesize", "quantize", "merge")
 GO_ON = "the same command goes on from the files that are finished"
 
@@ -20,6 +21,7 @@ def _number(low: int, high: int = 2**63 - 1):
 def add(commands: argparse._SubParsersAction) -> None:
     """Adds their parsers."""
     _add_synthesize(commands)
+    _add_quantize(commands)
 
 
 def _shared(parser: argparse.ArgumentParser) -> None:
@@ -66,4 +68,17 @@ def _add_synthesize(commands: argparse._SubParsersAction) -> None:
     _shared(parser)
 
 
-_GOES = "OUT appears when it is complete; interrupted, the same command goes on. Nothing is overwritten."
+def _add_quantize(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "quantize",
+        help="pack the experts of a checkpoint, and say how large the error is",
+        description="Packs the experts of a checkpoint, some at a time in at most 2 GB of memory, reads back "
+        "what it wrote and compares: a table of errors at the end, and the error of each tensor in "
+        "quantization_errors.json. " + _GOES,
+    )
+    parser.add_argument(
+        "model_dir", metavar="DIR", help="a local checkpoint, dense or packed by this command"
+    )
+    parser.add_argument("out", metavar="OUT", help="the directory to make")
+    _packing(parser, "what to pack the experts in: nf4, fp4, int4, int8, fp8, mxfp4 or nvfp4")
+    _shared(parser)
