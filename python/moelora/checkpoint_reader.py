@@ -72,6 +72,10 @@ class PackedSource(NamedTuple):
     choice: Choice
     parts: dict[str, Stored]  # by suffix
 
+    def by_disk_name(self) -> dict[str, Stored]:
+        """The tensors that it is made from."""
+        return {f"{self.name}.{part}": tensor for part, tensor in self.parts.items()}
+
     def read(self, start: int, stop: int) -> Tensor:
         """float32 [stop - start, N, K], those experts."""
         if not self.choice.nested:
@@ -99,6 +103,7 @@ def unnested(choice: Choice, codes: tuple[int, ...], scale: Tensor, scale2: Tens
 class Source:
     """A local checkpoint.
 
+    plain: its configuration, as of a dense checkpoint.
     layout: of what is packed in it, None for a dense one.
     weights: the experts' weights and those of linear layers by their names in the model.
     others: the other tensors by their names on disk.
@@ -116,11 +121,12 @@ class Source:
         plain = copy.deepcopy(self.config)
         if hasattr(plain, packed_layout.SECTION):
             delattr(plain, packed_layout.SECTION)
+        self.plain = plain
         self.names = Names(outline(plain))
         self.files = stored.required(directory)
         tensors = {name: one for path in self.files for name, one in shards.stored(path).items()}
         self.experts = self.names.experts()
-        self._linears = set(self.names.linears())
+        self.linears = set(self.names.linears())
         self.weights: dict[str, DenseWeight | PackedSource] = {}
         self.others: dict[str, Stored] = {}
         self._sort(tensors)
@@ -150,7 +156,7 @@ class Source:
                 continue
             name, pattern = self.names.model_name(disk)
             found.add(name)
-            if name in self.experts or (name in self._linears and pattern is None):
+            if name in self.experts or (name in self.linears and pattern is None):
                 dense.setdefault(name, {}).setdefault(pattern, {})[disk] = tensors[disk]
             else:
                 self.others[disk] = tensors[disk]
@@ -202,6 +208,23 @@ class Source:
                 wanted = list(expected[part][1]) if part in expected else "nothing"
                 raise MoeloraError(f"{name}.{part} in {self.directory}: expected {wanted}, got {came}")
         return PackedSource(name, shape, own.dtype, choice, parts)
+
+    def matrix(self, name: str) -> bool:
+        """Whether the model's matrix `name` is among `weights`, where it is moved to from the others."""
+        for disk, tensor in self.others.items():
+            if len(tensor.spec.shape) == 2 and self.names.model_name(disk) == (name, None):
+                own = self.names.state[name]
+                self.weights[name] = self._dense(name, {None: {disk: self.others.pop(disk)}}, own)
+                break
+        return name in self.weights
+
+    def find(self, name: str) -> Stored | None:
+        """The tensor on disk that is the model's `name` as it is, or None."""
+        weight = self.weights.get(name)
+        if isinstance(weight, DenseWeight) and None in weight.sources:
+            return weight.sources[None][0]
+        found = (t for disk, t in self.others.items() if self.names.model_name(disk) == (name, None))
+        return next(found, None)
 
     def fingerprint(self) -> list[Any]:
         """Of the files: names, sizes and times."""

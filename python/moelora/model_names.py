@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
@@ -72,6 +73,9 @@ class Names:
         self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         self._by_pattern = {p: entry for entry in self._converters for p in entry.source_patterns}
         self.state = model.state_dict()
+        # For the way back, which looks for them through all modules at each call.
+        kept = get_model_conversion_mapping(model, add_legacy=False)
+        model._weight_conversions = [entry for entry in kept if not isinstance(entry, PrefixChange)]
 
     def model_name(self, disk: str) -> tuple[str, str | None]:
         """The model's name for a tensor on disk, and the pattern of the conversion that makes it, if any.

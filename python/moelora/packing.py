@@ -5,11 +5,13 @@ A few matrices at a time, or some rows of one; so many at once as memory is allo
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from moelora import packed_layout
 from moelora.checkpoint_reader import DenseWeight, PackedSource, kind, unnested
 from moelora.errors import MoeloraError
+from moelora.model_names import Names, oriented
 from moelora.packed_layout import Choice
 from moelora.shards import ShardFile, Spec, Stored
 from torch_moelora import formats
@@ -27,6 +30,9 @@ NUMBERS = 1 << 21  # of a weight that are packed at once
 WHOLE = 20_000_000  # as many where a scale is for all of an expert
 BYTES_A_NUMBER = 24  # in work: copies in float32
 COPIED = 1 << 25  # bytes at once
+
+if TYPE_CHECKING:
+    from moelora.adapter_deltas import Delta  # with PEFT, which takes seconds to import
 
 Weight = DenseWeight | PackedSource
 
@@ -81,60 +87,175 @@ class Block(NamedTuple):
     b: int
 
 
-class Packed:
-    """A weight, packed, read back from the file and compared.
-
-    change: what is done to a block of the weight before, given (block, [experts, rows, K] in float32); it
-        returns what is to be packed and figures to add up.
+class Figures(NamedTuple):
+    """Sums over a weight, in float64. error: ‖written - wanted‖². norm: ‖wanted‖². kept: the scalar product
+    of the delta with what of it is in what was written; delta: ‖delta‖².
     """
 
-    def __init__(self, weight: Weight, choice: Choice, change: Callable[[Block, Tensor], Any] | None = None):
-        self._weight, self._choice, self._change = weight, choice, change
+    error: Tensor
+    norm: Tensor
+    kept: Tensor
+    delta: Tensor
+
+    @classmethod
+    def none(cls) -> Figures:
+        return cls(*torch.zeros(4, dtype=torch.float64))
+
+    @classmethod
+    def of(cls, written: Tensor, base: Tensor, delta: Tensor | None) -> Figures:
+        """For blocks in float32."""
+        zero = torch.zeros((), dtype=torch.float64)
+        wanted = base if delta is None else base + delta
+        norm = wanted.square().sum(dtype=torch.float64)
+        error = (written - wanted).square_().sum(dtype=torch.float64)
+        if delta is None:
+            return cls(error, norm, zero, zero)
+        kept = (written - base).mul_(delta).sum(dtype=torch.float64)
+        return cls(error, norm, kept, delta.square().sum(dtype=torch.float64))
+
+    def plus(self, other: Figures) -> Figures:
+        return Figures(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def told(self, name: str) -> dict[str, Any]:
+        """As the record of a file has them."""
+        return {"name": name, "kind": kind(name)} | {k: v.item() for k, v in self._asdict().items()}
+
+
+class _Changed:
+    """A weight and what is added to it, block by block."""
+
+    def __init__(self, weight: Weight, delta: Delta | None):
+        self._weight, self._delta = weight, delta
+
+    def begin(self) -> tuple[Tensor, Tensor] | None:
+        return None if self._delta is None else self._delta.read()
+
+    def each(self, i: int, blocks: Blocks, factors: Any) -> Iterator[tuple[Block, Tensor, Tensor | None]]:
+        """(block, base, delta) from expert i, [experts, rows, K]; with a delta both are float32."""
+        experts, n, _ = self._weight.shape
+        j = min(experts, i + blocks.experts)
+        source = self._weight.read(i, j)
+        for a in range(0, n, blocks.rows):
+            block = Block(i, j, a, min(n, a + blocks.rows))
+            base = source[:, block.a : block.b]
+            if factors is None:
+                yield block, base, None
+            else:
+                a_factor, b_factor = (factor[i:j] for factor in factors)
+                yield block, base.float(), torch.bmm(b_factor[:, block.a : block.b], a_factor)
+
+
+class Dense:
+    """A weight in a floating dtype, under the names and in the shapes of the model's dense checkpoint."""
+
+    def __init__(self, weight: Weight, dtype: torch.dtype, names: Names, delta: Delta | None):
+        self._weight, self._dtype, self._names = weight, dtype, names
+        self._changed = _Changed(weight, delta)
+        self._module = names.experts().get(weight.name)
+        self._blocks = Blocks.of(weight.shape, None)
+        self.specs = {
+            disk: Spec(dtype, tuple(tensor.shape))
+            for disk, tensor in self._on_disk(torch.empty(weight.shape, dtype=dtype, device="meta")).items()
+        }
+        self._single = len(self.specs) > len(self._on_disk(torch.empty(1, *weight.shape[1:], device="meta")))
+
+    def _on_disk(self, values: Tensor) -> dict[str, Tensor]:
+        """Of [experts, N, K]."""
+        own = values[0] if self._module is None else oriented(self._module, values)
+        return self._names.on_disk({self._weight.name: own})
+
+    def write(self, file: ShardFile, pool: Executor) -> dict[str, Any]:
+        """Returns the weight's figures."""
+        at_once = threading.Semaphore(in_work(self._weight, self._blocks))
+        factors = self._changed.begin()
+
+        def part(i: int) -> Figures:
+            with at_once:
+                experts, n, k = self._weight.shape
+                j = min(experts, i + self._blocks.experts)
+                values, total = torch.empty(j - i, n, k, dtype=self._dtype), Figures.none()
+                for block, base, delta in self._changed.each(i, self._blocks, factors):
+                    rows = values[:, block.a : block.b]
+                    rows.copy_(base if delta is None else base + delta)
+                    total = total.plus(Figures.of(rows.float(), base.float(), delta))
+                for disk, tensor in self._on_disk(values).items():
+                    self._put(file, i, disk, tensor)
+                return total
+
+        starts = range(0, self._weight.shape[0], self._blocks.experts)
+        total = functools.reduce(Figures.plus, pool.map(part, starts), Figures.none())
+        return total.told(self._weight.name)
+
+    def _put(self, file: ShardFile, i: int, disk: str, tensor: Tensor) -> None:
+        if self._single:  # a matrix for each expert, counted from the block's first
+            disk = re.sub(r"\bexperts\.(\d+)\b", lambda found: f"experts.{int(found[1]) + i}", disk)
+            file.write(disk, 0, tensor)
+        else:
+            experts = self._weight.shape[0]
+            file.write(disk, i * (math.prod(self.specs[disk].shape) // experts), tensor)
+
+
+class Cast:
+    """A tensor in another floating dtype."""
+
+    def __init__(self, name: str, tensor: Stored, dtype: torch.dtype):
+        self.specs = {name: Spec(dtype, tensor.spec.shape)}
+        self._name, self._tensor, self._dtype = name, tensor, dtype
+
+    def write(self, file: ShardFile, pool: Executor) -> None:
+        size = self._tensor.spec.dtype.itemsize
+
+        def piece(start: int) -> None:
+            count = min(COPIED, self._tensor.spec.nbytes - start)
+            file.write(self._name, start // size, self._tensor.read_bytes(start, count).to(self._dtype))
+
+        for _ in pool.map(piece, range(0, self._tensor.spec.nbytes, COPIED)):
+            pass
+
+
+class Packed:
+    """A weight, packed, with what is added to it before; read back from the file and compared."""
+
+    def __init__(self, weight: Weight, choice: Choice, delta: Delta | None = None):
+        self._weight, self._choice = weight, choice
+        self._changed = _Changed(weight, delta)
         self._blocks = Blocks.of(weight.shape, choice)
         found = packed_layout.specs(choice, weight.shape, self._blocks.parts)
         self._parts = {part: Spec(*spec) for part, spec in found.items()}
         self.specs = {f"{weight.name}.{part}": spec for part, spec in self._parts.items()}
 
     def write(self, file: ShardFile, pool: Executor) -> dict[str, Any]:
-        """Returns the weight's name and kind, and the squared error and norm, summed."""
+        """Returns the weight's figures."""
         at_once = threading.Semaphore(in_work(self._weight, self._blocks))
         nested = self._choice.nested
         scales = torch.empty(self._parts["scale"].shape) if nested else None
 
-        def first(i: int) -> Tensor:
-            with at_once:
-                return self._pack(file, i, scales)
+        factors = self._changed.begin()
 
-        def second(i: int) -> Tensor:
+        def first(i: int) -> Figures:
             with at_once:
-                return self._compare_again(file, i, scales)
+                return self._pack(file, i, factors, scales)
+
+        def second(i: int) -> Figures:
+            with at_once:
+                return self._compare_again(file, i, factors, scales)
 
         starts = range(0, self._weight.shape[0], self._blocks.experts)
-        total = sum(pool.map(first, starts), torch.zeros(2, dtype=torch.float64))
+        total = functools.reduce(Figures.plus, pool.map(first, starts), Figures.none())
         if nested:
             codes, scale2 = formats.nested_scales(scales)
             file.write(f"{self._weight.name}.scale", 0, codes)
             file.write(f"{self._weight.name}.scale2", 0, scale2)
             stored = {part: file.stored[f"{self._weight.name}.{part}"].read() for part in ("scale", "scale2")}
             scales.copy_(unnested(self._choice, self._parts["codes"].shape, **stored))
-            total = sum(pool.map(second, starts), torch.zeros(2, dtype=torch.float64))
-        name = self._weight.name
-        return {"name": name, "kind": kind(name), "error": total[0].item(), "norm": total[1].item()}
+            total = functools.reduce(Figures.plus, pool.map(second, starts), Figures.none())
+        return total.told(self._weight.name)
 
-    def _each(self, i: int) -> Iterator[tuple[Block, Tensor]]:
-        """The blocks from expert i, with what is to be packed."""
-        experts, n, _ = self._weight.shape
-        j = min(experts, i + self._blocks.experts)
-        source = self._weight.read(i, j)
-        for a in range(0, n, self._blocks.rows):
-            block = Block(i, j, a, min(n, a + self._blocks.rows))
-            values = source[:, block.a : block.b]
-            yield block, values if self._change is None else self._change(block, values)
-
-    def _pack(self, file: ShardFile, i: int, scales: Tensor | None) -> Tensor:
-        total = torch.zeros(2, dtype=torch.float64)
+    def _pack(self, file: ShardFile, i: int, factors: Any, scales: Tensor | None) -> Figures:
+        total = Figures.none()
         group = self._choice.group_size or self._whole()
-        for block, values in self._each(i):
+        for block, base, delta in self._changed.each(i, self._blocks, factors):
+            values = base if delta is None else base + delta
             try:
                 packed = formats.quantize(values, self._choice.format, group)
             except RuntimeError as error:
@@ -145,14 +266,14 @@ class Packed:
                 elif tensor is not None:
                     file.write(f"{self._weight.name}.{part}", self._first(part, block), tensor)
             if scales is None:
-                total += _squares(self._read(file, block, None), values)
+                total = total.plus(Figures.of(self._read(file, block, None), base.float(), delta))
         return total
 
-    def _compare_again(self, file: ShardFile, i: int, scales: Tensor) -> Tensor:
-        return sum(
-            (_squares(self._read(file, block, scales), values) for block, values in self._each(i)),
-            torch.zeros(2, dtype=torch.float64),
-        )
+    def _compare_again(self, file: ShardFile, i: int, factors: Any, scales: Tensor) -> Figures:
+        total = Figures.none()
+        for block, base, delta in self._changed.each(i, self._blocks, factors):
+            total = total.plus(Figures.of(self._read(file, block, scales), base.float(), delta))
+        return total
 
     def _whole(self) -> int:
         """What `quantize` takes for a scale a row."""
@@ -196,10 +317,3 @@ def in_work(weight: Weight, blocks: Blocks) -> int:
     _, n, k = weight.shape
     held = blocks.experts * n * k * (4 if isinstance(weight, PackedSource) else weight.dtype.itemsize)
     return max(1, MEMORY // (2 * held + blocks.experts * blocks.rows * k * BYTES_A_NUMBER))
-
-
-def _squares(found: Tensor, expected: Tensor) -> Tensor:
-    """(‖found - expected‖², ‖expected‖²)."""
-    expected = expected.float()
-    norm = expected.square().sum(dtype=torch.float64)
-    return torch.stack((found.sub_(expected).square_().sum(dtype=torch.float64), norm))

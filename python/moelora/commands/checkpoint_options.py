@@ -22,6 +22,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Adds their parsers."""
     _add_synthesize(commands)
     _add_quantize(commands)
+    _add_merge(commands)
 
 
 def _shared(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +37,8 @@ def _shared(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _packing(parser: argparse.ArgumentParser, formats: str) -> None:
-    parser.add_argument("--format", metavar="FORMAT", required=True, help=formats)
+def _packing(parser: argparse.ArgumentParser, formats: str, default: str | None = None) -> None:
+    parser.add_argument("--format", metavar="FORMAT", required=default is None, default=default, help=formats)
     parser.add_argument("--nested", action="store_true", help="8-bit scales with scales of their own")
     parser.add_argument(
         "--group-size",
@@ -81,4 +82,20 @@ def _add_quantize(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("out", metavar="OUT", help="the directory to make")
     _packing(parser, "what to pack the experts in: nf4, fp4, int4, int8, fp8, mxfp4 or nvfp4")
+    _shared(parser)
+
+
+def _add_merge(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "merge",
+        help="add a LoRA adapter to its base, and say how much of it survives the rounding",
+        description="Adds a LoRA adapter of PEFT to the checkpoint that it was trained on, a layer at a "
+        "time, and tells how much of its change is in what was written: rounding to 4 bits can take most of "
+        "it. " + _GOES,
+    )
+    parser.add_argument("model_dir", metavar="DIR", help="a local checkpoint, dense or packed by us")
+    parser.add_argument("adapter", metavar="ADAPTER", help="an adapter of it in PEFT's format")
+    parser.add_argument("out", metavar="OUT", help="the directory to make")
+    what = "same: as the base is; bfloat16, float16 or float32: dense; or what to pack the experts in"
+    _packing(parser, f"{what}, such as nf4 (default: same)", "same")
     _shared(parser)

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from moelora import checkpoint_writer, packed_layout
 from moelora.checkpoint_reader import ERRORS, PackedSource, Source, natural
-from moelora.checkpoint_writer import Item, Written
-from moelora.commands import choices
+from moelora.checkpoint_writer import Written
+from moelora.commands import choices, rewriting
 from moelora.errors import MoeloraError
 from moelora.packed_layout import Choice, Layout
-from moelora.packing import Copied, Packed
+from moelora.packing import Packed
 
 
 def main(explicit: dict[str, Any]) -> None:
@@ -39,11 +35,12 @@ def main(explicit: dict[str, Any]) -> None:
     pack = to_pack(source, layout)
     choices.check_shapes({n: (choice, *source.weights[n].shape[1:]) for n, choice in pack.items()})
     _warn_of_errors_that_add(source, pack)
-    made = items(source, pack, lambda name, choice: Packed(source.weights[name], choice))
+    packed = {name: Packed(source.weights[name], choice) for name, choice in pack.items()}
+    made = rewriting.items(source, packed)
     about = {"source": source.fingerprint(), "layout": layout.section(), "command": "quantize"}
 
     def beside(directory: Path, written: Written) -> None:
-        write_config(source, layout, None, directory)
+        rewriting.write_config(source, layout, None, directory)
         figures = {row["name"]: relative(row) for row in filter(None, written.told)}
         text = json.dumps(dict(sorted(figures.items(), key=lambda pair: natural(pair[0]))), indent=1)
         (directory / ERRORS).write_text(text + "\n", encoding="utf-8")
@@ -71,48 +68,15 @@ def to_pack(source: Source, layout: Layout) -> dict[str, Choice]:
     return found
 
 
-def items(source: Source, changed: Iterable[str], make: Callable[..., Item]) -> list[Item]:
-    """All tensors of the checkpoint to write: what `make` makes of each of the weights `changed`, which may be
-    given with an argument for it, and the others as they are.
-    """
-    arguments = changed if isinstance(changed, dict) else dict.fromkeys(changed, ())
-    found: list[tuple[str, Item]] = [(disk, Copied(disk, tensor)) for disk, tensor in source.others.items()]
-    for name, weight in source.weights.items():
-        if name in arguments:
-            found.append((name, make(name, arguments[name])))
-        elif isinstance(weight, PackedSource):
-            found += [(name, Copied(f"{name}.{part}", tensor)) for part, tensor in weight.parts.items()]
-        else:
-            found += [(name, Copied(disk, tensor)) for disk, tensor in weight.by_disk_name().items()]
-    return [item for _, item in sorted(found, key=lambda pair: natural(pair[0]))]
-
-
 def _warn_of_errors_that_add(source: Source, pack: dict[str, Choice]) -> None:
     packed = [weight for weight in map(source.weights.get, pack) if isinstance(weight, PackedSource)]
     if packed:
         before = "; ".join(sorted({str(weight.choice) for weight in packed}))
         print(
-            f"moelora: {source.directory} is packed already ({before}): the errors below are beside that, and "
-            "add to those that it has",
+            f"moelora: {source.directory} is packed already ({before}): the errors below are beside that, "
+            "and add to those that it has",
             file=sys.stderr,
         )
-
-
-def write_config(source: Source, layout: Layout | None, dtype: str | None, directory: Path) -> None:
-    """The configuration of what was written, and the other files of the checkpoint it was made from."""
-    config = source.raw_config()
-    config.pop(packed_layout.SECTION, None)
-    if layout is not None:
-        config[packed_layout.SECTION] = layout.section()
-    if dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = dtype
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in source.beside():
-        if path.is_dir():
-            shutil.copytree(path, directory / path.name, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(path, directory / path.name)
 
 
 def table(source: Source, pack: dict[str, Choice], rows: list[dict[str, Any]]) -> str:
@@ -131,14 +95,7 @@ def table(source: Source, pack: dict[str, Choice], rows: list[dict[str, Any]]) -
             *(kind, str(len(same)), str(choice), f"{bits(choice, shape):.2f}"),
             *(f"{relative({'error': error, 'norm': norm}):.2%}", f"{relative(worst):.2%}", worst["name"]),
         )
-    return rendered(shown)
-
-
-def rendered(shown: Table) -> str:
-    """A table as text."""
-    console = Console(file=StringIO(), width=240, color_system=None)
-    console.print(shown)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return rewriting.rendered(shown)
 
 
 def relative(row: dict[str, Any]) -> float:
