@@ -87,8 +87,8 @@ def check(directory: Path) -> PeftConfig:
 
 
 def copies(directory: Path) -> dict[str, Stored]:
-    """The base's own weights that PEFT has written beside the adapter, by their names in the model; it does so
-    where embeddings or the head are adapted.
+    """The base's own weights that PEFT writes beside the adapter where embeddings or the head are
+    adapted, by their names in the model.
 
     Raises: MoeloraError for tensors that are neither these nor LoRA's.
     """
