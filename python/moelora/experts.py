@@ -72,6 +72,12 @@ def register(interface: ExpertsInterface = ALL_EXPERTS_FUNCTIONS) -> None:
     interface.register(IMPLEMENTATION, experts_forward)
 
 
+def choose(module: nn.Module) -> None:
+    """Let an experts module run on the operators, as `experts_implementation="moelora"` does for a model."""
+    register(_interface(module))
+    module.config._experts_implementation_internal = IMPLEMENTATION
+
+
 def _interface(module: nn.Module) -> ExpertsInterface:
     """Where the module's class looks its function up: quantised experts have an interface of their own."""
     found = inspect.getclosurevars(type(module).forward).nonlocals

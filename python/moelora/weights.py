@@ -1,4 +1,4 @@
-"""How an experts module stores its weights: as parameters, or packed by transformers or bitsandbytes.
+"""How an experts module stores its weights: as parameters, or packed by us, transformers or bitsandbytes.
 
 What is packed is read in place. The attribute of the weight's name is not always it: bitsandbytes hangs a
 parametrization on it, which unpacks all experts at each access.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from moelora import standin
 from torch_moelora.formats import NESTED_RUN, PackedWeight, nested_values
 
 BLOCK = 128  # of fp8 scales: so many rows and columns
@@ -25,6 +26,9 @@ def weight_of(module: nn.Module, name: str) -> Tensor | PackedWeight:
     Raises: ValueError that ends a sentence on the weight, where it is packed in a way that no format has;
     AttributeError where there is none.
     """
+    packed = standin.packed(module, name)
+    if packed is not None:
+        return packed.weight
     if is_parametrized(module, name):
         state = getattr(module.parametrizations[name][0], "quant_state", None)
         if state is not None:

@@ -1,0 +1,98 @@
+"""`from_pretrained`: transformers' loader, for checkpoints whose experts are to stay packed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from moelora import layouts, stored, unpacking
+from moelora.errors import MoeloraError, one_line
+from moelora.packed_layout import METHOD, SECTION
+
+MODELOPT = "hf_quant_config.json"  # where older ModelOpt says it, instead of in config.json
+
+
+def from_pretrained(
+    directory: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """A causal language model whose experts stay packed, if they are packed in the files; else as ever.
+
+    Experts run on the operators from the start (`experts_implementation="moelora"`); after adding adapters call
+    `moelora.enable(model)`. Files that hold a layer's experts in one tensor (ours, gpt-oss) are mapped. Of others
+    the experts are stacked once into files below `cache_dir`, which are mapped from then on. Linear layers that
+    are packed in the files are dequantised to the model's dtype.
+
+    Args:
+        directory: a local checkpoint, or a name on the hub.
+        cache_dir: for stacked experts; None for `moelora` below Hugging Face's home (HF_HOME).
+        kwargs: transformers' `from_pretrained`'s. device_map must be one device for packed experts.
+
+    Raises: MoeloraError for a checkpoint that cannot be kept packed, with the way out, and for tensors that are
+        missing, of another kind or shape than expected; what transformers raises for the rest.
+    """
+    if Path(directory).is_dir():
+        stored.files(Path(directory))  # an index that lies is told before anything is read
+    config = kwargs.pop("config", None)
+    if not isinstance(config, PreTrainedConfig):
+        config, kwargs = _config(config or directory, kwargs)
+    section = _section(config, Path(directory))
+    if section is None:
+        return AutoModelForCausalLM.from_pretrained(directory, config=config, **kwargs)
+    layout = layouts.recognise(section)
+    known = {} if layout is not layouts.OURS else section
+    own = {**known, "quant_method": METHOD, "cache_dir": None if cache_dir is None else os.fspath(cache_dir)}
+    if layout is not layouts.OURS:
+        own["source"] = section
+    config.quantization_config = own
+    return _load(directory, config, kwargs)
+
+
+def _load(directory: str | os.PathLike, config: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """transformers tells what a conversion raised in a table that it logs; here it is what is raised."""
+    problems: list[MoeloraError] = []
+    token = unpacking.PROBLEMS.set(problems)
+    try:
+        return AutoModelForCausalLM.from_pretrained(directory, config=config, **kwargs)
+    except RuntimeError as error:
+        if not problems:
+            raise
+        raise problems[0] from error
+    finally:
+        unpacking.PROBLEMS.reset(token)
+
+
+def _config(where: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The configuration, and the arguments that are none of its. A dtype is the model's own argument."""
+    dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+    passed = {
+        name: kwargs[name]
+        for name in (
+            "token",
+            "revision",
+            "local_files_only",
+            "subfolder",
+            "trust_remote_code",
+            "force_download",
+        )
+        if name in kwargs
+    }
+    config, rest = AutoConfig.from_pretrained(where, return_unused_kwargs=True, **kwargs)
+    return config, {**passed, **rest, **dtypes}
+
+
+def _section(config: PreTrainedConfig, directory: Path) -> dict[str, Any] | None:
+    """ "quantization_config", wherever the checkpoint has it."""
+    section = getattr(config, SECTION, None) or getattr(config.get_text_config(), SECTION, None)
+    if section is None and (directory / MODELOPT).is_file():
+        try:
+            section = json.loads((directory / MODELOPT).read_text(encoding="utf-8"))["quantization"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise MoeloraError(f"cannot read {directory / MODELOPT}: {one_line(error)}") from None
+    if section is None:
+        return None
+    section = section if isinstance(section, dict) else section.to_dict()
+    return {name: value.value if hasattr(value, "value") else value for name, value in section.items()}
