@@ -44,6 +44,7 @@ def main(explicit: dict[str, Any]) -> None:
     written = checkpoint_writer.write(out, items, source, beside, workers, "synthesize")
     print(choices.finished(out, written, time.perf_counter() - started))
     how = f"experts {layout.experts}" if layout else "dense"
+    how += f", linear layers {layout.linears}" if layout and layout.linears else ""
     print(f"{type(model).__name__}, {parameters / 1e9:.2f} G parameters, {how}; random weights of seed "
           f"{explicit['seed']}")  # fmt: skip
 
