@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import moelora
 import pytest
 import torch
 from checkpoint_tiny import (
@@ -142,6 +143,26 @@ def test_packed_in_its_own_format(dense, tmp_path, capsys, kind):
     row = next(line for line in told.splitlines() if line.startswith("model.layers.*.mlp.experts.down_proj"))
     assert f"{kept / wanted:.1%}" in row
     assert "nf4, groups of 64" in told and layout.linears.format == "nf4"
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_what_was_tuned_packed_is_what_is_merged(dense, tmp_path, kind):
+    """quantise → adapter on the packed base → merge → plain transformers: the same logits."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    source = dense(kind, torch.float32)
+    assert main(["quantize", str(source), str(base), "--format", "nf4", "--nested"]) == 0
+    options = {"target_parameters": EXPERTS, "target_modules": ["q_proj", "v_proj"]}
+    adapter = adapt(source, tmp_path / "adapter", **options)
+    assert main(["merge", str(base), str(adapter), str(out), "--format", "float32"]) == 0
+    tuned = PeftModel.from_pretrained(moelora.from_pretrained(base), adapter)
+    moelora.enable(tuned)
+    tokens = torch.arange(24)[None]
+    with torch.no_grad():
+        expected = tuned(input_ids=tokens).logits
+        before = moelora.from_pretrained(base)(tokens).logits
+        found = AutoModelForCausalLM.from_pretrained(out)(tokens).logits
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert (found - before).norm() > 1e-2 * expected.norm()
 
 
 def test_little_is_left_of_a_small_change_in_four_bits(dense, tmp_path, capsys):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
+import moelora
 import pytest
 import torch
 from checkpoint_tiny import (
@@ -17,6 +20,7 @@ from checkpoint_tiny import (
     tensors,
     weight,
 )
+from filelock import FileLock
 from finetune_tiny import fails
 from model_tiny import one_thread  # noqa: F401  (autouse)
 from moelora import checkpoint_writer, model_names, packed_layout, packing
@@ -156,6 +160,80 @@ def test_packed_again_says_that_errors_add(dense, tmp_path, capsys):
     linear = "model.layers.1.self_attn.q_proj.weight.codes"
     assert tensors(second)[linear].equal(tensors(first)[linear])
     assert not [key for key in tensors(second) if key.endswith("experts.down_proj.scale2")]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_loaded_it_computes_what_its_weights_say(tmp_path, kind):
+    """Packed experts and linear layers, beside transformers' own experts on what they unpack to."""
+    source = save(model(kind, torch.float32), tmp_path / "in")
+    out = tmp_path / "out"
+    assert main(["quantize", str(source), str(out), "--format", "nf4", "--nested", "--linears", "int8"]) == 0
+    plain, choices = AutoModelForCausalLM.from_pretrained(source), layout(out)
+    names = model_names.Names(plain)
+    with torch.no_grad():
+        for name, module in names.experts().items():
+            unpacked = weight(out, name, choices.experts)
+            plain.get_parameter(name).copy_(model_names.oriented(module, unpacked))
+        for name in names.linears():
+            plain.get_parameter(name).copy_(weight(out, name, choices.linears)[0])
+        tokens = torch.arange(24)[None]
+        expected, found = plain(tokens).logits, moelora.from_pretrained(out)(tokens).logits
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_second_process_is_told(dense, tmp_path, capsys):
+    out = tmp_path / "out"
+    partial = tmp_path / "out.unfinished"
+    partial.mkdir()
+    with FileLock(partial / "lock"):
+        told = fails(["quantize", str(dense("qwen3_moe")), str(out), *arguments("nf4")], capsys)
+    assert "another process is writing" in told
+    (partial / "mine.txt").write_text("mine")
+    told = fails(["quantize", str(dense("qwen3_moe")), str(out), *arguments("nf4")], capsys)
+    assert "has mine.txt in it, which no run wrote: move it away" in told
+    assert (partial / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_killed_at_any_time(dense, tmp_path, monkeypatch, capsys):
+    """SIGKILL leaves nothing under the name, and what it leaves is gone on from."""
+    source, out, whole = dense("qwen3_moe"), tmp_path / "out", tmp_path / "whole"
+    assert main(["quantize", str(source), str(whole), *arguments("nf4-nested")]) == 0
+    script = (
+        "import os, sys, moelora.checkpoint_writer as w; w.LARGEST = 60_000; real = w._finish; made = []\n"
+        "def finish(*a):\n"
+        "    real(*a); made.append(1)\n"
+        "    len(made) == 3 and os.kill(os.getpid(), 9)\n"
+        "w._finish = finish\n"
+        "from moelora.__main__ import main; main(sys.argv[1:])"
+    )
+    command = ["quantize", str(source), str(out), *arguments("nf4-nested")]
+    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, timeout=300)
+    assert done.returncode == -9 and not out.exists()
+    assert len(json.loads((tmp_path / "out.unfinished" / "run.json").read_text())["files"]) == 3
+    monkeypatch.setattr(checkpoint_writer, "LARGEST", 60_000)
+    assert main(command) == 0
+    assert "3 of them from before" in capsys.readouterr().out
+    assert {k: v.tolist() for k, v in tensors(out).items()} == {
+        k: v.tolist() for k, v in tensors(whole).items()
+    }
+
+
+@pytest.mark.long
+def test_memory_stays_bounded(tmp_path):
+    """A layer of a real model: 1.2 GB of experts, most of it in one tensor."""
+    script = "import resource, sys; from moelora.__main__ import main; assert main(sys.argv[1:]) == 0; "
+    script += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+
+    def peak(*command: str) -> int:
+        done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.split()[-1])
+
+    dense_dir, out = str(tmp_path / "in"), str(tmp_path / "out")
+    shape = ["qwen3-30b-a3b", dense_dir, "--layers", "1", "--format", "bf16"]
+    assert peak("synthesize", *shape) < 2000
+    assert peak("quantize", dense_dir, out, "--format", "int8", "--linears", "int8") < 2000
 
 
 def test_other_files_come_along(dense, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import moelora
 import pytest
 import torch
 from checkpoint_tiny import (
@@ -83,6 +84,15 @@ def test_packed_weights_are_as_quantize_makes_them(config_dir, tmp_path, form):
         assert 0.7 < values.std().item() / 0.02 < 1.4
         assert values.mean().abs().item() < 0.005
         assert len({tuple(row) for row in values[:, 0].tolist()}) == 4  # experts differ
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_packed_loads_and_runs(config_dir, tmp_path, kind):
+    out = tmp_path / "out"
+    assert main(["synthesize", str(config_dir(kind)), str(out), *arguments("nf4-nested")]) == 0
+    with torch.no_grad():
+        logits = moelora.from_pretrained(out)(torch.arange(16)[None]).logits.float()
+    assert 0.01 < logits.std().item() < 10
 
 
 def test_packed_linears(config_dir, tmp_path):
