@@ -10,6 +10,7 @@ import json
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,6 +209,14 @@ class Source:
                 wanted = list(expected[part][1]) if part in expected else "nothing"
                 raise MoeloraError(f"{name}.{part} in {self.directory}: expected {wanted}, got {came}")
         return PackedSource(name, shape, own.dtype, choice, parts)
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """That of most of the tensors that are no packed weights', by bytes."""
+        sizes: Counter[torch.dtype] = Counter()
+        for tensor in self.others.values():
+            sizes[tensor.spec.dtype] += tensor.spec.nbytes
+        return sizes.most_common(1)[0][0]
 
     def matrix(self, name: str) -> bool:
         """Whether the model's matrix `name` is among `weights`, where it is moved to from the others."""

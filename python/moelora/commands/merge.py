@@ -123,8 +123,8 @@ def _changed(source: Source, target: Target, deltas: dict[str, Delta]) -> dict[s
 
 
 def _other(source: Source, target: Target, disk: str, tensor: Stored) -> Item:
-    """As it is, or in the new dtype if it is in the model's: some are in another for a reason."""
-    own = source.plain.dtype or torch.float32
+    """As it is, or in the new dtype if it is in that of most: some are in another for a reason."""
+    own = source.main_dtype
     if target.dtype in (None, own) or tensor.spec.dtype != own:
         return Copied(disk, tensor)
     return Cast(disk, tensor, target.dtype)
