@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from moelora import MoeloraError
+from moelora.commands import checkpoint_options
 
 
 def _number(
@@ -309,6 +310,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_inspect(commands)
     _add_chat(commands)
+    checkpoint_options.add(commands)
     commands.add_parser(
         "models",
         help="list the experts classes of the installed transformers that run on the operators",
