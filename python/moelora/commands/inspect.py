@@ -112,6 +112,7 @@ def main(explicit: dict) -> None:
         min(tokens, explicit["seq_length"]),
         explicit["optimizer"],
         explicit["step_in_backward"],
+        explicit["target_rank"],
         explicit["gradient_checkpointing"],
     )
     print(f"\nLoRA     rank {rank} on {which}: {_count(found.trainable)} trainable parameters")

@@ -43,6 +43,7 @@ class Plan:
     length: int  # tokens in each
     optimizer: str = "adamw"
     step_in_backward: bool = False
+    target_rank: int | None = None
     checkpointing: bool = False
 
     @property
@@ -194,7 +195,8 @@ def _kept(model: PreTrainedModel, plan: Plan) -> Kept:
     layers = _layers(model)
     total, last = len(layers), min(len(layers), 2 * PERIOD)
     del layers[last:]
-    adapted = lora.adapt(model, plan.rank, 2.0 * plan.rank, plan.which, list(plan.target_modules))
+    targets = (list(plan.target_modules), plan.target_rank)
+    adapted = lora.adapt(model, plan.rank, 2.0 * plan.rank, plan.which, *targets)
     slow = slow_in_torch(torch.empty(0, dtype=model.dtype))
     moelora.enable(adapted, linears=slow or None)
     first = (last + 1) // 2

@@ -157,6 +157,13 @@ _FINETUNE: dict[str, list[Option]] = {
             "NAME",
             nargs="+",
         ),
+        _option(
+            "--target-rank",
+            None,
+            "LoRA rank of --target-modules, with the experts' scaling (default: --rank)",
+            "R",
+            type=_COUNT,
+        ),
     ],
     "training": [
         _option("--steps", 120, "optimizer steps", "N", type=_COUNT),
@@ -328,7 +335,7 @@ def parser() -> argparse.ArgumentParser:
 
 # Options of `finetune` that decide how much memory it takes.
 _INSPECTED = (
-    *("rank", "projections", "target_modules", "seq_length", "optimizer", "step_in_backward"),
+    *("rank", "projections", "target_modules", "target_rank", "seq_length", "optimizer", "step_in_backward"),
     "gradient_checkpointing",
 )
 
@@ -430,6 +437,8 @@ def _check(options: argparse.Namespace, given: dict[str, Any]) -> None:
         raise MoeloraError("--early-stopping needs --keep-best")
     if options.keep_best and not options.eval_every:
         raise MoeloraError("--keep-best needs --eval-every")
+    if options.target_rank is not None and not options.target_modules:
+        raise MoeloraError("--target-rank is for --target-modules, got none")
     if options.step_in_backward:
         for name, alone in (("grad_accumulation", 1), ("max_grad_norm", 0)):
             value = getattr(options, name)

@@ -58,6 +58,7 @@ def _memory(options: argparse.Namespace, forward: int) -> memory.Plan:
         min(forward, options.seq_length),
         options.optimizer,
         options.step_in_backward,
+        options.target_rank,
         options.gradient_checkpointing,
     )
 
