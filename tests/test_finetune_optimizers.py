@@ -18,10 +18,11 @@ from model_tiny import (
     build,
     one_thread,  # noqa: F401  (autouse)
     tokens,
+    wrappers,
 )
 from moelora import linears
 from moelora.__main__ import main
-from moelora.commands import optimizers, saving
+from moelora.commands import lora, optimizers, saving
 from moelora.errors import MoeloraError
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -105,6 +106,19 @@ def test_what_does_not_go_with_steps_in_the_backward(arguments, capsys):  # noqa
     assert "--grad-accumulation is 2, expected 1 with --step-in-backward" in line
     line = fails(changed(given, max_grad_norm=0.5), capsys)
     assert "--max-grad-norm is 0.5, expected 0 with --step-in-backward" in line
+
+
+@pytest.mark.parametrize("own", [None, 5])
+def test_linear_layers_with_a_rank_of_their_own(own):
+    model = lora.adapt(build("qwen3_moe"), 2, 3.0, "both", ["q_proj", "o_proj"], own)
+    layer = model.base_model.model.model.layers[0]
+    for linear in (layer.self_attn.q_proj, layer.self_attn.o_proj):
+        assert linear.r["default"] == (own or 2) and linear.scaling["default"] == 1.5
+    assert {(w.r["default"], w.scaling["default"]) for w in wrappers(model)} == {(2, 1.5)}
+
+
+def test_a_rank_for_no_layer(arguments, capsys):  # noqa: F811
+    assert "--target-rank is for --target-modules" in fails(changed(arguments, target_rank=3), capsys)
 
 
 def test_without_bitsandbytes(arguments, monkeypatch, capsys):  # noqa: F811

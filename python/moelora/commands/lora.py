@@ -27,10 +27,11 @@ def adapt(
             first, second = projections(module)
             chosen = {"both": (first, second), "gate_up": (first,), "down": (second,)}[which]
             targets |= {f"{name.rpartition('.')[2]}.{projection}" for projection in chosen}
-    own = {} if target_rank is None else dict.fromkeys(target_modules, target_rank)
+    own = [] if target_rank is None else target_modules
+    target_rank = target_rank or rank
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        rank_pattern=own,
+        rank_pattern=dict.fromkeys(own, target_rank),
         alpha_pattern=dict.fromkeys(own, alpha * target_rank / rank),
         r=rank,
         lora_alpha=alpha,
