@@ -316,9 +316,14 @@ def _default(chosen: argparse.Namespace) -> Path:
 def _set_threads(run: Run) -> None:
     """Settles the number of threads, so that a resumed run has the same and goes on to the bit."""
     if run.options.threads is None and run.model.device.type == "cpu":
-        inputs = run.batch(1 if run.options.gradient_checkpointing else None)
-        threads.choose(lambda: run.model(**inputs).loss.backward())
-        run.model.zero_grad()
+        inputs = run.batch(1)
+        inputs.pop("labels")  # whose loss would take float32 logits of all tokens
+
+        @torch.no_grad()  # a backward keeps more than the training may have room for
+        def forward() -> None:
+            run.model(**inputs)
+
+        threads.choose(forward)
     run.options.threads = torch.get_num_threads()
 
 
