@@ -230,5 +230,6 @@ def test_arguments_reach_transformers(checkpoints):  # noqa: F811
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.float32
     model, info = checkpoints("ours nf4 nested").model(output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert checkpoints("gptq").model(device_map="cpu").device.type == "cpu"
     with pytest.raises(MoeloraError, match="device_map must be one device for packed experts, got 'auto'"):
         checkpoints("gptq").model(device_map="auto")
