@@ -11,7 +11,7 @@ from moelora import packed_layout, standin, weights
 from moelora.errors import MoeloraError
 from moelora.linears import PackedLinear
 from packed_models import adapted, checkpoints, experts  # noqa: F401  (checkpoints: a fixture)
-from peft import PeftModel
+from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -216,3 +216,23 @@ def test_linear_layers_stay_packed(checkpoints):  # noqa: F811
     assert report.linears == len(kept) and torch.equal(logits(packed), expected)
     moelora.disable(packed)
     assert torch.equal(logits(packed), expected)
+
+
+def test_preparing_for_training_in_few_bits(model):
+    """PEFT makes every 16-bit parameter float32: here what is dense, and nothing of what is packed."""
+    before = [weight.to("cpu") for weight in codes(model)]
+    prepared = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    assert prepared.model.norm.weight.dtype == torch.float32
+    assert all(
+        getattr(module, name).untyped_storage().nbytes() <= 4 for module in experts(model) for name in NAMES
+    )
+    assert same(codes(prepared), before) and logits(prepared).isfinite().all()
+
+
+def test_state_dicts_have_the_codes(model):
+    state = model.state_dict()
+    name = "model.layers.0.mlp.experts.down_proj_packed.codes"
+    assert torch.equal(state[name].view(torch.uint8), codes(model)[1].codes.view(torch.uint8))
+    before = [weight.to("cpu") for weight in codes(model)]
+    model.load_state_dict(state)
+    assert same(codes(model), before)

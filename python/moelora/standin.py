@@ -76,6 +76,8 @@ class StandIn(nn.Parameter):
                     raise _refusal(args[0], "a packed weight cannot be trained")
                 if name in _ABOUT or (name == "type" and len(args) == 1 and not kwargs):
                     return func(*args, **kwargs)
+                if name == "copy_" and isinstance(args[1], cls):  # of a state dict
+                    return args[0]
                 if name in _SAME:
                     return args[0] if name.endswith("_") else cls(args[0], args[0].told)
                 if name in _LIKE:
