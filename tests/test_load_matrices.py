@@ -1,4 +1,4 @@
-"""One matrix of each spelling that other projects' files have, against the arithmetic of their documentation."""
+"""One matrix of each spelling that other projects' files have, against plain arithmetic."""
 
 import subprocess
 import sys
@@ -81,7 +81,7 @@ def test_compressed_integers_of_eight_bits(scale):
     }
     assert torch.equal(numbers(matrices.compressed_tensors, parts), expected)
     parts["weight_zero_point"] += 1
-    with pytest.raises(MoeloraError, match="a.weight: int8 with zero points, which no format has"):
+    with pytest.raises(MoeloraError, match=r"a\.weight: int8 with zero points, which no format has"):
         matrices.compressed_tensors("a.weight", parts, {})
 
 
@@ -163,18 +163,18 @@ def test_matrices_that_do_not_fit():
         stacking.below([tall, short])
 
 
+@pytest.mark.slow
 def test_registration_costs_nothing_and_is_there_in_time():
-    """`import moelora` imports neither torch nor transformers; theirs finds our quantiser, whoever comes first."""
-    for first, second in (
-        ("moelora", "transformers.quantizers.auto"),
-        ("transformers.quantizers.auto", "moelora"),
-    ):
+    """`import moelora` imports neither torch nor transformers; their table has it, whoever is first."""
+    both = ("moelora", "transformers.quantizers.auto")
+    for first, second in (both, both[::-1]):
         script = (
             f"import sys, {first}\n"
             f"assert {first!r} != 'moelora' or not {{'torch', 'transformers'}} & set(sys.modules)\n"
             f"import {second}\n"
-            "from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING\n"
-            "assert 'moelora' in AUTO_QUANTIZATION_CONFIG_MAPPING and 'moelora' in AUTO_QUANTIZER_MAPPING\n"
+            "from transformers.quantizers import auto\n"
+            "assert 'moelora' in auto.AUTO_QUANTIZATION_CONFIG_MAPPING\n"
+            "assert 'moelora' in auto.AUTO_QUANTIZER_MAPPING\n"
             "assert 'moelora.experts' not in sys.modules\n"
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
