@@ -398,6 +398,12 @@ def _joined(tensors: tuple[Tensor | None, ...]) -> Tensor | None:
 
 
 @torch.no_grad()
+def nested_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 scales [E, N, K/G] of a whole weight → (scale, scale2), nested as `quantize` nests them."""
+    return quantizers._nested(scale, nested_values(scale.device))
+
+
+@torch.no_grad()
 def quantize(
     weight: Tensor, format: str, group_size: int | None = None, nested: bool = False
 ) -> PackedWeight:

@@ -54,6 +54,10 @@ def _run(argv: list[str] | None, explicit: dict) -> int:
 
 
 def _interrupted(explicit: dict, signal: str) -> str:
+    from moelora.commands import checkpoint_options
+
+    if explicit.get("command") in checkpoint_options.COMMANDS:
+        return f"interrupted by {signal}: {checkpoint_options.GO_ON}"
     if explicit.get("command") != "finetune":
         return f"interrupted by {signal}"
     from pathlib import Path

@@ -159,7 +159,7 @@ def hook(model: nn.Module, every: bool | None) -> int:
 def _wanted(linear: nn.Linear, every: bool | None) -> bool:
     weight = linear.weight
     frozen = not weight.requires_grad and not (linear.bias is not None and linear.bias.requires_grad)
-    if not frozen or weight.dtype not in DTYPES or weight.device.type not in ("cpu", "cuda"):
+    if not frozen or weight.dtype not in DTYPES or weight.device.type not in ("cpu", "cuda", "meta"):
         return False
     return slow_in_torch(weight) if every is None else every
 

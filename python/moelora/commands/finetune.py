@@ -160,7 +160,7 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
     if chosen.dry_run:
         outline = checkpoints.outline(_given(chosen))[0] if chosen.model else default_model.outline()
         print(tokens.told())
-        print(plan.told(outline, config, chosen, tokens))
+        print(plan.told(outline, config, chosen, tokens, _given(chosen) if chosen.model else None))
         return None
     source = _given(chosen) if chosen.model else _default(chosen)
     made_from = _made_from(chosen, source)
@@ -176,7 +176,8 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
         print(f"fresh    {checkpoints.listed(fresh)}: drawn with --seed {chosen.seed}, in no file")
     print(tokens.told())
     set_seed(chosen.seed)
-    adapted = lora.adapt(model, chosen.rank, chosen.alpha, chosen.projections, chosen.target_modules)
+    targets = (chosen.target_modules, chosen.target_rank)
+    adapted = lora.adapt(model, chosen.rank, chosen.alpha, chosen.projections, *targets)
     report = moelora.enable(adapted)
     checkpoints.check_runs(adapted, source)
     run = Run(chosen, out, start, source, tokenizer, tokens, adapted, started, fresh, made_from)

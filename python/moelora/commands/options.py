@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from moelora import MoeloraError
+from moelora.commands import checkpoint_options
 
 
 def _number(
@@ -155,6 +156,13 @@ _FINETUNE: dict[str, list[Option]] = {
             "linear layers to adapt beside the experts, such as q_proj v_proj (default: none)",
             "NAME",
             nargs="+",
+        ),
+        _option(
+            "--target-rank",
+            None,
+            "LoRA rank of --target-modules, with the experts' scaling (default: --rank)",
+            "R",
+            type=_COUNT,
         ),
     ],
     "training": [
@@ -309,6 +317,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_inspect(commands)
     _add_chat(commands)
+    checkpoint_options.add(commands)
     commands.add_parser(
         "models",
         help="list the experts classes of the installed transformers that run on the operators",
@@ -324,6 +333,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+# Options of `finetune` that decide how much memory it takes.
+_INSPECTED = (
+    *("rank", "projections", "target_modules", "target_rank", "seq_length", "optimizer", "step_in_backward"),
+    "gradient_checkpointing",
+)
+
+
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
     inspect = commands.add_parser(
         "inspect",
@@ -333,9 +349,11 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     )
     inspect.add_argument("model_dir", metavar="MODEL_DIR", help="a local transformers checkpoint")
     for option in (option for group in _FINETUNE.values() for option in group):
-        if option.name in ("rank", "projections"):
-            text = f"{option.help} (default: {option.default})"
-            inspect.add_argument(option.flag, help=text, default=option.default, **option.keywords)
+        if option.name in _INSPECTED:
+            shown = f" (default: {option.default})" if option.default else ""
+            inspect.add_argument(
+                option.flag, help=option.help + shown, default=option.default, **option.keywords
+            )
     text = "tokens in a step, all sequences together (default: 2048)"
     inspect.add_argument("--tokens", metavar="N", type=_COUNT, default=2048, help=text)
     text = "leave the time of a step out"
@@ -419,6 +437,8 @@ def _check(options: argparse.Namespace, given: dict[str, Any]) -> None:
         raise MoeloraError("--early-stopping needs --keep-best")
     if options.keep_best and not options.eval_every:
         raise MoeloraError("--keep-best needs --eval-every")
+    if options.target_rank is not None and not options.target_modules:
+        raise MoeloraError("--target-rank is for --target-modules, got none")
     if options.step_in_backward:
         for name, alone in (("grad_accumulation", 1), ("max_grad_norm", 0)):
             value = getattr(options, name)
