@@ -230,5 +230,21 @@ def test_arguments_reach_transformers(checkpoints):  # noqa: F811
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.float32
     model, info = checkpoints("ours nf4 nested").model(output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert checkpoints("gptq").model(device_map="cpu").device.type == "cpu"
     with pytest.raises(MoeloraError, match="device_map must be one device for packed experts, got 'auto'"):
         checkpoints("gptq").model(device_map="auto")
+
+
+def test_modelopt_that_says_it_in_a_file_of_its_own(checkpoints, tmp_path):  # noqa: F811
+    """hf_quant_config.json, as older exports have it."""
+    directory = shutil.copytree(checkpoints("modelopt nvfp4").packed, tmp_path / "copy")
+    config = json.loads((directory / "config.json").read_text())
+    section = config.pop("quantization_config")
+    (directory / "config.json").write_text(json.dumps(config))
+    own = {"quant_algo": section["quant_algo"], "group_size": 16}
+    (directory / "hf_quant_config.json").write_text(json.dumps({"producer": {}, "quantization": own}))
+    model = moelora.from_pretrained(directory, cache_dir=tmp_path / "cache")
+    assert model.model.layers[0].mlp.experts.gate_up_proj_packed.format == "nvfp4"
+    (directory / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(MoeloraError, match=r"cannot read .*hf_quant_config\.json: KeyError"):
+        moelora.from_pretrained(directory)

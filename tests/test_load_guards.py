@@ -9,16 +9,17 @@ import torch
 from model_tiny import adapt, logits, one_thread, tokens  # noqa: F401  (one_thread: autouse)
 from moelora import packed_layout, standin, weights
 from moelora.errors import MoeloraError
+from moelora.linears import PackedLinear
 from packed_models import adapted, checkpoints, experts  # noqa: F401  (checkpoints: a fixture)
-from peft import PeftModel
+from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-OWN, TURNED = "ours nf4 nested", "ours fp8 interleaved"
+OWN, TURNED, LINEARS = "ours nf4 nested", "ours fp8 interleaved", "ours int8 with linears"
 NAMES = ("gate_up_proj", "down_proj")
 
 
-@pytest.fixture(params=[OWN, TURNED])
+@pytest.fixture(params=[OWN, TURNED, LINEARS])
 def model(request, checkpoints):  # noqa: F811
     return checkpoints(request.param).model()
 
@@ -94,7 +95,7 @@ def test_merging_is_refused(model):
     moelora.enable(model)
     expected = logits(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(MoeloraError, match=r"is packed.*merging"):
+        with pytest.raises(MoeloraError, match="is packed"):
             merge()
     assert torch.equal(logits(model), expected)
 
@@ -180,6 +181,7 @@ def test_dequantize_makes_a_plain_model(model, tmp_path):
     dense = [getattr(module, name) for module in experts(model) for name in NAMES]
     assert all(type(weight) is torch.nn.Parameter for weight in dense)
     assert not list(standin.installed(model))
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
     assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="moelora")
@@ -198,3 +200,39 @@ def test_adapter_files_are_plain_peft(checkpoints, tmp_path):  # noqa: F811
     back = PeftModel.from_pretrained(checkpoints(OWN).model(), tmp_path)
     moelora.enable(back)
     assert torch.equal(logits(back), logits(packed))
+
+
+def test_linear_layers_stay_packed(checkpoints):  # noqa: F811
+    """Before enable, with it and after disable; with LoRA on them and without."""
+    packed, dense = checkpoints(LINEARS).model(), checkpoints(LINEARS).other()
+    kept = [module for module in packed.modules() if isinstance(module, PackedLinear)]
+    assert len(kept) == 8 and isinstance(kept[0], torch.nn.Linear)
+    assert all(module.weight.untyped_storage().nbytes() <= 4 for module in kept)
+    assert tuple(kept[0].weight.shape) == (kept[0].out_features, kept[0].in_features)
+    moelora.enable(dense, linears=True)
+    expected = logits(dense)
+    assert torch.equal(logits(packed), expected)
+    report = moelora.enable(packed)
+    assert report.linears == len(kept) and torch.equal(logits(packed), expected)
+    moelora.disable(packed)
+    assert torch.equal(logits(packed), expected)
+
+
+def test_preparing_for_training_in_few_bits(model):
+    """PEFT makes every 16-bit parameter float32: here what is dense, and nothing of what is packed."""
+    before = [weight.to("cpu") for weight in codes(model)]
+    prepared = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    assert prepared.model.norm.weight.dtype == torch.float32
+    assert all(
+        getattr(module, name).untyped_storage().nbytes() <= 4 for module in experts(model) for name in NAMES
+    )
+    assert same(codes(prepared), before) and logits(prepared).isfinite().all()
+
+
+def test_state_dicts_have_the_codes(model):
+    state = model.state_dict()
+    name = "model.layers.0.mlp.experts.down_proj_packed.codes"
+    assert torch.equal(state[name].view(torch.uint8), codes(model)[1].codes.view(torch.uint8))
+    before = [weight.to("cpu") for weight in codes(model)]
+    model.load_state_dict(state)
+    assert same(codes(model), before)

@@ -6,7 +6,8 @@ import moelora
 import pytest
 import torch
 from datasets import Dataset
-from model_tiny import one_thread, tokens  # noqa: F401  (one_thread: autouse)
+from model_tiny import difference, one_thread, tokens  # noqa: F401  (one_thread: autouse)
+from moelora.linears import PackedLinear
 from packed_models import adapted, checkpoints  # noqa: F401  (checkpoints: a fixture)
 from transformers import Trainer, TrainingArguments
 
@@ -18,7 +19,7 @@ def both(request, checkpoints):  # noqa: F811
     """The packed model and the dense one, adapted alike."""
     models = [adapted(checkpoints(request.param).model()), adapted(checkpoints(request.param).other())]
     for model in models:
-        moelora.enable(model)
+        moelora.enable(model, linears=True)
     return models
 
 
@@ -52,8 +53,12 @@ def test_autocast(both):
         model.to(torch.float32)  # as it is for packed weights: they take any
     with pytest.raises(AssertionError):
         check_equal(step(both[0]), step(both[0], dtype=torch.bfloat16))
-    dense = both[1]
-    check_equal(step(both[0], dtype=torch.bfloat16), step(dense, dtype=torch.bfloat16))
+    found, expected = step(both[0], dtype=torch.bfloat16), step(both[1], dtype=torch.bfloat16)
+    if any(isinstance(module, PackedLinear) for module in both[0].modules()):
+        assert difference(found[0], expected[0]) < 0.01  # torch computes the dense ones
+        assert all(difference(found[1][name], grad) < 0.2 for name, grad in expected[1].items())
+    else:
+        check_equal(found, expected)
 
 
 def test_compile(checkpoints):  # noqa: F811

@@ -135,7 +135,7 @@ Shape = tuple[torch.dtype, tuple[int, ...]]
 def _all(stack: Stack, one: PackedWeight, settings: dict) -> tuple[dict, dict[str, Shape]]:
     """(what is to be known of the format, dtype and shape of each tensor) of all experts, given the first."""
     if one.is_nested and one.scale.numel() % NESTED_RUN:
-        one = one.unnested(stack.name)
+        one = one.unnested("load")
     kind = {"format": one.format, "nested": one.is_nested, "zero": one.zero is not None}
     shapes = {
         part: (tensor.dtype, (stack.size[0] * tensor.shape[0], *tensor.shape[1:]))

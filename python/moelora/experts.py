@@ -38,7 +38,7 @@ OUTSIDE = {
     "JetMoeParallelExperts": "a single projection, of rows that are grouped already",
     "Llama4TextExperts": "runs every expert on every token; the routing is in its input",
     "LongcatFlashExperts": "some of its experts pass their input through",
-    "Mxfp4GptOssExperts": "4-bit weights; Mxfp4Config(dequantize=True) loads them in 16 bits",
+    "Mxfp4GptOssExperts": "4-bit weights in transformers' own form; moelora.from_pretrained keeps the file's",
     "NllbMoeExperts": "each expert is a module of its own",
     "Step3p7Experts": "its forward does not dispatch to a registered function",
     "SwitchTransformersExperts": "each expert is a module of its own",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from moelora.standin import packed
 from torch_moelora.formats import PackedWeight
 from torch_moelora.functional import linear_lora
 
@@ -58,6 +59,14 @@ class FrozenLinear(nn.Linear):
         if not _runs(input, weight):
             return super().forward(input)
         return linear_lora(input, weight, bias=self.bias)
+
+
+class PackedLinear(FrozenLinear):
+    """`nn.Linear` whose weight `standin.install` put there, packed only; always on the operators."""
+
+    @property
+    def stored(self) -> PackedWeight:
+        return packed(self, "weight").weight
 
 
 class LoraLinear(PeftLinear):

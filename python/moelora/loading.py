@@ -24,7 +24,7 @@ def from_pretrained(
     Experts run on the operators from the start (`experts_implementation="moelora"`); after adding adapters
     call `moelora.enable(model)`. Files that hold a layer's experts in one tensor (ours, gpt-oss) are mapped.
     Of others the experts are stacked once into files below `cache_dir`, which are mapped from then on. Linear
-    layers that are packed in the files are dequantised to the model's dtype.
+    layers that are packed in the files stay so, too; other weights are dequantised to the model's dtype.
 
     Args:
         directory: a local checkpoint, or a name on the hub.

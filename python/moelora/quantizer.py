@@ -1,15 +1,16 @@
 """The quantiser by which transformers loads packed checkpoints: ours, and what `moelora.from_pretrained` says
 of others.
 
-transformers loads what is dense, and dequantises packed linear layers on the way. The experts' packed
-weights are taken out of its hands: the model is built without them, and they are mapped from their files when
-the rest is there. Importing this is what registers it; it imports nothing that imports transformers' models.
+transformers loads what is dense, and dequantises what the operators cannot run packed. The packed weights of
+experts and of linear layers are taken out of its hands: the model is built without them, and they are mapped
+from their files when the rest is there. Importing this is what registers it; it imports nothing that imports
+transformers' models.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from moelora.packed_layout import METHOD, VERSION
 from torch_moelora.formats import PackedWeight
 
 if TYPE_CHECKING:
-    from moelora.layouts import Files, Source
+    from moelora.layouts import Files, Layout, Source
     from moelora.stacking import Plan
 
 
@@ -59,14 +60,9 @@ class MoeloraConfig(QuantizationConfigMixin):
         return self.source or self.to_dict()
 
 
-def dequantised(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """A linear layer's weight [N, K] of a packed [1, N, K]."""
-    return weight.dequantize(dtype)[0]
-
-
 @register_quantizer(METHOD)
 class MoeloraQuantizer(HfQuantizer):
-    """Keeps experts packed."""
+    """Keeps experts packed, and frozen linear layers."""
 
     requires_calibration = True  # nothing is quantised here
     quantization_config: MoeloraConfig
@@ -74,8 +70,9 @@ class MoeloraQuantizer(HfQuantizer):
     def __init__(self, quantization_config: MoeloraConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.device = torch.device("cpu")
-        self._packed: dict[str, tuple[str, str, PackedWeight]] = {}
-        self._linears: dict[str, Source] = {}
+        self._experts: dict[str, tuple[nn.Module, str, PackedWeight]] = {}
+        self._linears: dict[str, tuple[nn.Module, str, PackedWeight]] = {}
+        self._dequantised: dict[str, Source] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if isinstance(device_map, dict):
@@ -93,7 +90,7 @@ class MoeloraQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from moelora import layouts, stacking
+        from moelora import layouts, stacking, unpacking
 
         settings = self.quantization_config.settings
         layout = layouts.recognise(settings)
@@ -103,30 +100,37 @@ class MoeloraQuantizer(HfQuantizer):
             )
         files = layouts.Files(checkpoint_files)
         plan = stacking.plan(model, files, layout)
-        self._layout, self._linears = layout, plan.linears
         with torch.device("cpu"):  # and not the default of now, which is where the model is: on meta
-            self._packed = self._weights(plan, files, settings)
-        for where, name, _ in self._packed.values():
-            module = model.get_submodule(where)
-            module.register_parameter(name, None)  # transformers would allocate and draw it
+            self._experts = self._stacked(model, plan, files, layout)
+            self._linears, self._dequantised = unpacking.linears(model, plan.linears, files, layout, settings)
+        self._layout = layout
+        own = set()
+        for name, (module, weight, _) in self._kept.items():
+            module.register_parameter(weight, None)  # transformers would allocate and draw it
             module._is_hf_initialized = True
+            own.add(rf"^{re.escape(name.rpartition('.')[0])}\.")
         # Not unexpected, but ours.
-        own = {rf"^{re.escape(where)}\." for where, _, _ in self._packed.values()}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *own}
 
-    def _weights(self, plan: Plan, files: Files, settings: dict) -> dict[str, tuple[str, str, PackedWeight]]:
-        """(module, parameter, weight) of each experts' weight, all mapped."""
+    @property
+    def _kept(self) -> dict[str, tuple[nn.Module, str, PackedWeight]]:
+        """(module, name of its parameter, weight) of all that stays packed, by the parameter's full name."""
+        return self._experts | self._linears
+
+    def _stacked(self, model: nn.Module, plan: Plan, files: Files, layout: Layout) -> dict[str, tuple]:
+        """The experts' part of `_kept`, all mapped."""
         from moelora import cache, stacking
 
+        settings, directory = self.quantization_config.settings, self.quantization_config.cache_dir
         apart = [stack for stack in plan.stacks if not stack.stacked]
-        found = {
-            stack.name: stacking.matrix(stack, 0, files, self._layout, settings)
+        found = cache.stacked(apart, files, layout, settings, directory) if apart else {}
+        for stack in plan.stacks:
+            if stack.stacked:
+                found[stack.name] = stacking.matrix(stack, 0, files, layout, settings)
+        return {
+            stack.name: (model.get_submodule(stack.module), stack.weight, found[stack.name])
             for stack in plan.stacks
-            if stack.stacked
         }
-        if apart:
-            found |= cache.stacked(apart, files, self._layout, settings, self.quantization_config.cache_dir)
-        return {stack.name: (stack.module, stack.weight, found[stack.name]) for stack in plan.stacks}
 
     def get_weight_conversions(self) -> list:
         return []
@@ -134,13 +138,14 @@ class MoeloraQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
         from moelora.unpacking import converters
 
-        return converters(self, self._layout, self._linears) + weight_conversions
+        return converters(self, self._layout, self._dequantised) + weight_conversions
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from moelora import experts, standin
+        from moelora.linears import PackedLinear
         from moelora.unpacking import told
 
-        targets = {name.rpartition(".")[2] for name in self._packed}
+        targets = {name for _, name, _ in self._experts.values()}
         # What would undo the stacking of dense experts when the model is saved, and the dequantising.
         model._weight_conversions = [
             entry
@@ -148,37 +153,45 @@ class MoeloraQuantizer(HfQuantizer):
             if not any(target.endswith(end) for target in entry.target_patterns for end in targets)
             and not getattr(entry, "operations", [None])[0].__class__.__module__.startswith("moelora.")
         ]
-        for name, (where, weight_name, weight) in self._packed.items():
-            module = model.get_submodule(where)
-            weight = weight.turned() if module.is_transposed else weight
-            standin.install(module, weight_name, weight.to(self.device), model.config.dtype, name)
-            experts.choose(module)
-        told(model, self._linears, self._layout)
+        for name, (module, weight_name, weight) in self._kept.items():
+            weight = weight.to(self.device)
+            if name in self._linears:
+                standin.install(module, weight_name, weight, model.config.dtype, name, matrix=True)
+                module.__class__ = PackedLinear
+            else:
+                weight = weight.turned() if module.is_transposed else weight
+                standin.install(module, weight_name, weight, model.config.dtype, name)
+                experts.choose(module)
+        told(model, self._dequantised, self._layout)
         self._describe()
-        self._packed, self._linears = {}, {}
+        self._experts, self._linears, self._dequantised = {}, {}, {}
         return model
 
     def _describe(self) -> None:
         """The section of a config.json of our own layout, which the model is saved in."""
-        from moelora.packed_layout import Layout
         from moelora.unpacking import choice
 
-        weights = [weight for _, _, weight in self._packed.values()]
         self.quantization_config.source = None
-        self.quantization_config.experts = self.quantization_config.linears = None
-        if len({weight.format for weight in weights}) == 1:
-            self.quantization_config.experts = Layout(choice(weights[0])).section()["experts"]
+        for field, kept in (("experts", self._experts), ("linears", self._linears)):
+            weights = [weight for _, _, weight in kept.values()]
+            found = asdict(choice(weights[0])) if len({weight.format for weight in weights}) == 1 else None
+            setattr(self.quantization_config, field, found)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
-        """Our own layout, whatever the model was loaded from; linear layers dense, as they are in memory."""
+        """Our own layout, whatever the model was loaded from."""
         from moelora import packed_layout, standin
 
         state = model.state_dict()
         kept = list(standin.installed(model))
-        if kept and self.quantization_config.experts is None:
-            raise MoeloraError(
-                "the model's experts are packed in several formats, which one checkpoint cannot have"
-            )
+        for field in ("experts", "linears"):
+            formats = {
+                beside.format for _, _, name, beside in kept if (name == "weight") == (field == "linears")
+            }
+            if len(formats) > 1:
+                raise MoeloraError(
+                    f"the model's {field} are packed in several formats, {', '.join(sorted(formats))}: "
+                    "one checkpoint cannot have them"
+                )
         for where, _, name, packed in kept:
             for part in packed_layout.PARTS:
                 state.pop(f"{where}.{name}{standin.BESIDE}.{part}", None)
@@ -189,9 +202,13 @@ class MoeloraQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         from moelora import standin
+        from moelora.linears import PackedLinear
 
         for _, module, name, packed in standin.installed(model):
-            standin.uninstall(module, name, packed.weight.dequantize(dtype).contiguous())
+            weight = packed.weight.dequantize(dtype).contiguous()
+            if isinstance(module, PackedLinear):
+                module.__class__, weight = nn.Linear, weight[0]
+            standin.uninstall(module, name, weight)
         return model
 
     def is_serializable(self) -> bool:

@@ -76,6 +76,8 @@ class StandIn(nn.Parameter):
                     raise _refusal(args[0], "a packed weight cannot be trained")
                 if name in _ABOUT or (name == "type" and len(args) == 1 and not kwargs):
                     return func(*args, **kwargs)
+                if name == "copy_" and isinstance(args[1], cls):  # of a state dict
+                    return args[0]
                 if name in _SAME:
                     return args[0] if name.endswith("_") else cls(args[0], args[0].told)
                 if name in _LIKE:
@@ -150,10 +152,16 @@ class Packed(nn.Module):
         return f"{self.format}, {list(self.weight.shape)}"
 
 
-def install(module: nn.Module, name: str, weight: PackedWeight, dtype: torch.dtype, where: str) -> None:
-    """Make `weight` the module's weight `name`, which is `where` in the model. dtype: that of the model."""
+def install(
+    module: nn.Module, name: str, weight: PackedWeight, dtype: torch.dtype, where: str, matrix: bool = False
+) -> None:
+    """Make `weight` the module's weight `name`, which is `where` in the model.
+
+    dtype: that of the model. matrix: of E = 1, which stands as [N, K].
+    """
     told = f"{where} is packed ({weight.format})"
-    module.register_parameter(name, StandIn.of(weight.shape, dtype, weight.device, told))
+    shape = weight.shape[1:] if matrix else weight.shape
+    module.register_parameter(name, StandIn.of(shape, dtype, weight.device, told))
     module.add_module(name + BESIDE, Packed(weight))
 
 

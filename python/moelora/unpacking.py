@@ -1,4 +1,4 @@
-"""Packed linear layers, which transformers' loader dequantises on the way, and what is said of them."""
+"""Packed matrices outside of experts: which stay packed, and how transformers' loader dequantises others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from moelora import quantizer
 from moelora.errors import MoeloraError
-from moelora.layouts import Layout, Source
+from moelora.layouts import Files, Layout, Source
 from moelora.packed_layout import Choice
 from torch_moelora.formats import FORMATS, PackedWeight
 
@@ -55,10 +55,35 @@ class Dequantise(ConversionOps):
         if parts.keys() == {plain} and parts[plain].dtype in (torch.float32, torch.bfloat16, torch.float16):
             return parts[plain].to(empty.dtype)
         weight = self._layout.matrix(name, parts, self.hf_quantizer.quantization_config.settings)
-        if tuple(weight.shape[1:]) != tuple(empty.shape):
-            found, expected = ("×".join(map(str, shape)) for shape in (weight.shape[1:], empty.shape))
-            raise MoeloraError(f"{name} is packed {found} in the file, expected {expected}")
-        return quantizer.dequantised(weight, empty.dtype)
+        _check_size(name, weight, empty)
+        return weight.dequantize(empty.dtype)[0]
+
+
+def linears(
+    model: nn.Module, packed: dict[str, Source], files: Files, layout: Layout, settings: dict
+) -> tuple[dict[str, tuple[nn.Module, str, PackedWeight]], dict[str, Source]]:
+    """(linear layers that stay packed: module, parameter and weight of each; what is to be dequantised).
+
+    A module of a class of its own, such as a router, computes with its weight itself.
+    """
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    kept, others = {}, {}
+    for name, source in packed.items():
+        where, _, parameter = name.rpartition(".")
+        module = model.get_submodule(where)
+        if type(module) is not nn.Linear or parameter != "weight" or name in tied:
+            others[name] = source
+            continue
+        weight = layout.matrix(source.name, source.parts(files), settings)
+        _check_size(name, weight, module.weight)
+        kept[name] = module, parameter, weight
+    return kept, others
+
+
+def _check_size(name: str, weight: PackedWeight, empty: Tensor) -> None:
+    if tuple(weight.shape[1:]) != tuple(empty.shape):
+        found, expected = ("×".join(map(str, shape)) for shape in (weight.shape[1:], empty.shape))
+        raise MoeloraError(f"{name} is packed {found} in the file, expected {expected}")
 
 
 def converters(
@@ -83,7 +108,7 @@ def told(model: nn.Module, linears: dict[str, Source], layout: Layout) -> None:
     size = sum(model.get_parameter(name).nbytes for name in linears)
     dtype = str(model.config.dtype).removeprefix("torch.")
     logging.getLogger("moelora").warning(
-        "%d linear layers are packed in the files (%s) and dequantised to %s (%.2f GB); experts stay packed",
+        "%d weights that no linear layer has are packed in the files (%s) and dequantised to %s (%.2f GB)",
         len(linears), layout.name, dtype, size / 1e9,
     )  # fmt: skip
 
