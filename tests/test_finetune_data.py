@@ -241,7 +241,7 @@ def test_a_dry_run_tells_and_writes_nothing(chat, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr("moelora.checkpoints.load", None)  # no weights are read
     assert main([*changed(chat, steps=None, epochs=3), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    for expected in ("tokens", "15 steps of 2 rows", "memory ", "GB base", "time     about", "s a step"):
+    for expected in ("tokens", "15 steps of 2 rows", "memory ", "GB weights", "time     about", "s a step"):
         assert expected in printed
     assert not (tmp_path / "out").exists()
 

@@ -162,12 +162,14 @@ def base(directory: Path | None, config: PreTrainedConfig, found: Cost) -> memor
     """How large a checkpoint's weights are in memory; without a directory, where they are to be made."""
     size = found.groups[0].dtype.itemsize
     experts = sum(group.parameters for group in found.groups)
-    others = (found.parameters - experts) * size
+    stored_bytes = sum(path.stat().st_size for path in files(directory)) if directory is not None else 0
     if getattr(config, "quantization_config", None) is not None:
-        stored_bytes = sum(path.stat().st_size for path in files(directory))
-        return memory.Base(stored_bytes, max(stored_bytes - others, 0))
-    mapped = found.parameters * size if directory is not None and _maps(directory) else 0
-    return memory.Base(found.parameters * size, mapped, others + int(experts * NF4_BYTES))
+        return memory.Base(0, stored_bytes)
+    packed = (found.parameters - experts) * size + int(experts * NF4_BYTES)
+    whole = found.parameters * size
+    if directory is not None and _maps(directory):
+        return memory.Base(0, max(whole, stored_bytes), packed)
+    return memory.Base(whole, stored_bytes, packed)
 
 
 def cost(outline: nn.Module, config: PreTrainedConfig, rank: int, which: str, tokens: int) -> Cost:

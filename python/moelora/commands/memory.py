@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from moelora.linears import slow_in_torch
 
 PERIOD = 4  # layers of different kinds alternate with at most this period in the models that there are
 HEAD_TILES = 8  # float32 tiles of logits that TRL's loss holds at its peak
+# By measurements of whole runs: what malloc keeps between blocks that stay, and what data and their library
+# take beside those that are imported here.
+FRAGMENTATION, DATA = 1.25, 250 * 10**6
 VOCABULARY_PIECE = 32768  # columns of such a tile
 
 
@@ -66,8 +70,8 @@ class Kept:
 class Memory:
     """Bytes of a step, by what they are for."""
 
-    base: int  # as the weight files have it
-    mapped: int  # that much of it are pages of these files
+    base: int  # memory of its own
+    mapped: int  # pages of weight files, which the system can drop and read again
     lora: int
     gradients: int
     moments: int
@@ -79,7 +83,7 @@ class Memory:
     def private(self) -> int:
         """What cannot be dropped and read again."""
         parts = (self.lora, self.gradients, self.moments, self.activations, self.logits, self.process)
-        return self.base - self.mapped + sum(parts)
+        return self.base + sum(parts)
 
     @property
     def total(self) -> int:
@@ -88,7 +92,8 @@ class Memory:
     def told(self) -> str:
         """The parts in words."""
         parts = {
-            f"base ({_gb(self.mapped)} of it mapped)" if self.mapped else "base": self.base,
+            "weights": self.base,
+            "weight files": self.mapped,
             "LoRA": self.lora,
             "gradients": self.gradients,
             "optimizer": self.moments,
@@ -96,7 +101,7 @@ class Memory:
             "logits": self.logits,
             "the process itself": self.process,
         }
-        listed = ", ".join(f"{_gb(size)} {what}" for what, size in parts.items())
+        listed = ", ".join(f"{_gb(size)} {what}" for what, size in parts.items() if size)
         return f"{_gb(self.total)} at the peak: {listed}"
 
 
@@ -104,9 +109,9 @@ class Memory:
 class Base:
     """Bytes of the base model."""
 
-    total: int
-    mapped: int  # that much of it are pages of files
-    if_nf4: int | None = None  # of all of it with its experts in nested NF4, where they are dense
+    private: int
+    mapped: int  # pages of weight files: what is used where it lies there, and what was read and copied
+    if_nf4: int | None = None  # of all of it, mapped, with its experts in nested NF4, where they are dense
 
 
 class Estimator:
@@ -118,6 +123,7 @@ class Estimator:
 
     def __init__(self, model: PreTrainedModel, base: Base, plan: Plan):
         self.base, self.plan = base, plan
+        import_module("moelora.commands.finetune")  # with all that it takes
         self.process = psutil.Process().memory_info().rss
         self.vocabulary = model.config.get_text_config().vocab_size
         self.kept = _kept(model, plan)
@@ -127,20 +133,20 @@ class Estimator:
         plan, kept = plan or self.plan, self.kept
         smaller = plan.rank / self.plan.rank
         held = kept.largest if plan.step_in_backward else kept.parameters
-        # The backward of a layer has gradients of its intermediate results beside these.
-        activations = kept.activations + kept.layer
+        # The backward of a layer has gradients of its intermediate results, and temporary ones, beside these.
+        activations = FRAGMENTATION * kept.activations + 2 * kept.layer
         if plan.checkpointing:
-            activations = kept.layer_inputs + 2 * kept.layer
+            activations = FRAGMENTATION * kept.layer_inputs + 3 * kept.layer
         tile = min(plan.tokens, chunked_logprob.TOKEN_CHUNK_SIZE) * min(self.vocabulary, VOCABULARY_PIECE)
         return Memory(
-            base=self.base.if_nf4 if packed else self.base.total,
+            base=0 if packed else self.base.private,
             mapped=self.base.if_nf4 if packed else self.base.mapped,
             lora=int(4 * kept.parameters * smaller),
             gradients=int(4 * held * smaller),
             moments=int(optimizers.MOMENTS[plan.optimizer] * kept.parameters * smaller),
             activations=int(activations),
             logits=HEAD_TILES * 4 * tile,
-            process=self.process,
+            process=self.process + DATA,
         )
 
     def advice(self, room: int) -> list[str]:
