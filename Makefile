@@ -6,6 +6,7 @@ TORCH  ?= torch==2.13.0
 EXTRAS ?= commands,test,lint
 ARGS   ?=
 RUNS   ?=
+SEED   ?=
 
 BIN   := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
@@ -36,7 +37,7 @@ demo: $(DEMO) ## LoRA fine-tuning of a mixture-of-experts model, from scratch, i
 	$(BIN)/python -m moelora finetune $(ARGS)
 
 test: $(READY) ## the whole suite, each instruction set, the sanitizers, Triton, side by side
-	$(BIN)/python tests/run.py $(RUNS)
+	$(BIN)/python tests/run.py $(RUNS) $(if $(SEED),--seed $(SEED))
 
 bench: $(READY) ## the operators beside what else there is
 	$(BIN)/python -m benchmarks.run $(ARGS)

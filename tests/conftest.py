@@ -30,7 +30,7 @@ settings.register_profile("fuzz", max_examples=200, **_COMMON)
 settings.load_profile("default")
 # Seconds for all tests that draw examples, in the profiles that look for new ones: each has its share of what
 # is left, and draws no more once that is over.
-SECONDS = {"search": 1200, "fuzz": 1200}
+SECONDS = {"search": 600, "fuzz": 600}
 LEAST = 10  # examples that a test draws all the same
 
 

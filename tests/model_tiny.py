@@ -51,10 +51,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def build(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model with random weights, biases included, on transformers' eager experts."""
+def build(kind: str, dtype: torch.dtype = torch.float32, layers: int | None = None) -> PreTrainedModel:
+    """Random weights, biases included, on transformers' eager experts; two `layers` by default."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](), experts_implementation="eager")
+    config = CONFIGS[kind]()
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             nn.init.normal_(parameter, std=0.3)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,17 +25,18 @@ BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 HIDDEN, INNER, EXPERTS = 256, 192, 4
 _SIZES = {
     "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_experts_per_tok": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0,
-    "dtype": "bfloat16",
+    "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 64, "max_position_embeddings": 64,
+    "pad_token_id": 0, "dtype": "bfloat16",
 }  # fmt: skip
 CONFIGS = {
     "qwen3_moe": lambda: Qwen3MoeConfig(moe_intermediate_size=INNER, num_experts=EXPERTS, **_SIZES),
     "mixtral": lambda: MixtralConfig(intermediate_size=INNER, num_local_experts=EXPERTS, **_SIZES),
     "gpt_oss": lambda: GptOssConfig(intermediate_size=INNER, num_local_experts=EXPERTS, **_SIZES),
     "deepseek_v3": lambda: DeepseekV3Config(
-        moe_intermediate_size=INNER, n_routed_experts=EXPERTS, intermediate_size=HIDDEN, first_k_dense_replace=1,
-        q_lora_rank=None, kv_lora_rank=64, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32, n_group=1,
-        topk_group=1, n_shared_experts=1, **_SIZES | {"num_key_value_heads": 2, "head_dim": 32},
+        moe_intermediate_size=INNER, n_routed_experts=EXPERTS, intermediate_size=HIDDEN,
+        first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=64, qk_rope_head_dim=32, qk_nope_head_dim=32,
+        v_head_dim=32, n_group=1, topk_group=1, n_shared_experts=1,
+        **_SIZES | {"num_key_value_heads": 2, "head_dim": 32},
     ),
 }  # fmt: skip
 # Of an expert: gate, up, down.
@@ -50,7 +51,7 @@ class Layout:
     """One row of the table.
 
     matrix: (rows, columns, generator) → what is stored for a matrix. format: what the operators call it.
-    linears: attention is packed, too. ending: what of a dense name the stored ones replace.
+    linears: attention is packed, too. stacked: all experts of a layer in one.
     """
 
     name: str
@@ -59,9 +60,7 @@ class Layout:
     section: dict
     matrix: Callable[[int, int, torch.Generator], Drawn]
     linears: bool = True
-    ending: str = "weight"
     stacked: bool = False
-    exact: dict = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.name
@@ -232,7 +231,8 @@ _BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": Fa
 TABLE = [
     Layout("ours nf4 nested", "qwen3_moe", "nf4", _own("nf4", nested=True), ours("nf4", nested=True), False,
            stacked=True),
-    Layout("ours int8 with linears", "qwen3_moe", "int8", _own("int8", linears=True), ours("int8"), stacked=True),
+    Layout("ours int8 with linears", "qwen3_moe", "int8", _own("int8", linears=True), ours("int8"),
+           stacked=True),
     Layout("ours fp8 interleaved", "gpt_oss", "fp8", _own("fp8"), ours("fp8"), False, stacked=True),
     Layout("gpt-oss mxfp4", "gpt_oss", "mxfp4", {"quant_method": "mxfp4"}, mxfp4_blocks, False, stacked=True),
     Layout("fp8 blocks", "deepseek_v3", "fp8", _FP8 | {"weight_block_size": [128, 128]}, fp8_blocks),
@@ -240,7 +240,8 @@ TABLE = [
            _compressed("float-quantized", type="float", num_bits=8, strategy="channel"), fp8_rows),
     Layout("compressed int4", "deepseek_v3", "int4", _compressed("pack-quantized", group_size=32), int4),
     Layout("compressed int4 asymmetric", "qwen3_moe", "int4",
-           _compressed("pack-quantized", group_size=32, symmetric=False), lambda n, k, g: int4(n, k, g, False)),
+           _compressed("pack-quantized", group_size=32, symmetric=False),
+           lambda n, k, g: int4(n, k, g, False)),
     Layout("modelopt nvfp4", "qwen3_moe", "nvfp4",
            {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}, nvfp4_modelopt),
     Layout("compressed nvfp4", "qwen3_moe", "nvfp4",
@@ -251,10 +252,9 @@ TABLE = [
     Layout("bitsandbytes fp4", "mixtral", "fp4", _BNB | {"bnb_4bit_quant_type": "fp4"},
            lambda n, k, g: bnb(n, k, g, "fp4")),
     Layout("gptq", "qwen3_moe", "int4",
-           {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False, "desc_act": False}, gptq, ending=""),
+           {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False, "desc_act": False}, gptq),
     Layout("awq", "mixtral", "int4",
-           {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}, awq,
-           ending=""),
+           {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}, awq),
 ]  # fmt: skip
 LAYOUTS = {layout.name: layout for layout in TABLE}
 

@@ -40,13 +40,13 @@ def become(run: Run, more: list[str]) -> None:
     os.execve(sys.executable, [sys.executable, *command], os.environ | environ)
 
 
-def execute(processes: side_by_side.Processes, run: Run) -> Outcome:
+def execute(processes: side_by_side.Processes, seed: list[str], run: Run) -> Outcome:
     """The run in a process of its own; its log is shown if it failed."""
     report, log = REPORTS / f"{run.name}.xml", REPORTS / f"{run.name}.log"
     report.unlink(missing_ok=True)
     print(f"{run.name}: {run.purpose}", flush=True)
     start = time.monotonic()
-    command = [sys.executable, __file__, "--here", run.name, f"--junit-xml={report}", "--durations=10"]
+    command = [sys.executable, __file__, "--here", run.name, f"--junit-xml={report}", "--durations=10", *seed]
     status = processes.run(command, log, env=os.environ | {"CMAKE_BUILD_PARALLEL_LEVEL": "1"})
     outcome = read(run, report, status, time.monotonic() - start)
     if outcome.bad and not processes.ended:  # an interruption says nothing about it
@@ -69,13 +69,15 @@ def reason_against(run: Run, names: list[str]) -> str | None:
     return run.why_not() or (None if run.name in names else run.spare())
 
 
-def all_of(names: list[str], runs: list[Run]) -> int:
+def all_of(names: list[str], seed: list[str], runs: list[Run]) -> int:
     """Those that this machine can do, as many at a time as there are cores; then the summary."""
     start = time.monotonic()
     REPORTS.mkdir(parents=True, exist_ok=True)
     reasons = [(run, reason_against(run, names)) for run in chosen(names, runs)]
     with side_by_side.processes() as processes:
-        calls = [functools.partial(execute, processes, run) for run, reason in reasons if reason is None]
+        calls = [
+            functools.partial(execute, processes, seed, run) for run, reason in reasons if reason is None
+        ]
         outcomes = side_by_side.in_order(calls, side_by_side.cores())
     absent = [(run, reason) for run, reason in reasons if reason]
     left = [] if names else [run for run in runs if run.long]
@@ -89,6 +91,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Runs the test suite in every way that this machine can.")
     parser.add_argument(
         "names", nargs="*", metavar="run", help="runs to do, or long; all short ones by default"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="of the runs that look for new examples",
     )
     parser.add_argument("--list", action="store_true", help="print the runs and stop")
     parser.add_argument(
@@ -105,7 +113,8 @@ def main() -> int:
         return 0
     if args.here:
         become(next(run for run in runs if run.name == args.here[0]), args.here[1:])
-    return all_of(args.names, runs)
+    seed = [] if args.seed is None else [f"--hypothesis-seed={args.seed}"]
+    return all_of(args.names, seed, runs)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,15 @@ def test_inductor():
             torch.testing.assert_close(a, b)
 
 
+def test_without_gradients():
+    """Parameters that would be trained, in a call that is not."""
+    experts = module()
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(*inputs(6)), experts(*inputs(6)))
+    assert torch.equal(compiled(*inputs(6)), experts(*inputs(6)))  # and then in one that is
+
+
 def test_autocast_inside_a_graph():
     experts = module()
 

@@ -67,6 +67,7 @@ def test_more_rows_than_one_thread_takes():
     check(ids, 128)
 
 
+@pytest.mark.long_interpreted
 def test_a_million_experts():
     ids = torch.randint(0, 2**20, (50, 2), generator=torch.Generator().manual_seed(0))
     check(ids, 2**20)

@@ -1,8 +1,8 @@
 """The same files by transformers and the projects' own packages: the numbers that the codes stand for."""
 
+import moelora
 import pytest
 import torch
-import moelora
 from model_tiny import one_thread  # noqa: F401  (autouse)
 from moelora import weights
 from packed_files import LAYOUTS, write

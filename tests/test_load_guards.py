@@ -116,7 +116,7 @@ def test_a_second_adapter_is_applied_too(checkpoints):  # noqa: F811
 
 
 def test_it_cannot_be_trained(model):
-    with pytest.raises(MoeloraError, match="is packed .*cannot be trained"):
+    with pytest.raises(MoeloraError, match=r"is packed .*cannot be trained"):
         model.requires_grad_(True)
     stand_in = experts(model)[0].gate_up_proj
     with pytest.raises(MoeloraError, match="cannot be trained"):
@@ -177,7 +177,8 @@ def test_saving_what_others_packed_writes_our_own_layout(layout, checkpoints, tm
 def test_dequantize_makes_a_plain_model(model, tmp_path):
     expected = logits(model)
     model.dequantize()
-    assert all(type(getattr(module, name)) is torch.nn.Parameter for module in experts(model) for name in NAMES)
+    dense = [getattr(module, name) for module in experts(model) for name in NAMES]
+    assert all(type(weight) is torch.nn.Parameter for weight in dense)
     assert not list(standin.installed(model))
     assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path)

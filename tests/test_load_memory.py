@@ -1,4 +1,4 @@
-"""Packed experts stay in their files: memory of a process that loads some 100 MB, and the cache of stacked ones."""
+"""Packed experts stay in their files: memory of a process that loads some 100 MB, and the cache of stacks."""
 
 import json
 import logging
@@ -54,8 +54,11 @@ def drawn(rows: int, columns: int, gen: torch.Generator, experts: int = 1):
 
 
 def rows_of_fp8(rows: int, columns: int, gen: torch.Generator):
-    codes = torch.randint(0, 120, (rows, columns), generator=gen, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    return {"weight": codes, "weight_scale": torch.full((rows, 1), 1e-3, dtype=torch.bfloat16)}, torch.empty(0)
+    codes = torch.randint(0, 120, (rows, columns), generator=gen, dtype=torch.uint8)
+    return {
+        "weight": codes.view(torch.float8_e4m3fn),
+        "weight_scale": torch.full((rows, 1), 1e-3, dtype=torch.bfloat16),
+    }, torch.empty(0)
 
 
 OWN = replace(LAYOUTS["ours nf4 nested"], matrix=drawn)
@@ -67,7 +70,7 @@ LARGE = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux tells what memory is, others do not")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no Linux")
 @pytest.mark.parametrize("kind", LARGE)
 def test_no_private_memory_but_what_is_small(kind, tmp_path, checkpoints):  # noqa: F811
     """A model of 50 or 100 MB of experts: less than a tenth of it is private memory, at any time."""
@@ -105,7 +108,7 @@ def test_the_cache_is_written_once_and_said(checkpoints, caplog):  # noqa: F811
     with caplog.at_level(logging.WARNING, "moelora"):
         assert torch.equal(logits(checkpoint.model()), expected)
     (told,) = (r.getMessage() for r in caplog.records if "stacked in" in r.getMessage())
-    assert str(home) in told and "GB" in told and "delete that directory" in told
+    assert str(home) in told and "GB" in told and "delete it" in told
     assert files(checkpoint) == list(written)
 
 

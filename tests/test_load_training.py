@@ -105,9 +105,11 @@ def test_sft_trainer(checkpoints, tmp_path):  # noqa: F811
     from moelora.commands.default_model import byte_tokenizer
     from peft import LoraConfig
 
-    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=names)
     trainer = trl.SFTTrainer(
-        checkpoints("ours nf4 nested").model(), arguments(trl.SFTConfig, tmp_path, bf16=True), train_dataset=lines(),
-        peft_config=config, processing_class=byte_tokenizer(), callbacks=[moelora.Callback()],
+        checkpoints("ours nf4 nested").model(), arguments(trl.SFTConfig, tmp_path, bf16=True),
+        train_dataset=lines(), peft_config=config, processing_class=byte_tokenizer(),
+        callbacks=[moelora.Callback()],
     )  # fmt: skip
     check_learns(trainer)

@@ -36,9 +36,9 @@ def _own_accelerator_state():
     GradientState._reset_state()
 
 
-def _model(enabled: bool, **keywords) -> nn.Module:
+def _model(enabled: bool, layers: int | None = None, **keywords) -> nn.Module:
     torch.manual_seed(3)
-    model = adapt(build("qwen3_moe"), targets=["o_proj"], **keywords)
+    model = adapt(build("qwen3_moe", layers=layers), targets=["o_proj"], **keywords)
     if enabled:
         moelora.enable(model)
     return model.train()
@@ -52,7 +52,7 @@ def test_compiled_training_follows_eager_over_shapes():
     """No graph break, one compilation for a batch of one and one for all others, the same losses."""
 
     def curve(compiled: bool) -> list[float]:
-        model = _model(enabled=True)
+        model = _model(enabled=True, layers=1)  # tracing takes the time
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         step = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager") if compiled else model
         losses = []
@@ -75,7 +75,7 @@ def test_compiled_training_follows_eager_over_shapes():
 @pytest.mark.slow
 def test_what_peft_computes_breaks_the_graph_with_our_reason():
     """PEFT's own path cannot be traced; a compilation that allows breaks runs it."""
-    model = _model(enabled=True)
+    model = _model(enabled=True, layers=1)
     for module in model.modules():
         if type(module).__name__ == "ParamWrapper":
             module.lora_A.to(torch.bfloat16)
@@ -94,7 +94,7 @@ def test_adapters_are_switched_under_compile():
     """One, the other, both and back: one graph for each of the three, and the gradients are those of PEFT."""
 
     def two(enabled: bool) -> nn.Module:
-        model = _model(enabled)
+        model = _model(enabled, layers=1)
         names = ["experts.gate_up_proj", "experts.down_proj"]
         second = LoraConfig(r=2, lora_alpha=7, target_modules=["o_proj"], target_parameters=names)
         model.add_adapter("second", second)
@@ -117,7 +117,7 @@ def test_adapters_are_switched_under_compile():
         expected.loss.backward()
         found.loss.backward()
         grads = {n: p.grad for n, p in enabled.named_parameters() if p.grad is not None}
-        assert len(grads) == 12 * len(active) and all(any(f".{a}." in n for a in active) for n in grads)
+        assert len(grads) == 6 * len(active) and all(any(f".{a}." in n for a in active) for n in grads)
         for name, parameter in plain.named_parameters():
             assert parameter.grad is None or difference(grads[name], parameter.grad) < 1e-5, name
     assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]

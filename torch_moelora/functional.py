@@ -102,6 +102,44 @@ def scatter_lora(
     )  # fmt: skip
 
 
+def linear_lora(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Linear layer with LoRA, as one expert of `scatter_lora`: x·Wᵀ + scaling·(x·Aᵀ)·Bᵀ + bias.
+
+    Args:
+        x: [..., K].
+        weight: [N, K], or a `formats.PackedWeight` of shape (1, N, K).
+        lora_a, lora_b: [R, K] and [N, R]; both or neither.
+        scaling: finite factor of the LoRA term.
+        bias: [N].
+
+    Returns:
+        [..., N], x's dtype.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or device; the message names it.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    tokens = rows.shape[0]
+    as_expert = {"lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    y = scatter_lora(
+        rows,
+        weight if isinstance(weight, PackedWeight) else weight.unsqueeze(0),
+        torch.arange(tokens, device=x.device),
+        torch.full((1,), tokens, dtype=torch.int32, device=x.device),
+        1,
+        scaling=scaling,
+        **{name: t if t is None else t.unsqueeze(0) for name, t in as_expert.items()},
+    )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 def glu(
     h: Tensor,
     act: str = "silu",

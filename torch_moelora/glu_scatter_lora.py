@@ -59,6 +59,7 @@ def glu_scatter_lora(call: ScatterLora, options: tuple) -> Tensor:
         # Here and not in the operator's own autocast kernel: the backward must see the tensors that were
         # used.
         call = follow(device, call)
-    if torch.jit.is_tracing():  # no file of TorchScript takes a step that is Python's
+    # No file of TorchScript takes a step that is Python's, and torch 2.13 cannot trace one without gradients.
+    if torch.jit.is_tracing() or (torch.compiler.is_compiling() and not torch.is_grad_enabled()):
         return torch.ops.moelora.scatter_lora(*call._replace(x=torch.ops.moelora.glu(call.x, *options)))
     return _GluScatterLora.apply(*call, *options)

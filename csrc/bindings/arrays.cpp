@@ -18,7 +18,7 @@ DType storage_type(const char* name, const py::array& array) {
                         std::string(py::str(t)));
 }
 
-std::string shape_text(std::initializer_list<int64_t> sizes) {
+std::string sizes_text(std::initializer_list<int64_t> sizes) {
   std::string s;
   for (int64_t n : sizes) s += (s.empty() ? "" : ", ") + (n < 0 ? std::string("any") : std::to_string(n));
   return "[" + s + "]";
@@ -45,7 +45,7 @@ Array::Array(const char* name, const py::array& array) : name_(name), array_(arr
 
 void Array::fail(const std::string& expected) const {
   throw py::value_error(std::string(name_) + " must " + expected + ", got " + name_of(dtype_) + " of shape " +
-                        moelora::shape_text(array_));
+                        shape_text(array_));
 }
 
 const Array& Array::dims(int64_t n) const {
@@ -60,7 +60,7 @@ const Array& Array::shape(std::initializer_list<int64_t> sizes) const {
     same = same && (n < 0 || array_.shape(i) == n);
     ++i;
   }
-  if (!same) fail("have shape " + shape_text(sizes));
+  if (!same) fail("have shape " + sizes_text(sizes));
   return *this;
 }
 

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from moelora import adapters, advice, experts, weights
 from moelora.errors import MoeloraError
+from moelora.linears import FrozenLinear, hook, unhook
 from moelora.reporting import AdapterReport, LayerReport, Report
 from moelora.watch import has_values, held, nonzero
 from torch_moelora.formats import PackedWeight
@@ -18,7 +19,7 @@ from torch_moelora.formats import PackedWeight
 _WRAPPERS = ("base_layer", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
-def enable(model: nn.Module) -> Report:
+def enable(model: nn.Module, linears: bool | None = None) -> Report:
     """Run a model's experts, and the PEFT adapters on them, on the operators.
 
     Works on the instance: experts modules get `experts_implementation="moelora"`, PEFT's expert wrappers hand
@@ -27,6 +28,8 @@ def enable(model: nn.Module) -> Report:
 
     Args:
         model: a transformers model, or a `PeftModel` around one.
+        linears: whether frozen linear layers, and PEFT's LoRA on them, run on the operators too. None: those
+            in 16 bits on a CPU where torch has no fast product of these. Packed ones always do.
     Returns: which layers use the operators, which do not and why, and the adapters of each.
     Raises: MoeloraError if no layer can use them; the model is then unchanged.
     """
@@ -56,11 +59,13 @@ def enable(model: nn.Module) -> Report:
             adapters.hook(wrapper)
     for module in found.values():
         module.config._experts_implementation_internal = experts.IMPLEMENTATION
+    hook(model, linears)
     return report(model)
 
 
 def disable(model: nn.Module) -> None:
     """Undo `enable`: every module and configuration is as it was. A model that is not enabled stays so."""
+    unhook(model)
     for module in model.modules():
         if isinstance(module, PeftParamWrapper):
             adapters.unhook(module)
@@ -85,7 +90,8 @@ def report(model: nn.Module) -> Report:
         for layer in layers:
             for adapter in layer.adapters:
                 adapted.setdefault(adapter.adapter, []).append(f"{layer.name}.{adapter.parameter}")
-        return Report(layers, tuple(advice.notes(model, adapted)))
+        on_operators = sum(isinstance(module, FrozenLinear) for module in model.modules())
+        return Report(layers, tuple(advice.notes(model, adapted)), on_operators)
 
 
 def _layer(name: str, module: nn.Module, wrappers: list[PeftParamWrapper]) -> LayerReport:

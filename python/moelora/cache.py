@@ -1,9 +1,9 @@
 """Files with a matrix for each expert, stacked once into files that are mapped from then on.
 
-One file for each experts module, in our own layout: `MODULE.safetensors` with `MODULE.gate_up_proj.codes` and so
-on, in a directory whose name is a digest of the checkpoint's files (names, sizes, times, headers). A file is
-written expert by expert under another name and renamed when it is complete: what is there is whole, whoever
-else writes it or was interrupted.
+One file for each experts module, in our own layout: `MODULE.safetensors` with `MODULE.gate_up_proj.codes` and
+so on, in a directory whose name is a digest of the checkpoint's files (names, sizes, times, headers). A file
+is written expert by expert under another name and renamed when it is complete: what is there is whole,
+whoever else writes it or was interrupted.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _write_all(
             _write(_path(home, name), several, files, layout, settings)
     size = sum(path.stat().st_size for path in home.glob("*.safetensors"))
     logging.getLogger("moelora").warning(
-        "the experts of %s are stacked in %s (%.2f GB), which later loads map: delete that directory to be rid of it",
+        "the experts of %s are stacked in %s (%.2f GB), which later loads map; delete it to be rid of it",
         files.paths[0].parent, home, size / 1e9,
     )  # fmt: skip
 

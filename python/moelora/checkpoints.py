@@ -24,6 +24,7 @@ from transformers import (
 from moelora import stored
 from moelora.errors import MoeloraError, one_line
 from moelora.experts import is_experts, outside
+from moelora.loading import from_pretrained
 
 SHOWN = 6  # kinds of keys that a message lists
 # Any of them is a vocabulary; which ones a tokenizer reads, transformers does not tell reliably.
@@ -97,7 +98,7 @@ def load(
     report = _Report()
     set_seed(seed)
     with _loading(directory, "a language model", report), report.listening():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = from_pretrained(
             directory,
             dtype=dtype,
             local_files_only=True,

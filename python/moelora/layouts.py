@@ -40,7 +40,7 @@ class Layout:
     endings: what follows a weight's name, and the part that it is, as `matrix` knows it.
     stacked: the file has all experts of a layer in one weight, named as the module's parameter.
     weight: what ends the dense weight's name where the packed one has no such name of its own.
-    plain: the part that dense weights have, too; a weight with no other part is dense unless its codes are not.
+    plain: the part that dense weights have, too. With no other part and of floats it is a dense one.
     """
 
     name: str
@@ -63,7 +63,10 @@ LAYOUTS = {
         "gpt-oss MXFP4", {"_blocks": "_blocks", "_scales": "_scales"}, matrices.gpt_oss, stacked=True
     ),
     "fp8": Layout(
-        "FP8", _beside("weight", "weight_scale_inv", "weight_scale", "scale", "activation_scale", "input_scale"),
+        "FP8",
+        _beside(
+            "weight", "weight_scale_inv", "weight_scale", "scale", "activation_scale", "input_scale",
+        ),
         matrices.fp8, weight=".weight", plain="weight",
     ),
     "compressed-tensors": Layout(
@@ -101,8 +104,8 @@ def recognise(settings: dict[str, Any]) -> Layout:
         method = "modelopt"
     if method not in LAYOUTS:
         raise MoeloraError(
-            f"the checkpoint is quantised by {method or 'an unnamed method'}, expected one of {', '.join(LAYOUTS)}: "
-            f"{matrices.OTHER_WAY}"
+            f"the checkpoint is quantised by {method or 'an unnamed method'}, expected one of "
+            f"{', '.join(LAYOUTS)}: {matrices.OTHER_WAY}"
         )
     bits = settings.get("bits", 4)
     if method in ("gptq", "awq") and bits != 4:

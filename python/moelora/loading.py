@@ -21,18 +21,18 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """A causal language model whose experts stay packed, if they are packed in the files; else as ever.
 
-    Experts run on the operators from the start (`experts_implementation="moelora"`); after adding adapters call
-    `moelora.enable(model)`. Files that hold a layer's experts in one tensor (ours, gpt-oss) are mapped. Of others
-    the experts are stacked once into files below `cache_dir`, which are mapped from then on. Linear layers that
-    are packed in the files are dequantised to the model's dtype.
+    Experts run on the operators from the start (`experts_implementation="moelora"`); after adding adapters
+    call `moelora.enable(model)`. Files that hold a layer's experts in one tensor (ours, gpt-oss) are mapped.
+    Of others the experts are stacked once into files below `cache_dir`, which are mapped from then on. Linear
+    layers that are packed in the files are dequantised to the model's dtype.
 
     Args:
         directory: a local checkpoint, or a name on the hub.
         cache_dir: for stacked experts; None for `moelora` below Hugging Face's home (HF_HOME).
         kwargs: transformers' `from_pretrained`'s. device_map must be one device for packed experts.
 
-    Raises: MoeloraError for a checkpoint that cannot be kept packed, with the way out, and for tensors that are
-        missing, of another kind or shape than expected; what transformers raises for the rest.
+    Raises: MoeloraError for a checkpoint that cannot be kept packed, with the way out, and for tensors that
+        are missing, of another kind or shape than expected; what transformers raises for the rest.
     """
     if Path(directory).is_dir():
         stored.files(Path(directory))  # an index that lies is told before anything is read

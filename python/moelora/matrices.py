@@ -1,5 +1,6 @@
-"""The packed matrices of other projects' files as weights of `torch_moelora.formats`. None of their packages is
-needed.
+"""The packed matrices of other projects' files as weights of `torch_moelora.formats`.
+
+None of their packages is needed.
 
 Each function takes the name of a weight and its tensors, by what follows the name in the file, and returns a
 PackedWeight with E = 1 (`gpt_oss`: all experts). Codes that can stay as they are stay where they are. What no
@@ -59,7 +60,7 @@ def gpt_oss(name: str, parts: Parts, settings: dict) -> PackedWeight:
 
 
 def fp8(name: str, parts: Parts, settings: dict) -> PackedWeight:
-    """weight float8_e4m3fn [N, K] with scales of blocks, rows or the whole; or two E2M1 a byte, DeepSeek-V4's."""
+    """weight float8_e4m3fn [N, K], scales of blocks, rows or the whole; or two E2M1 a byte, DeepSeek-V4's."""
     spelling = next((part for part in ("weight_scale_inv", "weight_scale", "scale") if part in parts), None)
     codes, scale = need(name, parts, "weight", spelling or "weight_scale_inv")
     if codes.dtype == torch.int8 and scale.dtype in _E8M0:
@@ -143,7 +144,7 @@ def _mxfp4(name: str, codes: Tensor, scale: Tensor) -> PackedWeight:
 
 
 def bitsandbytes(name: str, parts: Parts, settings: dict) -> PackedWeight:
-    """weight uint8 [N·K/2, 1] with absmax of each block of the flat weight, and the rest in a JSON of bytes."""
+    """weight uint8 [N·K/2, 1], absmax of each block of the flat weight, and the rest in a JSON of bytes."""
     state_name = next((part for part in parts if part.startswith(_STATE)), _STATE + "nf4")
     codes, absmax, raw = need(name, parts, "weight", "weight.absmax", state_name)
     state = _json(name, state_name, raw)
@@ -164,8 +165,8 @@ def bitsandbytes(name: str, parts: Parts, settings: dict) -> PackedWeight:
         )
     if (codes.numel(), absmax.numel()) != (rows * columns // 2, rows * columns // block):
         raise MoeloraError(
-            f"{name}: {codes.numel()} bytes of codes and {absmax.numel()} of absmax for {rows}×{columns} in blocks of "
-            f"{block}, expected {rows * columns // 2} and {rows * columns // block}"
+            f"{name}: {codes.numel()} bytes of codes and {absmax.numel()} of absmax for {rows}×{columns} in "
+            f"blocks of {block}, expected {rows * columns // 2} and {rows * columns // block}"
         )
     _same_map(name, "weight.quant_map", parts, torch.tensor(FORMATS[kind].codes, dtype=torch.float32))
     scale2 = None
@@ -236,8 +237,8 @@ def _transposed(name: str, codes: Tensor, scales: Tensor, zero: Tensor) -> Packe
     (columns, rows), groups = codes.shape, scales.shape[0]
     if scales.shape != (groups, rows) or zero.shape != (groups, rows) or columns % 2:
         raise MoeloraError(
-            f"{name}: qweight of {columns}×{rows} with scales {list(scales.shape)} and zeros {list(zero.shape)}, "
-            f"expected both to be {[groups, rows]}"
+            f"{name}: qweight of {columns}×{rows} with scales {list(scales.shape)} and zeros "
+            f"{list(zero.shape)}, expected both to be {[groups, rows]}"
         )
     codes = codes.t()
     packed = (codes[:, 0::2] | codes[:, 1::2] << 4).contiguous()

@@ -1,9 +1,9 @@
 """The quantiser by which transformers loads packed checkpoints: ours, and what `moelora.from_pretrained` says
 of others.
 
-transformers loads what is dense, and dequantises packed linear layers on the way. The experts' packed weights
-are taken out of its hands: the model is built without them, and they are mapped from their files when the rest
-is there. Importing this is what registers it; it imports nothing that imports transformers' models.
+transformers loads what is dense, and dequantises packed linear layers on the way. The experts' packed
+weights are taken out of its hands: the model is built without them, and they are mapped from their files when
+the rest is there. Importing this is what registers it; it imports nothing that imports transformers' models.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moelora.packed_layout import METHOD, VERSION
 from torch_moelora.formats import PackedWeight
 
 if TYPE_CHECKING:
-    from moelora.layouts import Files, Layout, Source
+    from moelora.layouts import Files, Source
     from moelora.stacking import Plan
 
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class MoeloraConfig(QuantizationConfigMixin):
     """ "quantization_config" of our own layout (`moelora.packed_layout`).
 
-    source: that of another project's checkpoint, whose tensors the files have. cache_dir: where its experts are
-    stacked. Neither is saved.
+    source: that of another project's checkpoint, whose tensors the files have. cache_dir: where its experts
+    are stacked. Neither is saved.
     """
 
     def __init__(

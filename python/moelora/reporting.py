@@ -73,6 +73,7 @@ class Report:
 
     layers: tuple[LayerReport, ...] = field(default=())
     notes: tuple[str, ...] = ()  # what an adapter's configuration asks for in vain, and what would do it
+    linears: int = 0  # frozen linear layers that run on the operators
 
     @property
     def served(self) -> tuple[LayerReport, ...]:
@@ -106,7 +107,9 @@ class Report:
         for names, layer in _rows(self.layers):
             path = layer.path if not layer.reason else f"{layer.path}: {layer.reason}"
             path += " (own gate)" if layer.path == "operators" and layer.gate == "module" else ""
-            kind = layer.kind if layer.format == "dense" else f"{layer.kind}, {layer.format}"
+            kind = layer.kind
+            if layer.format != "dense":
+                kind += f", {layer.format}, {_bytes(layer.nbytes)}"
             adapters = ", ".join(map(str, layer.adapters)) or "none"
             table.add_row(names, kind, str(layer.experts), path, adapters)
         console = Console(file=StringIO(), width=200, color_system=None)
@@ -129,6 +132,8 @@ class Report:
         elif not own:
             names = sorted({f'"experts.{name}"' for layer in self.layers for name in layer.projections})
             yield f"{nothing}: no LoRA is active on them (target_parameters=[{', '.join(names)}])"
+        if self.linears:
+            yield f"{self.linears} frozen linear layers run on the operators too"
         active = [a for layer in self.layers for a in layer.adapters if a.active]
         if active and all(a.zero and not a.trainable for a in active):
             yield (
@@ -136,6 +141,14 @@ class Report:
                 "(moelora.check_adapter(model, directory) compares it with its file)"
             )
         yield from self.notes
+
+
+def _bytes(count: int) -> str:
+    """In the largest unit of which there is one."""
+    unit, size = next(
+        (u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if count >= s or s == 1
+    )
+    return f"{count / size:.3g} {unit}"
 
 
 def _rows(layers: tuple[LayerReport, ...]) -> Iterator[tuple[str, LayerReport]]:

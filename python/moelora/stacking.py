@@ -60,7 +60,7 @@ class Plan:
 def plan(model: nn.Module, files: Files, layout: Layout) -> Plan:
     """Assigns a checkpoint's packed weights to the parameters of a model on the meta device.
 
-    Raises: MoeloraError for an experts' weight that is incomplete, or built in a way that codes cannot follow.
+    Raises: MoeloraError for an experts' weight that is incomplete, or built as codes cannot be.
     """
     stacks = _experts(model)
     state = model.state_dict()
@@ -105,8 +105,8 @@ def _experts(model: nn.Module) -> dict[str, Stack]:
     if not stacks:
         kind = type(model).__name__
         raise MoeloraError(
-            f"{kind} has no expert layers that follow transformers' experts interface, so nothing can stay packed"
-            + outside(model)
+            f"{kind} has no expert layers that follow transformers' experts interface, so nothing can stay "
+            f"packed{outside(model)}"
         )
     return stacks
 
@@ -159,7 +159,8 @@ def _complete(stack: Stack, places: dict[tuple[int, int], Source]) -> list[list[
     for expert, order in places:
         if expert >= experts:
             raise MoeloraError(
-                f"{places[expert, order].name} is of expert {expert}, expected 0 to {experts - 1} of {stack.name}"
+                f"{places[expert, order].name} is of expert {expert}, expected 0 to {experts - 1} of "
+                f"{stack.name}"
             )
     for expert in range(experts):
         for order in range(several):
@@ -201,9 +202,8 @@ def below(parts: list[PackedWeight]) -> PackedWeight:
             raise ValueError(f"its matrices are {found}, expected one format and width")
     if first.format == "fp8":
         parts = _same_grid(parts)
-    if any(part.is_nested for part in parts):
-        if not all(part.is_nested and part.scale.numel() % NESTED_RUN == 0 for part in parts):
-            parts = [part.unnested("load") if part.is_nested else part for part in parts]
+    if not all(part.is_nested and part.scale.numel() % NESTED_RUN == 0 for part in parts):
+        parts = [part.unnested("load") if part.is_nested else part for part in parts]
     if any(part.zero is not None for part in parts):
         parts = [part._replace(zero=_zero(part)) for part in parts]
     shapes = {(part.scale.dtype, part.scale.shape[2]) for part in parts}

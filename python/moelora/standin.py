@@ -1,8 +1,8 @@
 """A packed weight inside a transformers module: its tensors, and a parameter that stands for it.
 
-`install` puts both there. The parameter has the weight's name, shape and dtype and holds one zero: PEFT, counts
-of parameters and device maps read what they need from it, and whatever would compute with it is told why that
-cannot be. The tensors are the buffers of a module beside it, which changes of dtype leave alone.
+`install` puts both there. The parameter has the weight's name, shape and dtype and holds one zero: PEFT,
+counts of parameters and device maps read what they need from it, and whatever would compute with it is told
+why that cannot be. The tensors are the buffers of a module beside it, which changes of dtype leave alone.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _LIKE = {
 _SAME = {"detach", "detach_", "requires_grad_", "share_memory_"}
 # What asks for no numbers.
 _ABOUT = {
-    "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex",
-    "is_contiguous", "get_device", "storage_offset", "data_ptr", "untyped_storage", "storage", "_typed_storage",
-    "__len__", "__hash__", "is_pinned", "is_shared", "is_inference", "is_signed", "is_conj", "is_neg", "_is_view",
-    "is_tensor", "is_same_size", "__dir__", "_has_compatible_shallow_copy_type",
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_floating_point",
+    "is_complex", "is_contiguous", "get_device", "storage_offset", "data_ptr", "untyped_storage", "storage",
+    "_typed_storage", "__len__", "__hash__", "is_pinned", "is_shared", "is_inference", "is_signed", "is_conj",
+    "is_neg", "_is_view", "is_tensor", "is_same_size", "__dir__", "_has_compatible_shallow_copy_type",
 }  # fmt: skip
 
 
@@ -115,8 +115,8 @@ def _stand_ins(values: Any) -> Iterator[StandIn]:
 
 def _refusal(stand_in: StandIn, why: str) -> MoeloraError:
     return MoeloraError(
-        f"{stand_in.told}, and {why}: only moelora's experts implementation reads it (moelora.enable(model), after "
-        "every change of adapters); model.dequantize() makes it dense"
+        f"{stand_in.told}, and {why}: only moelora's experts implementation reads it (moelora.enable(model), "
+        "after every change of adapters); model.dequantize() makes it dense"
     )
 
 

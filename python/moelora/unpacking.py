@@ -17,9 +17,8 @@ from moelora.layouts import Layout, Source
 from moelora.packed_layout import Choice
 from torch_moelora.formats import FORMATS, PackedWeight
 
-
 # What was wrong with the tensors of linear layers, in this thread's load.
-PROBLEMS: ContextVar[list[MoeloraError]] = ContextVar("problems", default=[])
+PROBLEMS: ContextVar[list[MoeloraError] | None] = ContextVar("problems", default=None)
 
 
 class Dequantise(ConversionOps):
@@ -47,7 +46,8 @@ class Dequantise(ConversionOps):
         try:
             return {full_layer_name: self._weight(full_layer_name, parts, empty)}
         except MoeloraError as error:  # transformers keeps the place, and says less than this
-            PROBLEMS.get().append(error)
+            if (problems := PROBLEMS.get()) is not None:
+                problems.append(error)
             raise
 
     def _weight(self, name: str, parts: dict[str, Tensor], empty: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def told(model: nn.Module, linears: dict[str, Source], layout: Layout) -> None:
     size = sum(model.get_parameter(name).nbytes for name in linears)
     dtype = str(model.config.dtype).removeprefix("torch.")
     logging.getLogger("moelora").warning(
-        "%d linear layers are packed in the file (%s) and dequantised to %s (%.2f GB): only experts stay packed",
+        "%d linear layers are packed in the files (%s) and dequantised to %s (%.2f GB); experts stay packed",
         len(linears), layout.name, dtype, size / 1e9,
     )  # fmt: skip
 

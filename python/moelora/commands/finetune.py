@@ -33,6 +33,7 @@ from moelora.commands import (
     finite,
     formats,
     lora,
+    optimizers,
     options,
     packing,
     plan,
@@ -47,6 +48,7 @@ from moelora.commands import (
     training,
 )
 from moelora.errors import MoeloraError
+from moelora.standin import installed
 
 RELOAD_TOKENS = 64
 
@@ -148,6 +150,7 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
         threads.check(chosen.threads)
         torch.set_num_threads(chosen.threads)
     training.check_reports(chosen.report_to)
+    optimizers.check(chosen.optimizer)
     config, tokenizer = checkpoints.inspect(_given(chosen)) if chosen.model else default_model.inspect()
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and chosen.seq_length > limit:
@@ -157,7 +160,7 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
     if chosen.dry_run:
         outline = checkpoints.outline(_given(chosen))[0] if chosen.model else default_model.outline()
         print(tokens.told())
-        print(plan.told(outline, config, chosen, tokens))
+        print(plan.told(outline, config, chosen, tokens, _given(chosen) if chosen.model else None))
         return None
     source = _given(chosen) if chosen.model else _default(chosen)
     made_from = _made_from(chosen, source)
@@ -173,7 +176,8 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
         print(f"fresh    {checkpoints.listed(fresh)}: drawn with --seed {chosen.seed}, in no file")
     print(tokens.told())
     set_seed(chosen.seed)
-    adapted = lora.adapt(model, chosen.rank, chosen.alpha, chosen.projections, chosen.target_modules)
+    targets = (chosen.target_modules, chosen.target_rank)
+    adapted = lora.adapt(model, chosen.rank, chosen.alpha, chosen.projections, *targets)
     report = moelora.enable(adapted)
     checkpoints.check_runs(adapted, source)
     run = Run(chosen, out, start, source, tokenizer, tokens, adapted, started, fresh, made_from)
@@ -283,10 +287,11 @@ def show(run: Run, adapter: Path, summary: dict[str, Any]) -> None:
         summary["race"] = showcase.race(run.model, run.batch(), run.options.compare)
         print(_told(summary["race"]))
     ids = torch.tensor([run.tokens.held_out[0]["input_ids"][:RELOAD_TOKENS]])
+    how = "PEFT on packed experts" if any(installed(run.model)) else "plain PEFT"
     difference = reloading.reload(run.model, adapter, lambda: _base(run.options, run.source)[0], ids)
     summary["reload_difference"] = difference
     told = "all are zero" if difference is None else f"relative difference {difference:.0e}"
-    print(f"adapter reloaded with plain PEFT: logits agree ({told})")
+    print(f"adapter reloaded with {how}: logits agree ({told})")
 
 
 def _told(race: dict[str, Any]) -> str:
@@ -350,6 +355,7 @@ def _trainer(run: Run) -> tuple[training.TunedTrainer, training.Progress]:
         per_device_eval_batch_size=chosen.batch_size,
         gradient_accumulation_steps=chosen.grad_accumulation,
         gradient_checkpointing=chosen.gradient_checkpointing,
+        optim=optimizers.NAMES[chosen.optimizer],
         learning_rate=chosen.learning_rate,
         lr_scheduler_type=chosen.scheduler,
         warmup_steps=plan.warmup(chosen.warmup, run.steps),
@@ -359,6 +365,7 @@ def _trainer(run: Run) -> tuple[training.TunedTrainer, training.Progress]:
         **training.evaluating(chosen.eval_every, chosen.keep_best, chosen.early_stopping, chosen.save_every),
         report_to=[name for name in chosen.report_to if name != training.JSONL],
     )
+    trainer.steps_in_backward = chosen.step_in_backward
     if chosen.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(chosen.early_stopping))
     if training.JSONL in chosen.report_to:

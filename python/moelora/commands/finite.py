@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from moelora.errors import MoeloraError
+from moelora.standin import StandIn
 
 
 def whole(tensor: Tensor) -> bool:
@@ -17,9 +18,17 @@ def whole(tensor: Tensor) -> bool:
 
 
 def check_weights(model: nn.Module, where: object) -> None:
-    """Raises: MoeloraError naming the first parameter or buffer of the base that has a NaN or an Inf."""
+    """Raises: MoeloraError naming the first parameter or buffer of the base that has a NaN or an Inf.
+
+    Of packed weights the scales are looked at, which are buffers.
+    """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta or not tensor.is_floating_point() or tensor.element_size() < 2:
+        if (
+            isinstance(tensor, StandIn)
+            or tensor.is_meta
+            or not tensor.is_floating_point()
+            or tensor.element_size() < 2
+        ):
             continue  # one-byte floats are codes, whose scales are looked at
         if not whole(tensor):
             raise MoeloraError(f"the weights in {where} are not finite: {name} has {_counts(tensor)}")
@@ -93,10 +102,15 @@ def check_gradients(model: nn.Module, step: int) -> None:
         return
     for name, grad in graded:
         if not whole(grad):
-            raise MoeloraError(
-                f"the gradient of {name} has {_counts(grad)} at step {step}, of a finite loss: "
-                f"{_overflow(model)}, or lower --learning-rate"
-            )
+            refuse_gradient(name, grad, step, model)
+
+
+def refuse_gradient(name: str, gradient: Tensor, step: int, model: nn.Module) -> NoReturn:
+    """Raises: MoeloraError that names a gradient which is not finite."""
+    raise MoeloraError(
+        f"the gradient of {name} has {_counts(gradient)} at step {step}, of a finite loss: "
+        f"{_overflow(model)}, or lower --learning-rate"
+    )
 
 
 def _overflow(model: nn.Module) -> str:

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 
 from moelora import checkpoints
 from moelora.advice import unconverted
+from moelora.commands import memory
 from moelora.experts import bind, is_experts, projections
 from moelora.stored import files, header
 from moelora.survey import activation, weights
@@ -28,7 +29,7 @@ from torch_moelora.functional import moe_mlp
 
 MEASURED_BYTES = 2**28  # of weights: enough to be out of the caches, drawn in a second
 REPEATS = 3
-OPTIMIZER_BYTES = 16  # a LoRA parameter in float32, its gradient and AdamW's two moments
+NF4_BYTES = 0.5 + 1 / 64 + 8 / (64 * 256)  # of a weight, with nested scales
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,6 @@ class Group:
         """LoRA parameters of all its layers; `which` is both, gate_up or down."""
         chosen = {"both": (0, 1), "gate_up": (0,), "down": (1,)}[which]
         return self.count * sum(e * rank * (n + k) for e, n, k in map(self._shape, chosen))
-
-    def kept(self, tokens: int) -> int:
-        """Bytes that its layers keep from the forward for the backward: x, h, indices."""
-        _, n, k = self._shape(0)
-        return self.count * tokens * ((k + self.top_k * n) * self.dtype.itemsize + self.top_k * 16)
 
     def _shape(self, which: int) -> tuple[int, int, int]:
         """(E, out, in) of the first or the second projection."""
@@ -108,12 +104,22 @@ def main(explicit: dict) -> None:
     print(f"stored   {stored(directory)}\n")
     print(_table(groups, rank, which))
     found = Cost(groups, total, config.get_text_config().hidden_size, rank, which, tokens)
+    plan = memory.Plan(
+        rank,
+        which,
+        tuple(explicit["target_modules"]),
+        max(1, tokens // explicit["seq_length"]),
+        min(tokens, explicit["seq_length"]),
+        explicit["optimizer"],
+        explicit["step_in_backward"],
+        explicit["target_rank"],
+        explicit["gradient_checkpointing"],
+    )
     print(f"\nLoRA     rank {rank} on {which}: {_count(found.trainable)} trainable parameters")
     print(f"         of some layers only: {_some_layers(outline)}")
     if told := unconverted(outline):
         print(f"         {told}")
-    print(f"memory   {found.memory()}")
-    print("         without what attention keeps; gradient checkpointing keeps one layer's at a time")
+    print("\n".join(memory_lines(outline, base(directory, config, found), plan)))
     if explicit["measure"]:
         experts, rest = found.seconds()
         threads = torch.get_num_threads()
@@ -138,21 +144,30 @@ class Cost:
         """LoRA parameters on the experts."""
         return sum(group.trainable(self.rank, self.which) for group in self.groups)
 
-    def memory(self) -> str:
-        """Bytes and what they are for, in words."""
-        kept = sum(group.kept(self.tokens) for group in self.groups)
-        parts = {
-            "weights": self.parameters * self.groups[0].dtype.itemsize,
-            "LoRA with gradients and AdamW": self.trainable * OPTIMIZER_BYTES,
-            f"kept by the expert layers for {self.tokens} tokens": kept,
-        }
-        return ", ".join(f"{size / 1e9:.2f} GB {what}" for what, size in parts.items())
-
     def seconds(self) -> tuple[float, float]:
         """Of a step in the experts and in the other weights, extrapolated from a short measurement."""
         experts = sum(group.step_seconds(self.tokens, self.rank) for group in self.groups)
         others = self.parameters - sum(group.parameters for group in self.groups)
         return experts, _dense_seconds(others, self.tokens, self.hidden_size, self.groups[0].dtype)
+
+
+def memory_lines(outline: nn.Module, base: memory.Base, plan: memory.Plan) -> list[str]:
+    """What a step takes, and what would make it fit here. `outline` is of no use afterwards."""
+    estimator = memory.Estimator(outline, base, plan)
+    advice = estimator.advice(memory.room())
+    return [f"memory   {estimator.memory().told()}", *(f"         {line}" for line in advice)]
+
+
+def base(directory: Path | None, config: PreTrainedConfig, found: Cost) -> memory.Base:
+    """How large a checkpoint's weights are in memory; without a directory, where they are to be made."""
+    size = found.groups[0].dtype.itemsize
+    experts = sum(group.parameters for group in found.groups)
+    others = (found.parameters - experts) * size
+    if getattr(config, "quantization_config", None) is not None:
+        stored_bytes = sum(path.stat().st_size for path in files(directory))
+        return memory.Base(stored_bytes, max(stored_bytes - others, 0))
+    mapped = found.parameters * size if directory is not None and _maps(directory) else 0
+    return memory.Base(found.parameters * size, mapped, others + int(experts * NF4_BYTES))
 
 
 def cost(outline: nn.Module, config: PreTrainedConfig, rank: int, which: str, tokens: int) -> Cost:
@@ -219,8 +234,8 @@ def _table(groups: list[Group], rank: int, which: str) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
-def stored(directory: Path) -> str:
-    """How the experts lie in the weight files, from their headers."""
+def _experts(directory: Path) -> tuple[int, int, set[str]]:
+    """How many tensors of single experts the weight files have, how many of all of a layer, their dtypes."""
     single, fused, dtypes = 0, 0, set()
     for path in files(directory):
         for name, dtype in header(path).items():
@@ -231,6 +246,18 @@ def stored(directory: Path) -> str:
             else:
                 continue
             dtypes.add(dtype)
+    return single, fused, dtypes
+
+
+def _maps(directory: Path) -> bool:
+    """Whether dense experts are used where they lie in the files."""
+    single, fused, _ = _experts(directory)
+    return bool(fused and not single)
+
+
+def stored(directory: Path) -> str:
+    """How the experts lie in the weight files, from their headers."""
+    single, fused, dtypes = _experts(directory)
     if not single and not fused:
         return "no expert weights in *.safetensors here"
     kinds = ", ".join(sorted(dtypes))

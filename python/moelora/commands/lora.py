@@ -10,17 +10,28 @@ from moelora.experts import is_experts, projections
 
 
 def adapt(
-    model: PreTrainedModel, rank: int, alpha: float, which: str, target_modules: list[str]
+    model: PreTrainedModel,
+    rank: int,
+    alpha: float,
+    which: str,
+    target_modules: list[str],
+    target_rank: int | None = None,
 ) -> PeftModel:
-    """`model` with PEFT's LoRA on its experts (`which`: both, gate_up or down) and on `target_modules`."""
+    """`model` with PEFT's LoRA on its experts (`which`: both, gate_up or down) and on `target_modules`.
+
+    target_rank: that of the latter, with the same scaling; None: `rank`.
+    """
     targets = set()
     for name, module in model.named_modules():
         if is_experts(module):
             first, second = projections(module)
             chosen = {"both": (first, second), "gate_up": (first,), "down": (second,)}[which]
             targets |= {f"{name.rpartition('.')[2]}.{projection}" for projection in chosen}
+    own = {} if target_rank is None else dict.fromkeys(target_modules, target_rank)
     config = LoraConfig(
         task_type="CAUSAL_LM",
+        rank_pattern=own,
+        alpha_pattern=dict.fromkeys(own, alpha * target_rank / rank),
         r=rank,
         lora_alpha=alpha,
         target_modules=target_modules,

@@ -157,6 +157,13 @@ _FINETUNE: dict[str, list[Option]] = {
             "NAME",
             nargs="+",
         ),
+        _option(
+            "--target-rank",
+            None,
+            "LoRA rank of --target-modules, with the experts' scaling (default: --rank)",
+            "R",
+            type=_COUNT,
+        ),
     ],
     "training": [
         _option("--steps", 120, "optimizer steps", "N", type=_COUNT),
@@ -176,9 +183,25 @@ _FINETUNE: dict[str, list[Option]] = {
             type=_NOT_NEGATIVE,
         ),
         _option("--scheduler", "cosine", "how the rate goes on from its peak", choices=SCHEDULERS),
+        _option(
+            "--optimizer",
+            "adamw",
+            "adamw_8bit keeps its moments in 8 bits, a quarter of their memory; it is bitsandbytes'",
+            choices=["adamw", "adamw_8bit"],
+        ),
+        _switch(
+            "--step-in-backward",
+            "take each parameter's step when its gradient is there, and drop the gradient: less memory. Not "
+            "with --grad-accumulation or --max-grad-norm, which is 0 then",
+            negative=True,
+        ),
         _option("--weight-decay", 0.0, "AdamW's weight decay", "W", type=_NOT_NEGATIVE),
         _option(
-            "--max-grad-norm", 1.0, "gradients are clipped to this norm; 0 for never", "G", type=_NOT_NEGATIVE
+            "--max-grad-norm",
+            None,
+            "gradients are clipped to this norm; 0 for never (default: 1; 0 with --step-in-backward)",
+            "G",
+            type=_NOT_NEGATIVE,
         ),
         _option("--seq-length", 256, "tokens in a sequence", "N", type=_FROM_TWO),
         _option("--batch-size", 8, "sequences in a forward pass", "N", type=_COUNT),
@@ -310,6 +333,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+# Options of `finetune` that decide how much memory it takes.
+_INSPECTED = (
+    *("rank", "projections", "target_modules", "target_rank", "seq_length", "optimizer", "step_in_backward"),
+    "gradient_checkpointing",
+)
+
+
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
     inspect = commands.add_parser(
         "inspect",
@@ -319,9 +349,11 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     )
     inspect.add_argument("model_dir", metavar="MODEL_DIR", help="a local transformers checkpoint")
     for option in (option for group in _FINETUNE.values() for option in group):
-        if option.name in ("rank", "projections"):
-            text = f"{option.help} (default: {option.default})"
-            inspect.add_argument(option.flag, help=text, default=option.default, **option.keywords)
+        if option.name in _INSPECTED:
+            shown = f" (default: {option.default})" if option.default else ""
+            inspect.add_argument(
+                option.flag, help=option.help + shown, default=option.default, **option.keywords
+            )
     text = "tokens in a step, all sequences together (default: 2048)"
     inspect.add_argument("--tokens", metavar="N", type=_COUNT, default=2048, help=text)
     text = "leave the time of a step out"
@@ -388,6 +420,8 @@ def settle(explicit: dict[str, Any], recorded: dict[str, Any] | None = None) -> 
     _check(options, {**kept, **explicit})
     if options.alpha is None:
         options.alpha = 2.0 * options.rank
+    if options.max_grad_norm is None:
+        options.max_grad_norm = 0.0 if options.step_in_backward else 1.0
     if options.learning_rate is None:
         options.learning_rate = 2e-4 if options.model else 5e-3
     return options
@@ -403,5 +437,13 @@ def _check(options: argparse.Namespace, given: dict[str, Any]) -> None:
         raise MoeloraError("--early-stopping needs --keep-best")
     if options.keep_best and not options.eval_every:
         raise MoeloraError("--keep-best needs --eval-every")
+    if options.target_rank is not None and not options.target_modules:
+        raise MoeloraError("--target-rank is for --target-modules, got none")
+    if options.step_in_backward:
+        for name, alone in (("grad_accumulation", 1), ("max_grad_norm", 0)):
+            value = getattr(options, name)
+            if value not in (None, alone):
+                flag = "--" + name.replace("_", "-")
+                raise MoeloraError(f"{flag} is {value:g}, expected {alone} with --step-in-backward")
     if options.field is not None and options.format not in (None, "text"):
         raise MoeloraError(f"--field names text, which rows of --format {options.format} are not")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from moelora.commands import data, inspect
+from moelora.commands import data, inspect, memory
 
 
 def steps(options: argparse.Namespace, rows: int) -> int:
@@ -48,22 +49,42 @@ def length(options: argparse.Namespace, tokens: data.Tokens) -> str:
     )
 
 
+def _memory(options: argparse.Namespace, forward: int) -> memory.Plan:
+    return memory.Plan(
+        options.rank,
+        options.projections,
+        tuple(options.target_modules),
+        max(1, forward // options.seq_length),
+        min(forward, options.seq_length),
+        options.optimizer,
+        options.step_in_backward,
+        options.target_rank,
+        options.gradient_checkpointing,
+    )
+
+
 def told(
-    outline: nn.Module, config: PreTrainedConfig, options: argparse.Namespace, tokens: data.Tokens
+    outline: nn.Module,
+    config: PreTrainedConfig,
+    options: argparse.Namespace,
+    tokens: data.Tokens,
+    directory: Path | None,
 ) -> str:
-    """Steps, memory and time, in lines; without the weights, after some seconds of measuring."""
+    """Steps, memory and time, in lines; without the weights, after some seconds of measuring.
+
+    `directory`: the checkpoint's; None if it is yet to be made. `outline` is of no use afterwards.
+    """
     total = steps(options, len(tokens.train))
     forward = max(1, step_tokens(options, tokens) // options.grad_accumulation)
     found = inspect.cost(outline, config, options.rank, options.projections, forward)
     seconds = sum(found.seconds()) * options.grad_accumulation
-    more = "gradient checkpointing keeps one layer's at a time" if options.gradient_checkpointing else ""
     if options.gradient_checkpointing:
         seconds *= 4 / 3
     times = 2 + (total // options.eval_every if options.eval_every else 0)
+    base = inspect.base(directory, config, found)
     lines = [
         f"plan     {length(options, tokens)}",
-        f"memory   {found.memory()}",
-        f"         {more or 'besides what attention keeps'}",
+        *inspect.memory_lines(outline, base, _memory(options, forward)),
         f"time     about {inspect.duration(seconds)} a step, {inspect.duration(seconds * total)} in all, on "
         f"{torch.get_num_threads()} threads;",
         f"         besides attention scores, {times} evaluations and reading the weights",

@@ -1,4 +1,7 @@
-"""The proof at a run's end: the adapter as it is on disk, on the base as it is on disk, by plain PEFT."""
+"""The proof at a run's end: the adapter as it is on disk, on the base as it is on disk, by plain PEFT.
+
+Packed experts run on the operators there, too: nothing else computes with them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from transformers import PreTrainedModel
 
 import moelora
 from moelora.errors import MoeloraError
+from moelora.standin import StandIn, installed
 
 # Relative difference of logits, by the base's dtype: PEFT rounds W + scaling·B·A to it, the operators do not.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -35,9 +39,13 @@ def reload(
     tensors = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
     moelora.disable(model)
     for parameter in model.parameters():
-        parameter.data = parameter.data.new_empty(0)
+        if not isinstance(parameter, StandIn):  # what is packed is in its files
+            parameter.data = parameter.data.new_empty(0)
     plain = PeftModel.from_pretrained(base(), adapter).to(rows.device).eval()
-    plain.get_base_model().set_experts_implementation("eager")  # runs whatever the sizes and the dtype
+    if any(installed(plain)):
+        moelora.enable(plain)
+    else:
+        plain.get_base_model().set_experts_implementation("eager")  # runs whatever the sizes and the dtype
     for name, tensor in get_peft_model_state_dict(plain).items():
         if name not in tensors or not torch.equal(tensor.to(tensors[name]), tensors.pop(name)):
             raise MoeloraError(f"{adapter} reloaded with plain PEFT has another {name} than the one trained")

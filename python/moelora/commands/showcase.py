@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 import moelora
+from moelora.errors import MoeloraError
 
 RACE_SECONDS = 60.0
 
@@ -41,7 +42,7 @@ def race(model: PeftModel, inputs: dict[str, Any], pairs: int) -> dict[str, Any]
     """Median seconds of a forward and backward on a batch, in turn with the operators and without.
 
     Leaves the model enabled and without gradients. Stops early once a minute is over. Where transformers
-    cannot run the model (some sizes and dtypes), the result only says so.
+    cannot run the model (some sizes and dtypes, packed experts), the result only says so.
     """
     ours, theirs = [], []
     model.train()
@@ -51,7 +52,7 @@ def race(model: PeftModel, inputs: dict[str, Any], pairs: int) -> dict[str, Any]
         moelora.disable(model)
         try:
             theirs.append(_step(model, inputs))
-        except RuntimeError as error:
+        except (RuntimeError, MoeloraError) as error:
             return {"error": str(error).splitlines()[0]}
         finally:
             moelora.enable(model)

@@ -8,7 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import (
     PreTrainedTokenizerBase,
@@ -19,11 +22,15 @@ from transformers import (
     TrainerState,
 )
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
+from moelora.commands import optimizers
 from moelora.commands.data import Tokens, padded, spread
 from moelora.commands.saving import AtomicCheckpoints
 from moelora.errors import MoeloraError, writing
+from moelora.linears import slow_in_torch
 
 JSONL = "jsonl"
 EVALUATION_ROWS = 64
@@ -31,6 +38,26 @@ EVALUATION_ROWS = 64
 
 class TunedTrainer(AtomicCheckpoints, SFTTrainer):
     """TRL's trainer as `finetune` uses it."""
+
+    steps_in_backward = False
+    _handles: list[RemovableHandle] | None = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.steps_in_backward and self._handles is None:
+            self._handles = optimizers.step_in_backward(optimizer, self.model, self._step)
+        return optimizer
+
+    def go_on(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        try:
+            return super().go_on(*args, **kwargs)
+        finally:  # a backward after the training is none of its steps
+            for handle in self._handles or ():
+                handle.remove()
+            self._handles = None
+
+    def _step(self) -> int:
+        return self.state.global_step + 1
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None with each checkpoint: the command writes one, with figures, beside the adapter."""
@@ -158,9 +185,17 @@ def trainer(
         processing_class=padded(tokenizer),
         callbacks=[progress],
     )
+    _widen_slow_head(model)
     result.remove_callback(PrinterCallback)
     result.remove_callback(ProgressCallback)
     return result, progress
+
+
+def _widen_slow_head(model: nn.Module) -> None:
+    """TRL takes the logits in pieces, by products of torch: in float32 where 16-bit ones are slow."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if slow_in_torch(base.get_output_embeddings().weight):
+        add_fused_lm_head(base, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy", "is_top1"))
 
 
 def evaluating(every: int, keep_best: bool, patience: int, save_every: int) -> dict[str, Any]:

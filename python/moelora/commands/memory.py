@@ -1,0 +1,264 @@
+"""What a training step takes, part by part, before any weight is loaded.
+
+What autograd keeps is not computed from formulas: the first layers run once on tensors without storage, with
+the adapter and the operators, and the rest follows from how it grows from layer to layer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+from transformers import PreTrainedModel
+from trl.kernels import chunked_logprob
+
+import moelora
+from moelora.commands import lora, optimizers
+from moelora.experts import is_experts
+from moelora.linears import slow_in_torch
+
+PERIOD = 4  # layers of different kinds alternate with at most this period in the models that there are
+HEAD_TILES = 8  # float32 tiles of logits that TRL's loss holds at its peak
+VOCABULARY_PIECE = 32768  # columns of such a tile
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides the memory of a step besides the model."""
+
+    rank: int
+    which: str  # projections: both, gate_up or down
+    target_modules: tuple[str, ...]
+    rows: int  # sequences in a forward pass
+    length: int  # tokens in each
+    optimizer: str = "adamw"
+    step_in_backward: bool = False
+    target_rank: int | None = None
+    checkpointing: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Counts and bytes that grow from layer to layer."""
+
+    parameters: float  # LoRA's
+    largest: float  # the most of a single LoRA parameter
+    activations: float  # bytes
+    layer_inputs: float  # bytes that checkpointing keeps
+    layer: float  # bytes of activations of one layer
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a step, by what they are for."""
+
+    base: int  # as the weight files have it
+    mapped: int  # that much of it are pages of these files
+    lora: int
+    gradients: int
+    moments: int
+    activations: int
+    logits: int
+    process: int  # Python, torch and the libraries
+
+    @property
+    def private(self) -> int:
+        """What cannot be dropped and read again."""
+        parts = (self.lora, self.gradients, self.moments, self.activations, self.logits, self.process)
+        return self.base - self.mapped + sum(parts)
+
+    @property
+    def total(self) -> int:
+        return self.private + self.mapped
+
+    def told(self) -> str:
+        """The parts in words."""
+        parts = {
+            f"base ({_gb(self.mapped)} of it mapped)" if self.mapped else "base": self.base,
+            "LoRA": self.lora,
+            "gradients": self.gradients,
+            "optimizer": self.moments,
+            "activations": self.activations,
+            "logits": self.logits,
+            "the process itself": self.process,
+        }
+        listed = ", ".join(f"{_gb(size)} {what}" for what, size in parts.items())
+        return f"{_gb(self.total)} at the peak: {listed}"
+
+
+@dataclass(frozen=True)
+class Base:
+    """Bytes of the base model."""
+
+    total: int
+    mapped: int  # that much of it are pages of files
+    if_nf4: int | None = None  # of all of it with its experts in nested NF4, where they are dense
+
+
+class Estimator:
+    """The memory of steps of one model.
+
+    Args:
+        model: without storage, as `checkpoints.outline` makes it; it is changed and of no use afterwards.
+    """
+
+    def __init__(self, model: PreTrainedModel, base: Base, plan: Plan):
+        self.base, self.plan = base, plan
+        self.process = psutil.Process().memory_info().rss
+        self.vocabulary = model.config.get_text_config().vocab_size
+        self.kept = _kept(model, plan)
+
+    def memory(self, plan: Plan | None = None, packed: bool = False) -> Memory:
+        """Of a step by the estimator's plan, or by one with the same tokens and targets."""
+        plan, kept = plan or self.plan, self.kept
+        smaller = plan.rank / self.plan.rank
+        held = kept.largest if plan.step_in_backward else kept.parameters
+        # The backward of a layer has gradients of its intermediate results beside these.
+        activations = kept.activations + kept.layer
+        if plan.checkpointing:
+            activations = kept.layer_inputs + 2 * kept.layer
+        tile = min(plan.tokens, chunked_logprob.TOKEN_CHUNK_SIZE) * min(self.vocabulary, VOCABULARY_PIECE)
+        return Memory(
+            base=self.base.if_nf4 if packed else self.base.total,
+            mapped=self.base.if_nf4 if packed else self.base.mapped,
+            lora=int(4 * kept.parameters * smaller),
+            gradients=int(4 * held * smaller),
+            moments=int(optimizers.MOMENTS[plan.optimizer] * kept.parameters * smaller),
+            activations=int(activations),
+            logits=HEAD_TILES * 4 * tile,
+            process=self.process,
+        )
+
+    def advice(self, room: int) -> list[str]:
+        """Whether a step fits into so many bytes, and if not, what makes it fit, in lines."""
+        found = self.memory()
+        if found.total <= room:
+            return [f"fits into the {_gb(room)} that are free here"]
+        lines = [f"DOES NOT FIT into the {_gb(room)} that are free here"]
+        if found.private <= room:
+            lines = [f"fits into the {_gb(room)} that are free here if each step reads weights from disk"]
+        ways = [
+            (self.memory(replace(self.plan, **change), not change), flag, change)
+            for flag, change in self._changes()
+        ]
+        if single := [f"{flag} ({_gb(m.total)})" for m, flag, _ in ways if m.total <= room]:
+            return [*lines, f"it fits with {' or '.join(single)}"]
+        # What saves most first, but less rank last: it is another adapter.
+        ways.sort(key=lambda way: ("rank" in way[2], way[0].total))
+        plan, packed, flags = self.plan, False, []
+        for _, flag, change in ways:
+            plan, packed, flags = replace(plan, **change), packed or not change, [*flags, flag]
+            together = self.memory(plan, packed)
+            if together.total <= room:
+                return [*lines, f"it fits with {' '.join(flags)} together ({_gb(together.total)})"]
+        return [*lines, f"nor with {' '.join(flags)} together ({_gb(together.total)})"]
+
+    def _changes(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What would take less, by its flag; without a change, another format of the experts."""
+        plan = self.plan
+        if not plan.checkpointing:
+            yield "--gradient-checkpointing", {"checkpointing": True}
+        if plan.optimizer == "adamw":
+            yield "--optimizer adamw_8bit", {"optimizer": "adamw_8bit"}
+        if not plan.step_in_backward:
+            yield "--step-in-backward", {"step_in_backward": True}
+        if self.base.if_nf4 is not None:
+            yield "`quantize --format nf4 --nested`", {}
+        if plan.rank > 1:
+            yield f"--rank {plan.rank // 2}", {"rank": plan.rank // 2}
+
+
+def room() -> int:
+    """Bytes that this process can have: what is free, or less where its control group allows less."""
+    free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return free if text == "max" else min(free, int(text))
+
+
+def _kept(model: PreTrainedModel, plan: Plan) -> Kept:
+    """Of all layers, from those of the first period and of the first two."""
+    layers = _layers(model)
+    total, last = len(layers), min(len(layers), 2 * PERIOD)
+    del layers[last:]
+    targets = (list(plan.target_modules), plan.target_rank)
+    adapted = lora.adapt(model, plan.rank, 2.0 * plan.rank, plan.which, *targets)
+    slow = slow_in_torch(torch.empty(0, dtype=model.dtype))
+    moelora.enable(adapted, linears=slow or None)
+    first = (last + 1) // 2
+    seen = {count: _run(adapted, layers, count, plan) for count in {first, last}}
+
+    def of_all(which: int) -> float:
+        each = (seen[last][which] - seen[first][which]) / max(last - first, 1)
+        return seen[last][which] + each * (total - last)
+
+    layer = (seen[last][1] - seen[first][1]) / (last - first) if last > first else seen[last][1]
+    largest = max(p.numel() for p in adapted.parameters() if p.requires_grad)
+    return Kept(of_all(0), largest, of_all(1), of_all(2), layer)
+
+
+def _run(adapted: PeftModel, layers: nn.ModuleList, count: int, plan: Plan) -> tuple[int, int, int]:
+    """With the first `count` layers: LoRA parameters, bytes kept, bytes kept with checkpointing."""
+    rest = list(layers[count:])
+    del layers[count:]
+    base = adapted.get_base_model()
+    try:
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        kept = _saved(adapted, plan)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # it has newer names for these
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            inputs = _saved(adapted, plan)
+            base.gradient_checkpointing_disable()
+    finally:
+        layers.extend(rest)
+    return trained, kept, inputs
+
+
+def _saved(adapted: PeftModel, plan: Plan) -> int:
+    """Bytes that autograd keeps of a forward pass, on tensors that have no storage. Without the logits."""
+    kept: dict[int, int] = {}
+    with FakeTensorMode():
+        given = {
+            name: torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad)
+            for name, t in [*adapted.named_parameters(), *adapted.named_buffers()]
+        }
+        own = {t.untyped_storage()._cdata for t in given.values()}
+        alive = []  # so that no other storage gets its address
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage.nbytes()
+                alive.append(tensor)
+            return tensor
+
+        ids = torch.zeros(plan.rows, plan.length, dtype=torch.int64)
+        inputs = {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            functional_call(adapted.train(), given, (), inputs)
+    return sum(kept.values())
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers: the longest one with experts in it."""
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and any(map(is_experts, m.modules())))
+    return max(lists, key=len)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

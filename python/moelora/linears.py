@@ -1,0 +1,171 @@
+"""Frozen linear layers on the operators, as one expert, with PEFT's LoRA on them.
+
+torch's own 16-bit `mm` is slow on a CPU without AVX-512: hundreds of times slower than float32 in a backward,
+so that a 16-bit base cannot be tuned there whatever its experts do. Layers keep their parameters, names and
+isinstance relations: an instance gets a subclass of its own class.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from torch_moelora.formats import PackedWeight
+from torch_moelora.functional import linear_lora
+
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALF)
+
+
+def slow_in_torch(weight: Tensor) -> bool:
+    """Whether torch multiplies by a weight of this dtype and device without its fast library."""
+    if weight.device.type != "cpu" or weight.dtype not in HALF:
+        return False
+    mkldnn = torch.ops.mkldnn
+    fast = (
+        mkldnn._is_mkldnn_bf16_supported
+        if weight.dtype is torch.bfloat16
+        else mkldnn._is_mkldnn_fp16_supported
+    )
+    return not fast()
+
+
+def _runs(x: Tensor, weight: Tensor | PackedWeight) -> bool:
+    """Whether the operators can do a call. Under autocast torch chooses the dtype."""
+    if torch.is_autocast_enabled(x.device.type):
+        return isinstance(weight, PackedWeight)
+    if isinstance(weight, PackedWeight):
+        return x.dtype in DTYPES
+    return not weight.requires_grad and x.dtype == weight.dtype and x.dtype in DTYPES
+
+
+class FrozenLinear(nn.Linear):
+    """`nn.Linear` with a frozen weight on the operators."""
+
+    @property
+    def stored(self) -> Tensor | PackedWeight:
+        """The weight as it is multiplied by: [N, K], or packed (1, N, K)."""
+        return self.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.stored
+        if not _runs(input, weight):
+            return super().forward(input)
+        return linear_lora(input, weight, bias=self.bias)
+
+
+class LoraLinear(PeftLinear):
+    """PEFT's LoRA on a frozen linear layer: one call of the operators, where it is one plain adapter."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = self._adapter(x, kwargs)
+        if adapter is None:
+            return super().forward(x, *args, **kwargs)
+        self._check_forward_args(x, *args, **kwargs)
+        return linear_lora(
+            x,
+            self.base_layer.stored,
+            self.lora_A[adapter].weight,
+            self.lora_B[adapter].weight,
+            self.scaling[adapter],
+            self.base_layer.bias,
+        )
+
+    def _adapter(self, x: Tensor, options: dict[str, Any]) -> str | None:
+        """The adapter, if the operators compute with it what PEFT does."""
+        present = [name for name in self.active_adapters if name in self.lora_A]
+        if (
+            len(present) != 1
+            or self.disable_adapters
+            or self.merged
+            or any(v is not None for v in options.values())
+        ):
+            return None
+        (name,) = present
+        a, b = self.lora_A[name], self.lora_B[name]
+        plain = name not in self.lora_variant and type(a) is type(b) is nn.Linear and b.bias is None
+        drops = self.training and getattr(self.lora_dropout[name], "p", 0.0) > 0
+        fits = a.weight.dtype == b.weight.dtype and a.weight.dtype in (torch.float32, x.dtype)
+        return name if plain and not drops and fits and _runs(x, self.base_layer.stored) else None
+
+
+class _Products(TorchFunctionMode):
+    """`functional.linear` by a frozen 16-bit weight, on the operators: what modules of other classes call."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is functional.linear and not kwargs and len(args) in (2, 3):
+            x, weight = args[:2]
+            if weight.ndim == 2 and slow_in_torch(weight) and _runs(x, weight):
+                return linear_lora(x, weight, bias=args[2] if len(args) == 3 else None)
+        return function(*args, **(kwargs or {}))
+
+
+class OwnProducts(nn.Module):
+    """Comes before the class of a module, a router say, that multiplies by a frozen matrix of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # torch 2.13 cannot trace autograd functions under a mode
+            return super().forward(*args, **kwargs)
+        with _Products():
+            return super().forward(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new, (type(self).__mro__[2],), self.__dict__
+
+
+@cache
+def _with_own_products(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (OwnProducts, kind), {"__module__": kind.__module__})
+
+
+def _new(kind: type[nn.Module]) -> nn.Module:
+    subclass = _with_own_products(kind)
+    return subclass.__new__(subclass)
+
+
+def hook(model: nn.Module, every: bool | None) -> int:
+    """Put frozen linear layers on the operators; returns how many are there now.
+
+    `every`: all of them; None: those that are slow in torch; False: none. Packed ones are there anyway.
+    """
+    unhook(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            if type(module) is nn.Linear and _wanted(module, every):
+                module.__class__ = FrozenLinear
+        elif not isinstance(module, nn.Embedding) and every is not False and _slow_matrix(module):
+            module.__class__ = _with_own_products(type(module))
+    for module in model.modules():  # its base layer may come after it
+        if type(module) is PeftLinear and isinstance(module.base_layer, FrozenLinear):
+            module.__class__ = LoraLinear
+    return sum(isinstance(module, FrozenLinear) for module in model.modules())
+
+
+def _wanted(linear: nn.Linear, every: bool | None) -> bool:
+    weight = linear.weight
+    frozen = not weight.requires_grad and not (linear.bias is not None and linear.bias.requires_grad)
+    if not frozen or weight.dtype not in DTYPES or weight.device.type not in ("cpu", "cuda", "meta"):
+        return False
+    return slow_in_torch(weight) if every is None else every
+
+
+def _slow_matrix(module: nn.Module) -> bool:
+    own = module._parameters.get("weight")
+    return own is not None and own.ndim == 2 and not own.requires_grad and slow_in_torch(own)
+
+
+def unhook(model: nn.Module) -> None:
+    """Give every linear layer its own class back."""
+    for module in model.modules():
+        if type(module) is FrozenLinear:
+            module.__class__ = nn.Linear
+        elif type(module) is LoraLinear:
+            module.__class__ = PeftLinear
+        elif isinstance(module, OwnProducts):
+            module.__class__ = type(module).__mro__[2]
