@@ -50,7 +50,7 @@ class DenseWeight(NamedTuple):
         return dict(zip(self.disk, tensors, strict=True))
 
     def read(self, start: int, stop: int) -> Tensor:
-        """[stop - start, N, K], those experts, with any strides."""
+        """[stop - start, N, K], those experts."""
         if self.matrix:
             return self.sources[None][0].read().unsqueeze(0)
         if None in self.sources:
@@ -63,7 +63,7 @@ class DenseWeight(NamedTuple):
                 for pattern, tensors in self.sources.items()
             }
             found = self.names.convert(self.name, parts)
-        return found.transpose(1, 2) if self.transposed else found
+        return found.transpose(1, 2).contiguous() if self.transposed else found
 
 
 class PackedSource(NamedTuple):
