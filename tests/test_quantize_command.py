@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import moelora
 import pytest
@@ -29,6 +30,7 @@ from moelora.commands import signals
 from moelora.packed_layout import Choice, Layout
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from torch_moelora import formats
 
@@ -119,6 +121,54 @@ def test_rows_of_large_experts(tmp_path, monkeypatch, form):
     packed = formats.quantize(whole, choice.format, choice.group_size or None, choice.nested)
     for part, tensor in packed_layout.tensors(name, packed).items():
         assert there[part].view(torch.uint8).equal(tensor.view(torch.uint8)), part
+
+
+def test_gpt_oss_as_it_is_published(dense, tmp_path, capsys):
+    """Its own MXFP4: into our layout to the bit, and from what transformers unpacks into another format."""
+    source, same, other = tmp_path / "in", tmp_path / "same", tmp_path / "other"
+    shutil.copytree(dense("gpt_oss"), source)
+    written, blocks = tensors(source), {}
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    for name in [name for name in written if name.endswith("_proj") and "experts" in name]:
+        packed = formats.quantize(written.pop(name).transpose(1, 2).contiguous(), "mxfp4")
+        blocks[f"{name}_blocks"] = packed.codes.unflatten(2, (-1, 16))
+        blocks[f"{name}_scales"] = packed.scale
+    save_file(written | blocks, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (source / "config.json").write_text(json.dumps(config))
+    assert main(["quantize", str(source), str(same), "--format", "mxfp4"]) == 0
+    assert main(["quantize", str(source), str(other), *arguments("int8")]) == 0
+    assert "is packed already (mxfp4, groups of 32)" in capsys.readouterr().err
+    assert layout(same) == Layout(Choice.of("mxfp4"))
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    unpacked = convert_moe_packed_tensors(blocks[f"{name}_blocks"], blocks[f"{name}_scales"])
+    unpacked = unpacked.transpose(1, 2).float()
+    assert weight(same, name, layout(same).experts).equal(unpacked)
+    wanted = formats.quantize(unpacked, "int8", 32).dequantize(torch.float32)
+    assert weight(other, name, layout(other).experts).equal(wanted)
+    assert moelora.from_pretrained(same)(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_a_source_that_changed(dense, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint_writer, "LARGEST", 60_000)
+    source, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(dense("qwen3_moe"), source)
+    command = ["quantize", str(source), str(out), *arguments("nf4")]
+    with monkeypatch.context() as patch:
+        interrupt_in_file(patch, 2)
+        assert main(command) == 143
+    (source / "config.json").touch()
+    told = fails(command, capsys)
+    assert "is an unfinished run with another source: remove it to start anew" in told
+
+
+def test_no_space(dense, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    command = ["quantize", str(dense("qwen3_moe")), str(tmp_path / "out"), *arguments("nf4")]
+    assert "has 0.0 GB free, expected the 0.0 GB that are to be written" in fails(command, capsys)
+    assert not list(tmp_path.iterdir())
 
 
 def test_errors_are_told(dense, tmp_path, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import moelora
 import pytest
@@ -22,8 +24,11 @@ from moelora.__main__ import main
 from moelora.commands import signals
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.registry import SHAPES
 from torch_moelora import formats
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
+
+from benchmarks.registry import SHAPES
 
 # Parameters that the makers state, or that their checkpoints have.
 PARAMETERS = {
@@ -155,6 +160,16 @@ def test_interrupted_goes_on(config_dir, tmp_path, monkeypatch, capsys, signum):
     assert "2 of them from before" in capsys.readouterr().out  # three were finished, and one was damaged
     assert digests(out) == digests(whole)
     assert not partial.exists()
+
+
+def test_some_layers(config_dir, tmp_path, capsys):
+    source, out = str(config_dir("deepseek_v2")), tmp_path / "out"
+    told = fails(["synthesize", source, str(out), "--format", "nf4", "--layers", "1"], capsys)
+    assert "DeepseekV2ForCausalLM has no expert layers" in told  # its first is dense
+    source = str(config_dir("qwen3_moe"))
+    assert main(["synthesize", source, str(out), "--format", "nf4", "--layers", "1"]) == 0
+    assert not [name for name in tensors(out) if "layers.1." in name]
+    assert len(moelora.from_pretrained(out).model.layers) == 1
 
 
 def test_refusals(config_dir, tmp_path, capsys):

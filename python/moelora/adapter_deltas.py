@@ -6,6 +6,7 @@ PEFT itself says which weights the adapter is for and with which rank and scalin
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,8 +111,11 @@ def deltas(directory: Path, outline: PreTrainedModel) -> dict[str, Delta]:
     """
     config = check(directory)
     config.inference_mode = True
+    config.base_model_name_or_path = outline.name_or_path  # else PEFT warns that it is another
     try:
-        model = get_peft_model(outline, config, low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
+            model = get_peft_model(outline, config, low_cpu_mem_usage=True)
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         kind = type(outline).__name__
         raise MoeloraError(f"the adapter in {directory} does not fit {kind}: {one_line(error)}") from None

@@ -1,6 +1,7 @@
 """A checkpoint as a stream of weights: some experts at a time, as [E, N, K], whatever its files look like.
 
-It is dense, with a matrix for each expert or all of a layer in one tensor, or packed in our own layout.
+It is dense, with a matrix for each expert or all of a layer in one tensor, or packed: in our own layout, or
+in MXFP4 as gpt-oss is published.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from moelora.shards import Stored
 from torch_moelora.formats import NESTED_RUN, PackedWeight
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+GPT_OSS = "mxfp4"  # the "quant_method" of its own checkpoints
 ERRORS = "quantization_errors.json"  # of each tensor, beside what was packed
 
 
@@ -48,7 +50,7 @@ class DenseWeight(NamedTuple):
         return dict(zip(self.disk, tensors, strict=True))
 
     def read(self, start: int, stop: int) -> Tensor:
-        """[stop - start, N, K], those experts, with any strides."""
+        """[stop - start, N, K], those experts."""
         if self.matrix:
             return self.sources[None][0].read().unsqueeze(0)
         if None in self.sources:
@@ -61,7 +63,7 @@ class DenseWeight(NamedTuple):
                 for pattern, tensors in self.sources.items()
             }
             found = self.names.convert(self.name, parts)
-        return found.transpose(1, 2) if self.transposed else found
+        return found.transpose(1, 2).contiguous() if self.transposed else found
 
 
 class PackedSource(NamedTuple):
@@ -126,23 +128,30 @@ class Source:
         self.names = Names(outline(plain))
         self.files = stored.required(directory)
         tensors = {name: one for path in self.files for name, one in shards.stored(path).items()}
+        if self.layout is not None and not packed_layout.is_ours(self._section()):
+            tensors = dict(_of_gpt_oss(name, tensor) for name, tensor in tensors.items())
         self.experts = self.names.experts()
         self.linears = set(self.names.linears())
         self.weights: dict[str, DenseWeight | PackedSource] = {}
         self.others: dict[str, Stored] = {}
         self._sort(tensors)
 
-    def _layout(self) -> Layout | None:
+    def _section(self) -> dict[str, Any] | None:
         section = getattr(self.config, packed_layout.SECTION, None)
+        return section if section is None or isinstance(section, dict) else section.to_dict()
+
+    def _layout(self) -> Layout | None:
+        section = self._section()
         if section is None:
             return None
-        section = section if isinstance(section, dict) else section.to_dict()
         if packed_layout.is_ours(section):
             return packed_layout.read(section)
-        method = section.get("quant_method")
+        method = getattr(section.get("quant_method"), "value", section.get("quant_method"))
+        if method == GPT_OSS:
+            return Layout(Choice.of("mxfp4"))
         raise MoeloraError(
-            f"{self.directory} is quantised by {method}, expected a dense checkpoint or one of "
-            f"`python -m moelora quantize`: save it dequantised first"
+            f"{self.directory} is quantised by {method}, expected a dense checkpoint, one of "
+            f"`python -m moelora quantize` or gpt-oss's own: save it dequantised first"
         )
 
     def _sort(self, tensors: dict[str, Stored]) -> None:
@@ -256,6 +265,15 @@ class Source:
                 continue
             elif path.name not in ours:
                 yield path
+
+
+def _of_gpt_oss(name: str, tensor: Stored) -> tuple[str, Stored]:
+    """A tensor of gpt-oss's own MXFP4 as it is called in our layout: the same bytes, in another shape."""
+    if name.endswith("_blocks"):  # uint8 [E, N, K/32, 16]
+        experts, n, blocks, size = tensor.spec.shape
+        spec = tensor.spec._replace(shape=(experts, n, blocks * size))
+        return name.removesuffix("_blocks") + ".codes", tensor._replace(spec=spec)
+    return (name.removesuffix("_scales") + ".scale", tensor) if name.endswith("_scales") else (name, tensor)
 
 
 def natural(name: str) -> list[tuple[int, Any]]:
