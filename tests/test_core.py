@@ -207,6 +207,7 @@ if WIDEST.weaves:
     BROKEN += [(WIDEST, "tile", *row) for row in WEAVING]
 BROKEN += [(k, "tile", "weave", 1, "for kernel sets that weave") for k in KERNEL_SETS if not k.weaves][:1]
 BROKEN += [(k, "tile", "start", 1, "must not add") for k in KERNEL_SETS if k.compute == "bf16"][:1]
+BROKEN += [(k, "flat_lines", *row) for k, kernel, *row in BROKEN if kernel == "flat_tile"]
 BROKEN += [(k, "dot_tile", "", 0, "must be a dot tile") for k in KERNEL_SETS if not k.dot_rows][:1]
 BROKEN += [(k, "flat_tile", "", 0, "must be a flat tile") for k in KERNEL_SETS if not k.flat_storage][:1]
 
@@ -229,6 +230,7 @@ def test_the_contract_holds_for_small_calls(k):
         core.check_contract(k, kernel)
     if k.compute in k.flat_storage:
         core.check_contract(k, "flat_tile")
+        core.check_contract(k, "flat_lines")
     if k.compute != "fp64":
         for kernel in ("unpack", "unpack_lines", "scales"):
             core.check_contract(k, kernel)

@@ -77,7 +77,7 @@ void check_dot(const KernelChoice& choice, const std::string& change, int64_t to
   check(*choice.kernels, args, choice.kernels->compute);
 }
 
-void check_flat(const KernelChoice& choice, const std::string& change, int64_t to) {
+void check_flat(const KernelChoice& choice, bool lines, const std::string& change, int64_t to) {
   FlatArgs args{memory, 64, memory, 64, 2, 2, 1, memory, 2, Start::zero, 0};
   if (change == "rows") args.rows = static_cast<int>(to);
   if (change == "width") args.width = to;
@@ -87,7 +87,7 @@ void check_flat(const KernelChoice& choice, const std::string& change, int64_t t
   if (change == "c") args.c = to ? memory + to : nullptr;
   if (change == "l") args.l = to ? memory + to : nullptr;
   if (change == "r") args.r = to ? memory + to : nullptr;
-  check(*choice.kernels, args, choice.kernels->compute);
+  lines ? check_flat_lines(*choice.kernels, args) : check(*choice.kernels, args, choice.kernels->compute);
 }
 
 void check_pack(const KernelChoice& choice, bool lanes, const std::string& change, int64_t to) {
@@ -145,7 +145,8 @@ void bind_contract(py::module_& m) {
       [](const KernelChoice& choice, const std::string& kernel, const std::string& change, int64_t to) {
         if (kernel == "tile") return check_tile(choice, change, to);
         if (kernel == "dot_tile") return check_dot(choice, change, to);
-        if (kernel == "flat_tile") return check_flat(choice, change, to);
+        if (kernel == "flat_tile" || kernel == "flat_lines")
+          return check_flat(choice, kernel == "flat_lines", change, to);
         if (kernel == "unpack" || kernel == "unpack_lines")
           return check_unpacking(choice, kernel == "unpack_lines", change, to);
         if (kernel == "scales") return check_reading_scales(choice, change, to);
