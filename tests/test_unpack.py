@@ -118,3 +118,17 @@ def test_packed_is_dense_to_the_bit(packing, dtype):
             packed = weight.operands()
             got = call.results(packed.pop("weight"), **packed)
             assert_same_bits(got, call.results(weight.dequantize(dtype)))
+
+
+@pytest.mark.parametrize("scales", ["usual", "subnormal", "extreme", "special"])
+@pytest.mark.parametrize("packing", [p for p in PACKINGS if p.format in ("int8", "fp8")], ids=name_of)
+def test_few_rows_are_dense_to_the_bit(packing, scales):
+    """Whatever way codes take to dot products: with NaN among them, and scales for no fast way."""
+    rows = [1, 2, 3, 0, 4]
+    p = replace(packing, scales=scales)
+    for n, k in ((30, 576), (10, 2112), (7, 192)):
+        weight = build(p, len(rows), n, k, torch.Generator().manual_seed(1))
+        call = call_of(BF16, rows, n, k)
+        packed = weight.operands()
+        got = call.results(packed.pop("weight"), **packed)
+        assert_same_bits(got, call.results(weight.dequantize(BF16)))

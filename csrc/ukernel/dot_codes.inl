@@ -9,7 +9,7 @@ namespace {
 
 // Of one row and one group: puts the numbers of 32 codes, eight at a time.
 struct Int8Lanes {
-  __m256 factor;
+  __m256 factor = _mm256_setzero_ps();
 
   static bool takes(float) { return true; }
   void use(float scale) { factor = _mm256_set1_ps(scale); }
@@ -51,27 +51,40 @@ template <class Op, class Lanes, int MR, int NC>
                                                  const moelora::DotSegment& segment) {
   Lanes lanes[MR];
   const auto row = [&w](int i) { return i < w.rows ? i : w.rows - 1; };
-  bool done = true;
-  for_each_group(w, w.first / w.group, w.first, [&](int64_t group, int64_t column, int64_t stop) {
-    for (int i = 0; i < MR; ++i) {
-      const float scale = w.scale[row(i) * w.scale_stride + group];
-      if (!Lanes::takes(scale) || (stop - column) % 32 != 0) done = false;
-      lanes[i].use(scale);
-    }
-    if (!done) return;
+  const auto add = [&](int64_t column, int64_t stop, const auto& of) __attribute__((always_inline)) {
     for (; column < stop; column += 32) {
       const float* r = static_cast<const float*>(segment.r) + (column - w.first);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) {
         const uint8_t* codes = w.codes + row(i) * w.codes_stride + column;
         fetch(codes, w.ahead);
-        lanes[i](codes, [&](__m256 v, int at) __attribute__((always_inline)) {
+        of(i)(codes, [&](__m256 v, int at) __attribute__((always_inline)) {
 #pragma GCC unroll 8
           for (int j = 0; j < NC; ++j)
             acc[j][i] = Op::fma(v, _mm256_loadu_ps(r + j * (segment.r_stride / 4) + at), acc[j][i]);
         });
       }
     }
+  };
+  bool done = true;
+  for_each_group(w, w.first / w.group, w.first, [&](int64_t group, int64_t column, int64_t stop) {
+    const float first = w.scale[group];
+    bool alike = true;
+    for (int i = 0; i < MR; ++i) {
+      const float scale = w.scale[row(i) * w.scale_stride + group];
+      alike &= scale == first;
+      done &= Lanes::takes(scale) && (stop - column) % 32 == 0;
+    }
+    if (!done) return;
+    if (alike) {  // as in blocks: what one scale needs stays in registers
+      Lanes one = lanes[0];
+      one.use(first);
+      add(column, stop, [&one](int) -> Lanes& { return one; });
+      lanes[0] = one;
+      return;
+    }
+    for (int i = 0; i < MR; ++i) lanes[i].use(w.scale[row(i) * w.scale_stride + group]);
+    add(column, stop, [&lanes](int i) -> Lanes& { return lanes[i]; });
   });
   for (int i = 0; i < MR; ++i) done &= !lanes[i].failed();
   return done;
