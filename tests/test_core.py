@@ -207,6 +207,21 @@ if WIDEST.weaves:
     BROKEN += [(WIDEST, "tile", *row) for row in WEAVING]
 BROKEN += [(k, "tile", "weave", 1, "for kernel sets that weave") for k in KERNEL_SETS if not k.weaves][:1]
 BROKEN += [(k, "tile", "start", 1, "must not add") for k in KERNEL_SETS if k.compute == "bf16"][:1]
+DOTTING_CODES = [
+    ("rows", 0, "rows must be"),
+    ("rows", 2, "codes must have the tile's rows"),
+    ("cols", 4, "cols must be"),
+    ("codes.rows", 2, "codes must have the tile's rows"),
+    ("codes.n", 3, "codes must have the segment's depth"),
+    ("codes", 0, "codes must not be null"),
+    ("ordinary", 0, "scales must be ordinary"),
+    ("scale", 0, "ordinary scales must be"),
+    ("r", 0, "r must not be null"),
+    ("c", 0, "c must not be null"),
+    ("code", 0, "there must be a dot tile of codes"),
+]
+BROKEN += [(k, "dot_codes", *row) for k in KERNEL_SETS if "avx2" in k.name for row in DOTTING_CODES]
+BROKEN += [(k, "flat_lines", *row) for k, kernel, *row in BROKEN if kernel == "flat_tile"]
 BROKEN += [(k, "dot_tile", "", 0, "must be a dot tile") for k in KERNEL_SETS if not k.dot_rows][:1]
 BROKEN += [(k, "flat_tile", "", 0, "must be a flat tile") for k in KERNEL_SETS if not k.flat_storage][:1]
 
@@ -229,9 +244,12 @@ def test_the_contract_holds_for_small_calls(k):
         core.check_contract(k, kernel)
     if k.compute in k.flat_storage:
         core.check_contract(k, "flat_tile")
+        core.check_contract(k, "flat_lines")
     if k.compute != "fp64":
         for kernel in ("unpack", "unpack_lines", "scales"):
             core.check_contract(k, kernel)
+    if "avx2" in k.name:
+        core.check_contract(k, "dot_codes")
     if k.weaves:
         core.check_contract(k, "tile", "weave")
         core.check_contract(k, "tile", "own")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packings import BF16, E4M3, FP16, FP32, U8, Packing
 
-from torch_moelora import formats, reference
+from torch_moelora import formats, quantizers, reference
 from torch_moelora.formats import FORMATS, PackedWeight
 
 HALVES_AND_FP32 = (BF16, FP16, FP32)
@@ -195,6 +195,47 @@ def test_nothing_is_nearer(name, dtype):
     for value in values:
         other = packings.constant(packed, row.codes.index(value)).dequantize(FP32).double()
         assert (got <= (other - w.double()).abs() * (1 + 1e-5)).all(), value
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "mxfp4"])
+def test_tables_round_as_the_rule(name):
+    """Around every number where the code changes, and in every run of numbers that share a table entry."""
+    if name == "mxfp4":
+        rule, rounding = quantizers._e2m1, quantizers._e2m1_rounding(torch.device("cpu"))
+    else:
+        table = torch.tensor(FORMATS[name].codes)
+        rounding = quantizers._codebook_rounding(FORMATS[name].codes, torch.device("cpu"))
+
+        def rule(values):
+            return quantizers._nearest(values.clamp(-1, 1), table)
+
+    values = torch.tensor(sorted(FORMATS[name].codes))
+    middles = ((values[1:] + values[:-1]) / 2).view(torch.int32)
+    near = (middles[:, None] + torch.arange(-70000, 70001, dtype=torch.int32)).flatten()
+    everywhere = torch.arange(-(2**31), 2**31, 4099).to(torch.int32)
+    for bits in (near, everywhere):
+        numbers = bits.view(torch.float32)
+        numbers = numbers[~numbers.isnan()].contiguous()
+        assert torch.equal(rounding(numbers), rule(numbers))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pieces_do_not_show(name, monkeypatch):
+    w = torch.randn(2, 300, 192, generator=generator()).transpose(0, 1).contiguous().transpose(0, 1)
+    whole = formats.quantize(w, name, None if name != "int4" else 96)
+    monkeypatch.setattr(quantizers, "PIECE", 1000)
+    pieces = formats.quantize(w, name, None if name != "int4" else 96)
+    for a, b in zip(whole.tensors, pieces.tensors, strict=True):
+        assert torch.equal(a.view(U8), b.view(U8))
+        assert a.is_contiguous() and b.is_contiguous()
+
+
+def test_lookup_of_many_threads(monkeypatch):
+    """torch shares out a matrix: the same numbers."""
+    w = torch.randn(1, 64, 256, generator=generator())
+    few = formats.quantize(w, "nf4")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert torch.equal(formats.quantize(w, "nf4").codes, few.codes)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import packings
 import pytest
@@ -145,6 +146,22 @@ def test_experts_without_rows_are_never_read():
         [sys.executable, "-c", textwrap.dedent(NEVER_READ), *names], capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout == "read nothing\n", done.stderr
+
+
+@pytest.mark.parametrize("argument", ["weight_scale", "weight_scale2", "weight_zero"])
+def test_a_scale_elsewhere_is_refused(argument):
+    """By the CPU operator itself, past the dispatcher, which would have called another."""
+    packing = Packing("int4", 32, zero=True) if argument == "weight_zero" else Packing("nvfp4", 16)
+    weight = packings.build(packing, 3, 4, 64, torch.Generator().manual_seed(0)).operands()
+    weight[argument] = weight[argument].to("meta")
+    x = torch.zeros(2, 64, dtype=BF16)
+    slots, offsets = torch.arange(2), torch.full((3,), 2, dtype=torch.int32)
+    on_cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    codes = weight.pop("weight")
+    call = partial(torch.ops.moelora.scatter_lora.default.redispatch, on_cpu, x, codes, slots, offsets, 1)
+    with pytest.raises(RuntimeError) as caught:
+        call(**weight)
+    assert f"scatter_lora: {argument} must be on device cpu (that of weight), got meta" in str(caught.value)
 
 
 def test_groups_of_zero_columns_are_refused():

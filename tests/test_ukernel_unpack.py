@@ -43,6 +43,10 @@ def draw_scales(rng: np.random.Generator, kind: str, shape: tuple) -> np.ndarray
     scale = rng.uniform(-2, 2, shape).astype(np.float32)
     if kind == "limits":
         scale = rng.choice(np.array([0, -0.0, LEAST, -LEAST, MOST, -MOST, 1], np.float32), shape)
+    if kind == "borders":
+        inner, outer = np.array([LEAST, MOST], np.float32), np.array([0, np.inf], np.float32)
+        borders = np.concatenate([inner, np.nextafter(inner, outer), np.nextafter(inner, outer[::-1])])
+        scale = rng.choice(borders, shape) * rng.choice(np.array([1, -1], np.float32), shape)
     if kind == "subnormal":
         scale *= np.float32(2.0**-126)
     if kind == "special":
@@ -54,7 +58,7 @@ def draw_scales(rng: np.random.Generator, kind: str, shape: tuple) -> np.ndarray
 class Codes:
     """Rows of codes, from column 0 on, in a matrix with bytes between them; and how to unpack them."""
 
-    def __init__(self, rng, code, table, rows, first, n, group, scales, with_zero):
+    def __init__(self, rng, code, table, rows, first, n, group, scales, with_zero, alike=False, nans=True):
         columns = first + n
         self.code, self.first, self.n, self.group = code, first, n, group
         wide = code.startswith("nibbles")
@@ -66,6 +70,8 @@ class Codes:
             value = TABLES[table][nibbles]
         else:
             packed = rng.integers(0, 256, (rows, columns), dtype=np.uint8)
+            if not nans:
+                packed[(packed & 0x7F) == 0x7F] ^= 1
             value = packed.view(np.int8).astype(np.float32) if code == "int8" else e4m3(packed)
         whole = np.full((rows, packed.shape[1] + 5), 0x7F, np.uint8)
         self.codes = whole[:, : packed.shape[1]] if rows else packed
@@ -73,6 +79,8 @@ class Codes:
         self.values = TABLES[table] if wide else None
         groups = (first + n - 1) // group - first // group + 1
         self.scale = draw_scales(rng, scales, (rows, groups))
+        if alike:  # as those of fp8 blocks
+            self.scale[: rows - rows // 2] = self.scale[0]
         self.zero = rng.integers(0, 256, (rows, groups)).astype(np.float32) if with_zero and wide else None
         which = np.arange(first, first + n) // group - first // group
         with np.errstate(all="ignore"):
@@ -110,8 +118,10 @@ def problems(draw):
         "first": draw(st.sampled_from((0, 0, 1, 16, 32, 37, 64, 130))),
         "n": draw(st.sampled_from((1, 2, 7, 15, 16, 17, 31, 32, 33, 48, 64, 65, 96, 100, 128, 160, 257))),
         "group": group,
-        "scales": draw(st.sampled_from(("usual", "usual", "limits", "subnormal", "special"))),
+        "scales": draw(st.sampled_from(("usual", "usual", "limits", "borders", "subnormal", "special"))),
         "with_zero": draw(st.booleans()) and group >= 32,
+        "alike": draw(st.booleans()),
+        "nans": draw(st.booleans()),  # among E4M3 codes
     }
 
 
@@ -136,6 +146,32 @@ def test_lines(k, numbers, problem, seed):
     wanted = np.zeros((lines * k.pack, n), DTYPES[k.compute])
     wanted[:rows] = codes.wanted(k, numbers)
     assert same_numbers(out.check(), wanted.reshape(lines, k.pack, n).swapaxes(1, 2).copy())
+
+
+SPREAD = np.exp2(np.linspace(-100, 99, 40)) * np.random.default_rng(0).uniform(1, 2, 40)
+
+
+@every_unpack
+@pytest.mark.parametrize("lines", [False, True])
+def test_every_e4m3_of_any_scale(k, numbers, lines):
+    """All but NaN, for which tables do not serve, of scales of all sizes."""
+    every = np.arange(256, dtype=np.uint8)
+    every = np.resize(every[(every & 0x7F) != 0x7F], 256)
+    bytes_ = np.stack([np.roll(every, 7 * i) for i in range(len(SPREAD))])
+    rows, n = bytes_.shape
+    codes = Codes(np.random.default_rng(0), "e4m3", "any", rows, 0, n, 1 << 20, "usual", False)
+    codes.codes = bytes_
+    signs = np.where(np.arange(rows) % 3, 1, -1)
+    codes.scale = (SPREAD * signs).astype(np.float32).clip(-MOST, MOST)[:, None]
+    assert is_ordinary(codes.scale)
+    with np.errstate(all="ignore"):
+        codes.numbers = e4m3(bytes_) * codes.scale
+        wanted = codes.wanted(k, numbers)
+    out = Output((rows // k.pack, n, k.pack) if lines else (rows, n), k.compute)
+    codes.unpack(k, numbers, out.array, lines)
+    if lines:
+        wanted = wanted.reshape(rows // k.pack, k.pack, n).swapaxes(1, 2).copy()
+    assert same_numbers(out.check(), wanted)
 
 
 @every_unpack

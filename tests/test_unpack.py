@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from cases import BF16, FP16, FP32
+from packings import BF16, BLOCK, FP16, FP32, U8, Packing, build
 from torch import Tensor
 
 from torch_moelora.switches import SWITCHES
@@ -16,161 +16,37 @@ pytestmark = [
     pytest.mark.skipif(SWITCHES.backend == "triton", reason="to the bit on CPU only"),
 ]
 
-NF4 = torch.tensor(
-    [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
-        1.0,
-    ]
-)  # fmt: skip
-FP4 = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-VALUES = {
-    "nf4": NF4,
-    "fp4": torch.cat([FP4, 0 - FP4]),
-    "int4": torch.arange(16.0) - 8,
-    "mxfp4": torch.cat([E2M1, -E2M1]),
-    "nvfp4": torch.cat([E2M1, -E2M1]),
-}
-HIGH_FIRST = ("nf4", "fp4")
-E4M3 = torch.float8_e4m3fn
-
-
-def nested_values() -> Tensor:
-    """bitsandbytes' signed 8-bit map: between 2^i equal parts of [0.1, 1], each ten times the one before."""
-    data = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
-        means = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
-        data += means.tolist() + (-means).tolist()
-    return torch.tensor(sorted(data))
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How a weight [E, N, K] is packed. tiles: rows and columns of an fp8 scale, 0 for all."""
-
-    format: str
-    group: int
-    scale: torch.dtype = FP32
-    zero: bool = False
-    nested: bool = False
-    parts: int = 1
-    tiles: tuple[int, int] = (1, 0)
-    strided: bool = False
-
-    @property
-    def name(self) -> str:
-        extra = [
-            str(self.scale).split(".")[1],
-            *(k for k in ("zero", "nested", "strided") if getattr(self, k)),
-        ]
-        return "-".join(
-            [self.format, str(self.group), *extra, *(f"{t}" for t in self.tiles if self.format == "fp8")]
-        )
-
-
-@dataclass
-class Weight:
-    """Codes and scales of [E, N, K], and the numbers in fp32."""
-
-    codes: Tensor
-    numbers: Tensor
-    args: dict = field(default_factory=dict)
-
-
-def spaced(t: Tensor) -> Tensor:
-    """The same numbers with every stride doubled but a last one of codes, which must be 1."""
-    wide = torch.zeros([2 * s for s in t.shape], dtype=t.dtype)
-    view = wide[tuple(slice(0, None, 2) for _ in t.shape)]
-    view.copy_(t)
-    return view
-
-
-def random_scales(p: Packing, shape: tuple, gen: torch.Generator) -> Tensor:
-    if p.format == "mxfp4":
-        return torch.randint(110, 130, shape, generator=gen, dtype=torch.uint8)
-    if p.format == "nvfp4":
-        return (torch.rand(shape, generator=gen) * 100 + 0.01).to(E4M3)
-    if p.nested:
-        return torch.randint(0, 256, shape, generator=gen, dtype=torch.uint8)
-    return (torch.rand(shape, generator=gen) * 0.2 + 0.001).to(p.scale)
-
-
-def scale_values(p: Packing, scale: Tensor, scale2: Tensor | None) -> Tensor:
-    if p.format == "mxfp4":
-        exponent = scale.double() - 127
-        return torch.where(scale == 255, torch.nan, 2.0**exponent).float()
-    if p.format == "nvfp4":
-        e, n, _ = scale.shape
-        return scale.float() * scale2.repeat_interleave(n // p.parts, 1).view(e, n, 1)
-    if p.nested:
-        block = torch.arange(scale.numel()).view(scale.shape) // 256
-        return nested_values()[scale.long()] * scale2[block, 0] + scale2[block, 1]
-    return scale.float()
-
-
-def pack(p: Packing, e: int, n: int, k: int, seed: int = 0) -> Weight:
-    gen = torch.Generator().manual_seed(seed)
-    args = {"weight_format": p.format}
-    zero = None
-    if p.format in VALUES:
-        nibbles = torch.randint(0, 16, (e, n, k), generator=gen, dtype=torch.uint8)
-        first, second = nibbles[..., ::2], nibbles[..., 1::2]
-        codes = first << 4 | second if p.format in HIGH_FIRST else second << 4 | first
-        values = VALUES[p.format][nibbles.long()]
-    elif p.format == "int8":
-        codes = torch.randint(-128, 128, (e, n, k), generator=gen, dtype=torch.int8)
-        values = codes.float()
-    else:
-        bits = torch.randint(0, 254, (e, n, k), generator=gen, dtype=torch.uint8)
-        bits = torch.where(bits >= 127, bits + 1, bits)
-        codes, values = bits.view(E4M3), bits.view(E4M3).float()
-    if p.format == "fp8":
-        rows, cols = p.tiles[0] or n, p.tiles[1] or k
-        scale = random_scales(p, (e, -(-n // rows), -(-k // cols)), gen)
-        spread = scale.float().repeat_interleave(rows, 1)[:, :n].repeat_interleave(cols, 2)[..., :k]
-        args["weight_scale"] = scale
-    else:
-        scale, scale2 = random_scales(p, (e, n, k // p.group), gen), None
-        if p.format == "nvfp4":
-            scale2 = torch.rand((e, p.parts), generator=gen) * 0.01 + 1e-4
-        if p.nested:
-            blocks = -(-scale.numel() // 256)
-            scale2 = torch.rand((blocks, 2), generator=gen) * 0.2
-        if p.zero:
-            zero = torch.randint(0, 16, scale.shape, generator=gen, dtype=torch.uint8)
-            values = values + 8 - zero.float().repeat_interleave(p.group, 2)
-        spread = scale_values(p, scale, scale2).repeat_interleave(p.group, 2)
-        args |= {"weight_scale": scale, "weight_scale2": scale2, "weight_zero": zero}
-    if p.strided:
-        args = {key: spaced(t) if isinstance(t, Tensor) else t for key, t in args.items()}
-        wide = torch.zeros((2 * e, 2 * n, codes.shape[2]), dtype=codes.dtype)
-        wide[::2, ::2] = codes
-        codes = wide[::2, ::2]
-    return Weight(codes, values * spread, args)
-
-
 PACKINGS = [
-    Packing("int8", 0),
-    Packing("int8", 32, scale=BF16),
-    Packing("int8", 64, scale=FP16, strided=True),
-    Packing("fp8", 0),
-    Packing("fp8", 0, tiles=(128, 128)),
-    Packing("fp8", 0, tiles=(0, 0), scale=BF16),
-    Packing("fp8", 0, tiles=(1, 128), strided=True),
-    Packing("int4", 32, scale=BF16),
-    Packing("int4", 96, scale=FP16, zero=True),
-    Packing("int4", 0, zero=True, strided=True),
+    Packing("int8"),
+    Packing("int8", 32, BF16),
+    Packing("int8", 64, FP16, layout="strided"),
+    Packing("fp8"),
+    Packing("fp8", BLOCK, rows="block"),
+    Packing("fp8", 0, BF16, rows="all"),
+    Packing("fp8", BLOCK, layout="strided"),
+    Packing("int4", 32, BF16),
+    Packing("int4", 96, FP16, zero=True),
+    Packing("int4", 0, zero=True, layout="strided"),
     Packing("nf4", 64),
-    Packing("nf4", 32, nested=True),
-    Packing("nf4", 64, nested=True, strided=True),
-    Packing("fp4", 32, strided=True),
+    Packing("nf4", 32, U8),
+    Packing("nf4", 64, U8, layout="strided"),
+    Packing("fp4", 32, layout="strided"),
     Packing("mxfp4", 32),
     Packing("nvfp4", 16, parts=2),
-    Packing("nvfp4", 16, strided=True),
+    Packing("nvfp4", 16, layout="strided"),
 ]
+
+
+def name_of(p: Packing) -> str:
+    extra = [word for word, said in (("zero", p.zero), ("strided", p.layout == "strided")) if said]
+    return "-".join([p.format, str(p.group), str(p.scale_dtype).split(".")[1], p.rows, *extra])
+
+
+def spaced(codes: Tensor) -> Tensor:
+    """The same codes in every second row of every second expert."""
+    e, n, k = codes.shape
+    wide = torch.zeros((2 * e, 2 * n, k), dtype=U8)[::2, ::2]
+    return wide.copy_(codes.view(U8)).view(codes.dtype)
 
 
 def routing(rows: list[int], top_k: int, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -217,11 +93,6 @@ def assert_same_bits(got: list[Tensor], want: list[Tensor]) -> None:
         assert torch.equal(g.masked_fill(both_nan, 0), w.masked_fill(both_nan, 0)), f"result {i}"
 
 
-def sized(p: Packing, k: int) -> Packing:
-    """A group of 0 is all of K."""
-    return p if p.group else Packing(**{**p.__dict__, "group": k})
-
-
 SIZES = [
     (96, 192, [7, 0, 2, 31]),
     (30, 576, [1, 70, 3, 2]),
@@ -232,15 +103,32 @@ SIZES = [
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
-@pytest.mark.parametrize("packing", PACKINGS, ids=lambda p: p.name)
+@pytest.mark.parametrize("packing", PACKINGS, ids=name_of)
 def test_packed_is_dense_to_the_bit(packing, dtype):
-    for n, k, rows in SIZES:
-        if packing.group and k % packing.group:
+    for stored_rows, columns, rows in SIZES:
+        if packing.group not in (0, BLOCK) and columns % packing.group:
             continue
-        for turned in (False, True):
-            w = pack(sized(packing, k), len(rows), n, k)
-            numbers = w.numbers.to(dtype)
-            out, inner = (k, n) if turned else (n, k)
+        for transposed in (False, True):
+            p = replace(packing, transposed=transposed)
+            out, inner = p.sizes(stored_rows, columns)
+            weight = build(p, len(rows), out, inner, torch.Generator().manual_seed(0))
+            if p.layout == "strided":
+                weight = weight._replace(codes=spaced(weight.codes))
             call = call_of(dtype, rows, out, inner)
-            packed = call.results(w.codes, weight_transposed=turned, **w.args)
-            assert_same_bits(packed, call.results(numbers.transpose(1, 2) if turned else numbers))
+            packed = weight.operands()
+            got = call.results(packed.pop("weight"), **packed)
+            assert_same_bits(got, call.results(weight.dequantize(dtype)))
+
+
+@pytest.mark.parametrize("scales", ["usual", "subnormal", "extreme", "special"])
+@pytest.mark.parametrize("packing", [p for p in PACKINGS if p.format in ("int8", "fp8")], ids=name_of)
+def test_few_rows_are_dense_to_the_bit(packing, scales):
+    """Whatever way codes take to dot products: with NaN among them, and scales for no fast way."""
+    rows = [1, 2, 3, 0, 4]
+    p = replace(packing, scales=scales)
+    for n, k in ((30, 576), (10, 2112), (7, 192)):
+        weight = build(p, len(rows), n, k, torch.Generator().manual_seed(1))
+        call = call_of(BF16, rows, n, k)
+        packed = weight.operands()
+        got = call.results(packed.pop("weight"), **packed)
+        assert_same_bits(got, call.results(weight.dequantize(BF16)))

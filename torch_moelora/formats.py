@@ -432,6 +432,7 @@ def quantize(
     row = lookup("quantize", format)
     quantizers.check(row, weight, group_size, nested)
     if row.bits is None:
+        quantizers.check_finite(weight)
         return PackedWeight(weight)
     group = row.groups.default if group_size is None else group_size
     group = group or weight.shape[2]

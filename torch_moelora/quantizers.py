@@ -1,11 +1,13 @@
-"""Rounding to nearest, one function for each rule; the rows of `formats.FORMATS` name theirs. Matrix by
-matrix: beyond the result they need memory for a few copies of one expert in float32.
+"""Rounding to nearest, one function for each rule; the rows of `formats.FORMATS` name theirs. Piece by piece
+in threads: beyond the result they need memory for a few pieces in float32, and fp8 and nvfp4 for an expert's
+scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAST = 1e-38
 # The largest E4M3 and E2M1, and the least E4M3 that is not zero.
 MOST_E4M3, MOST_E2M1, LEAST_E4M3 = 448.0, 6.0, 2.0**-9
+
+# Elements that a thread takes at once: its caches hold a few copies of them, and calls cost little beside them.
+PIECE = 1 << 17
 
 # codes, scale, scale2
 Parts = tuple[Tensor, Tensor, Tensor | None]
@@ -57,13 +62,27 @@ def check(row: Format, weight: Tensor, group_size: int | None, nested: bool) -> 
         }[groups.kind]
         require(allowed, f"group_size must be {rule}, got {group}")
         require(k % row.per_byte == 0, f"weight must have an even K, got shape {text(weight.shape)}")
-    finite = all(torch.isfinite(matrix).all() for matrix in weight)
-    require(finite, "weight must be finite, got an infinity or a NaN")
 
 
-def _matrices(weight: Tensor) -> Iterator[Tensor]:
-    """Each expert's [N, K] in float32."""
-    return (matrix.float() for matrix in weight)
+def _pieces(weight: Tensor, each: int = 1) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, end): a multiple of `each` rows, or the last ones; on other devices than CPU all."""
+    experts, n, k = weight.shape
+    rows = max(each, PIECE * torch.get_num_threads() // k // each * each) if weight.is_cpu else n
+    return ((e, i, min(i + rows, n)) for e in range(experts) for i in range(0, n, rows))
+
+
+def check_finite(weight: Tensor) -> None:
+    """The one check that has to look at every number; what packs makes it on the way."""
+    for e, start, stop in _pieces(weight):
+        _absmax(weight[e, start:stop])
+
+
+def _absmax(groups: Tensor) -> Tensor:
+    """The largest size along the last dimension. Raises RuntimeError unless all are finite."""
+    absmax = torch.maximum(groups.amax(-1), groups.amin(-1).neg_()).abs_()
+    if not torch.isfinite(absmax).all():
+        raise RuntimeError("quantize: weight must be finite, got an infinity or a NaN")
+    return absmax
 
 
 def _or_one(scale: Tensor) -> Tensor:
@@ -72,9 +91,10 @@ def _or_one(scale: Tensor) -> Tensor:
 
 
 def _packed(row: Format, codes: Tensor) -> Tensor:
-    """uint8 codes [..., K] → [..., K/2]."""
-    even, odd = codes[..., ::2], codes[..., 1::2]
-    return even << 4 | odd if row.high_first else odd << 4 | even
+    """uint8 codes [..., K], contiguous → [..., K/2]."""
+    pairs = codes.view(torch.int16)  # the even one in the low half
+    moved = pairs << 4 | pairs >> 8 if row.high_first else pairs >> 4 | pairs
+    return moved.to(torch.uint8)
 
 
 def _nearest(values: Tensor, table: Tensor) -> Tensor:
@@ -95,20 +115,91 @@ def _e2m1(values: Tensor) -> Tensor:
     return code.to(torch.uint8) | (torch.signbit(values).to(torch.uint8) << 3)
 
 
+class _Rounding(NamedTuple):
+    """A function from float32 to codes, by the upper 16 bits of the number: with these given, the code
+    changes once at most.
+
+    limits: int32, bits from which on it is another one; at 32769 + the upper bits. codes: uint8, that before
+    and that from there on, at twice as much - 1 and twice as much.
+    """
+
+    limits: Tensor
+    codes: Tensor
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Contiguous values → uint8 codes."""
+        bits = values.view(-1).view(torch.int32)
+        at = (bits >> 16).add_(32769)
+        limit = _look_up(self.limits, at)
+        before = torch.sub(bits, limit, out=limit).bitwise_right_shift_(31)  # -1, else 0
+        return _look_up(self.codes, before.add_(at, alpha=2)).view(values.shape)
+
+
+def _look_up(table: Tensor, at: Tensor) -> Tensor:
+    """table[at]. torch is quick with a vector, but only shares out a matrix."""
+    if torch.get_num_threads() < 4:
+        return table.index_select(0, at)
+    return table.unsqueeze(1).index_select(0, at).squeeze(1)
+
+
+def _rounding(nearest: Callable[[Tensor], Tensor], device: torch.device) -> _Rounding:
+    """The same as `nearest`, and fast."""
+
+    def code(bits: Tensor) -> Tensor:
+        return nearest(bits.view(torch.float32))
+
+    first = torch.arange(-32768, 32768, dtype=torch.int32) << 16
+    last = first | 0xFFFF
+    before, behind = code(first), code(last)
+    changes = (before != behind).nonzero().view(-1)
+    low, high, same = first[changes], last[changes], before[changes]
+    for _ in range(16):
+        middle = low + (high - low >> 1)
+        is_same = code(middle) == same
+        low, high = torch.where(is_same, middle, low), torch.where(is_same, high, middle)
+    limits = first.index_copy(0, changes, high)
+    padding = limits.new_zeros(1)
+    codes = torch.cat((padding.to(torch.uint8), torch.stack((before, behind), 1).flatten()))
+    return _Rounding(torch.cat((padding, limits)).to(device), codes.to(device))
+
+
+@cache
+def _codebook_rounding(codes: tuple[float, ...], device: torch.device) -> _Rounding:
+    table = torch.tensor(codes, dtype=torch.float32)
+    return _rounding(lambda values: _nearest(values.clamp(-1, 1), table), device)
+
+
+@cache
+def _e2m1_rounding(device: torch.device) -> _Rounding:
+    return _rounding(_e2m1, device)
+
+
+def _codes(row: Format, weight: Tensor) -> Tensor:
+    """Room for them, as bytes."""
+    experts, n, k = weight.shape
+    return torch.empty((experts, n, k // row.per_byte), dtype=torch.uint8, device=weight.device)
+
+
 def codebook(row: Format, weight: Tensor, group: int, nested_codes: Tensor | None) -> Parts:
     """bitsandbytes' 4-bit types: the nearest of 16 values of x / absmax."""
-    table = torch.tensor(row.codes, dtype=torch.float32, device=weight.device)
-    codes, scales = [], []
-    for matrix in _matrices(weight):
-        blocks = matrix.reshape(-1, group)
-        absmax = blocks.abs().amax(1)
-        scaled = (blocks * (1.0 / absmax.clamp(min=LEAST)).unsqueeze(1)).clamp(-1, 1)
-        codes.append(_packed(row, _nearest(scaled, table).view(matrix.shape)))
-        scales.append(absmax.view(matrix.shape[0], -1))
-    scale = torch.stack(scales)
+    nearest = _codebook_rounding(row.codes, weight.device)
+    codes, scale = _codes(row, weight), _room(weight, group, torch.float32)
+
+    for e, start, stop in _pieces(weight):
+        groups = weight[e, start:stop].float().unflatten(1, (-1, group))
+        scale[e, start:stop] = absmax = _absmax(groups)
+        scaled = groups * (1.0 / absmax.clamp(min=LEAST)).unsqueeze(2)
+        codes[e, start:stop] = _packed(row, nearest(scaled).flatten(1))
+
     if nested_codes is None:
-        return torch.stack(codes), scale, None
-    return torch.stack(codes), *_nested(scale, nested_codes)
+        return codes, scale, None
+    return codes, *_nested(scale, nested_codes)
+
+
+def _room(weight: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """For a number of every group."""
+    experts, n, k = weight.shape
+    return torch.empty((experts, n, k // group), dtype=dtype, device=weight.device)
 
 
 def _nested(scale: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,63 +222,80 @@ def _nested(scale: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 def integers(row: Format, weight: Tensor, group: int, nested_codes: None) -> Parts:
     """int4 around its middle, and int8."""
     most, middle, low, high = (7.5, 8, 0, 15) if row.bits == 4 else (127.0, 0, -127, 127)
-    codes, scales = [], []
-    for matrix in _matrices(weight):
-        groups = matrix.unflatten(1, (-1, group))
-        scale = _or_one(groups.abs().amax(2) / most)
-        rounded = torch.round(groups / scale.unsqueeze(2)) + middle
-        code = rounded.clamp(low, high).flatten(1).to(row.storage)
-        codes.append(_packed(row, code) if row.bits == 4 else code)
-        scales.append(scale)
-    return torch.stack(codes), torch.stack(scales), None
+    codes, scales = _codes(row, weight).view(row.storage), _room(weight, group, torch.float32)
+
+    for e, start, stop in _pieces(weight):
+        groups = weight[e, start:stop].float().unflatten(1, (-1, group))
+        scales[e, start:stop] = scale = _or_one(_absmax(groups) / most)
+        code = (
+            (groups / scale.unsqueeze(2)).round_().add_(middle).clamp_(low, high).flatten(1).to(row.storage)
+        )
+        codes[e, start:stop] = _packed(row, code) if row.bits == 4 else code
+
+    return codes, scales, None
 
 
 def exponents(row: Format, weight: Tensor, group: int, nested_codes: None) -> Parts:
     """mxfp4: the scale is a power of two."""
-    codes, scales = [], []
-    for matrix in _matrices(weight):
-        groups = matrix.unflatten(1, (-1, group))
-        absmax = groups.abs().amax(2)
+    nearest = _e2m1_rounding(weight.device)
+    codes, scales = _codes(row, weight), _room(weight, group, torch.uint8)
+
+    for e, start, stop in _pieces(weight):
+        groups = weight[e, start:stop].float().unflatten(1, (-1, group))
+        absmax = _absmax(groups)
         # frexp's mantissa is in [0.5, 1); the largest E2M1 has the exponent 2.
         exponent = (torch.frexp(absmax).exponent - 3).clamp(-127, 127)
         exponent = torch.where(absmax == 0, 0, exponent)
         inverse = ((127 - exponent) << 23).view(torch.float32)
-        scaled = groups * inverse.unsqueeze(2)
-        codes.append(_packed(row, _e2m1(scaled).flatten(1)))
-        scales.append((exponent + 127).to(torch.uint8))
-    return torch.stack(codes), torch.stack(scales), None
+        codes[e, start:stop] = _packed(row, nearest(groups * inverse.unsqueeze(2)).flatten(1))
+        scales[e, start:stop] = exponent + 127
+
+    return codes, scales, None
 
 
 def two_levels(row: Format, weight: Tensor, group: int, nested_codes: None) -> Parts:
     """nvfp4: E4M3 scales below one multiplier for the expert."""
-    codes, scales, multipliers = [], [], []
-    for matrix in _matrices(weight):
-        groups = matrix.unflatten(1, (-1, group))
-        absmax = groups.abs().amax(2)
-        multiplier = _or_one(absmax.max() / (MOST_E2M1 * MOST_E4M3))
-        scale = (absmax / MOST_E2M1 / multiplier).clamp(LEAST_E4M3, MOST_E4M3).to(E4M3)
-        scale = torch.where(absmax == 0, 1.0, scale.float()).to(E4M3)
-        codes.append(_packed(row, _e2m1(groups / (scale.float() * multiplier).unsqueeze(2)).flatten(1)))
-        scales.append(scale.view(torch.uint8))
-        multipliers.append(multiplier.view(1))
-    return torch.stack(codes), torch.stack(scales).view(E4M3), torch.stack(multipliers)
+    nearest = _e2m1_rounding(weight.device)
+    codes, scales = _codes(row, weight), _room(weight, group, torch.uint8)
+    multipliers = torch.empty((len(weight), 1), device=weight.device)
+    absmax = _room(weight[:1], group, torch.float32)[0]
+    for expert in range(len(weight)):
+        matrix = weight[expert : expert + 1]
+        for _, start, stop in _pieces(matrix):
+            absmax[start:stop] = _absmax(matrix[0, start:stop].unflatten(1, (-1, group)))
+        multipliers[expert] = multiplier = _or_one(absmax.max() / (MOST_E2M1 * MOST_E4M3))
+        for _, start, stop in _pieces(matrix):
+            groups, most = matrix[0, start:stop].float().unflatten(1, (-1, group)), absmax[start:stop]
+            scale = (most / MOST_E2M1 / multiplier).clamp(LEAST_E4M3, MOST_E4M3).to(E4M3)
+            scale = torch.where(most == 0, 1.0, scale.float()).to(E4M3)
+            scaled = groups / (scale.float() * multiplier).unsqueeze(2)
+            codes[expert, start:stop] = _packed(row, nearest(scaled).flatten(1))
+            scales[expert, start:stop] = scale.view(torch.uint8)
+    return codes, scales.view(E4M3), multipliers
 
 
 def floats(row: Format, weight: Tensor, group: int, nested_codes: None) -> Parts:
     """fp8: a scale for blocks of 128 × 128, or for a row."""
     block = row.groups.least
-    whole_rows = group != block
-    codes, scales = [], []
-    for matrix in _matrices(weight):
-        n, k = matrix.shape
-        if whole_rows:
-            scale = wide = _or_one(matrix.abs().amax(1, keepdim=True) / MOST_E4M3)
-        else:
-            pad = (0, -k % block, 0, -n % block)
-            blocks = torch.nn.functional.pad(matrix.abs(), pad).unflatten(1, (-1, block))
-            scale = _or_one(blocks.unflatten(0, (-1, block)).amax((1, 3)) / MOST_E4M3)
-            wide = scale.repeat_interleave(block, 0)[:n].repeat_interleave(block, 1)[:, :k]
-        code = (matrix / wide).clamp(-MOST_E4M3, MOST_E4M3).to(E4M3)
-        codes.append(code.view(torch.uint8))
-        scales.append(scale)
-    return torch.stack(codes).view(E4M3), torch.stack(scales), None
+    experts, n, k = weight.shape
+    down, width = (1, k) if group != block else (block, min(block, k))
+    whole = k // width * width  # columns of whole blocks
+    codes = _codes(row, weight)
+    scales = torch.empty((experts, -(-n // down), -(-k // width)), device=weight.device)
+
+    def parts(rows: Tensor) -> tuple[Tensor, ...]:
+        """[rows, K] → [rows, blocks, columns]: of whole blocks, then of the rest."""
+        found = rows[:, :whole].unflatten(1, (-1, width)), rows[:, whole:].unsqueeze(1)
+        return found[: 1 + (whole < k)]
+
+    for e, start, stop in _pieces(weight, down):
+        rows = weight[e, start:stop].float()
+        absmax = torch.cat([_absmax(part) for part in parts(rows)], 1)
+        if down > 1:
+            absmax = torch.stack([some.amax(0) for some in absmax.split(down)])
+        scale = scales[e, start // down : -(-stop // down)] = _or_one(absmax / MOST_E4M3)
+        wide = scale.repeat_interleave(down, 0)[: len(rows)].split(whole // width, 1)
+        for part, factor, to in zip(parts(rows), wide, parts(codes[e, start:stop]), strict=True):
+            code = (part / factor.unsqueeze(2)).clamp_(-MOST_E4M3, MOST_E4M3).to(E4M3)
+            to.copy_(code.view(torch.uint8))
+    return codes.view(E4M3), scales, None

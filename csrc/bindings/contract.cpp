@@ -77,7 +77,7 @@ void check_dot(const KernelChoice& choice, const std::string& change, int64_t to
   check(*choice.kernels, args, choice.kernels->compute);
 }
 
-void check_flat(const KernelChoice& choice, const std::string& change, int64_t to) {
+void check_flat(const KernelChoice& choice, bool lines, const std::string& change, int64_t to) {
   FlatArgs args{memory, 64, memory, 64, 2, 2, 1, memory, 2, Start::zero, 0};
   if (change == "rows") args.rows = static_cast<int>(to);
   if (change == "width") args.width = to;
@@ -87,7 +87,7 @@ void check_flat(const KernelChoice& choice, const std::string& change, int64_t t
   if (change == "c") args.c = to ? memory + to : nullptr;
   if (change == "l") args.l = to ? memory + to : nullptr;
   if (change == "r") args.r = to ? memory + to : nullptr;
-  check(*choice.kernels, args, choice.kernels->compute);
+  lines ? check_flat_lines(*choice.kernels, args) : check(*choice.kernels, args, choice.kernels->compute);
 }
 
 void check_pack(const KernelChoice& choice, bool lanes, const std::string& change, int64_t to) {
@@ -127,6 +127,28 @@ void check_unpacking(const KernelChoice& choice, bool lines, const std::string& 
   lines ? check_unpack_lines(k, code, numbers, args) : check_unpack(k, code, numbers, args);
 }
 
+void check_dotting_codes(const KernelChoice& choice, const std::string& change, int64_t to) {
+  float scale[2] = {1, 1};
+  const Kernels& k = *choice.kernels;
+  DotArgs args{};
+  args.segments[0] = {nullptr, 0, memory, 64, 4};
+  args.n_segments = args.rows = args.cols = 1;
+  args.c = memory;
+  args.ldc = 1;
+  UnpackArgs codes{
+      reinterpret_cast<const uint8_t*>(memory), 8, 1, 0, 4, nullptr, scale, nullptr, 2, 32, true, nullptr, 0, 0};
+  if (change == "rows") args.rows = static_cast<int>(to);
+  if (change == "cols") args.cols = static_cast<int>(to);
+  if (change == "codes.rows") codes.rows = to;
+  if (change == "codes.n") codes.n = to;
+  if (change == "codes") codes.codes = nullptr;
+  if (change == "ordinary") codes.ordinary = false;
+  if (change == "scale") scale[0] = 0x1p-120f;
+  if (change == "r") args.segments[0].r = nullptr;
+  if (change == "c") args.c = nullptr;
+  check_dot_codes(k, change == "code" ? Code::nibbles_low : Code::int8, codes, args);
+}
+
 void check_reading_scales(const KernelChoice& choice, const std::string& change, int64_t to) {
   ScaleArgs args{memory, 1, 1, 1, 1, 1.0f, 0.0f, nullptr, reinterpret_cast<float*>(memory), 1, 0};
   if (change == "rows") args.rows = to;
@@ -145,9 +167,11 @@ void bind_contract(py::module_& m) {
       [](const KernelChoice& choice, const std::string& kernel, const std::string& change, int64_t to) {
         if (kernel == "tile") return check_tile(choice, change, to);
         if (kernel == "dot_tile") return check_dot(choice, change, to);
-        if (kernel == "flat_tile") return check_flat(choice, change, to);
+        if (kernel == "flat_tile" || kernel == "flat_lines")
+          return check_flat(choice, kernel == "flat_lines", change, to);
         if (kernel == "unpack" || kernel == "unpack_lines")
           return check_unpacking(choice, kernel == "unpack_lines", change, to);
+        if (kernel == "dot_codes") return check_dotting_codes(choice, change, to);
         if (kernel == "scales") return check_reading_scales(choice, change, to);
         require(kernel == "pack_lanes" || kernel == "pack_depth", "no kernel is called " + kernel);
         check_pack(choice, kernel == "pack_lanes", change, to);

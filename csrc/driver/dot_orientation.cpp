@@ -22,6 +22,7 @@ void DotRows::operator()(int64_t out, int64_t width, bool fetch, char* c, int64_
   const auto tile = [&](int64_t i, int64_t p) {
     Arena::Scope scope(arena);
     const int64_t height = min64(height_, width - i), steps = min64(pass_of(k), w_.depth() - p);
+    if (codes_row(out + i, height, p, fetch, c + i * accumulator_size(k), ldc, arena)) return;
     const WeightTiles::DotOperand rows = w_.dot_rows(out + i, height, p, steps, fetch, arena);
     const Ahead ahead = fetch && !w_.is_packed() ? w_.rows_ahead(out + i + height, height, p, steps) : Ahead{};
     tile_row(rows, ahead, out + i, height, p, c + i * accumulator_size(k), ldc, arena);
@@ -45,27 +46,40 @@ void DotRows::pass(const LeftRows& w, int64_t out, int64_t width, int64_t p, cha
   }
 }
 
+// Of group g of the rows; w: weight rows [out, out + height), or none.
+DotArgs DotRows::tile_args(const LeftRows& w, const LeftRows& b, int64_t height, int64_t p, int64_t g, char* c,
+                           int64_t ldc) const {
+  const Kernels& k = *choice_.kernels;
+  const int64_t first = g * rows_ / groups_, cols = (g + 1) * rows_ / groups_ - first;
+  const DotSegment base{w.data, w.stride, x_.at(first, p * size_of(k.compute)), x_.stride, steps_from(p)};
+  const DotSegment lora{b.data, b.stride, u_.at(first, 0), u_.stride, rank_};
+  return {{base, lora},
+          joins_lora(p) ? 2 : 1,
+          static_cast<int>(height),
+          static_cast<int>(cols),
+          c + first * ldc * accumulator_size(k),
+          ldc,
+          p > 0,
+          {}};
+}
+
 // Weight rows [out, out + height), one pass.
 void DotRows::tile_row(const WeightTiles::DotOperand& w, const Ahead& ahead, int64_t out, int64_t height, int64_t p,
                        char* c, int64_t ldc, Arena& arena) const {
   const Kernels& k = *choice_.kernels;
-  const int64_t steps = min64(pass_of(k), w_.depth() - p), acc = accumulator_size(k);
-  const bool with_lora = rank_ && p + steps == w_.depth();
-  const LeftRows b_rows = with_lora ? b_.rows(out, height, 0, rank_, arena) : LeftRows{};
+  const LeftRows b_rows = joins_lora(p) ? b_.rows(out, height, 0, rank_, arena) : LeftRows{};
   for (int64_t g = 0; g < groups_; ++g) {
-    const int64_t first = g * rows_ / groups_, cols = (g + 1) * rows_ / groups_ - first;
-    const DotSegment base{w.rows.data, w.rows.stride, x_.at(first, p * size_of(k.compute)), x_.stride, steps};
-    const DotSegment lora{b_rows.data, b_rows.stride, u_.at(first, 0), u_.stride, rank_};
-    run_dot_tile(k, w.storage,
-                 {{base, lora},
-                  with_lora ? 2 : 1,
-                  static_cast<int>(height),
-                  static_cast<int>(cols),
-                  c + first * ldc * acc,
-                  ldc,
-                  p > 0,
-                  g == 0 ? ahead : Ahead{}});
+    DotArgs args = tile_args(w.rows, b_rows, height, p, g, c, ldc);
+    if (g == 0) args.ahead = ahead;
+    run_dot_tile(k, w.storage, args);
   }
+}
+
+// The same of codes as they are; false if it takes unpacking.
+bool DotRows::codes_row(int64_t out, int64_t height, int64_t p, bool fetch, char* c, int64_t ldc, Arena& arena) const {
+  if (!w_.is_packed() || groups_ != 1) return false;
+  const LeftRows b_rows = joins_lora(p) ? b_.rows(out, height, 0, rank_, arena) : LeftRows{};
+  return w_.dot_codes(out, height, p, steps_from(p), fetch, tile_args({}, b_rows, height, p, 0, c, ldc), arena);
 }
 
 // W[e]: [outputs, depth] and x: [rows, depth], rows in place.  C: [rows][segment].

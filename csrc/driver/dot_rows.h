@@ -19,6 +19,11 @@ class DotRows {
   void pass(const LeftRows& w, int64_t out, int64_t width, int64_t p, char* c, int64_t ldc, Arena& arena) const;
 
  private:
+  int64_t steps_from(int64_t p) const { return min64(pass_of(*choice_.kernels), w_.depth() - p); }
+  bool joins_lora(int64_t p) const { return rank_ && p + steps_from(p) == w_.depth(); }
+  DotArgs tile_args(const LeftRows& w, const LeftRows& b, int64_t height, int64_t p, int64_t g, char* c,
+                    int64_t ldc) const;
+  bool codes_row(int64_t out, int64_t height, int64_t p, bool fetch, char* c, int64_t ldc, Arena& arena) const;
   void tile_row(const WeightTiles::DotOperand& w, const Ahead& ahead, int64_t out, int64_t height, int64_t p, char* c,
                 int64_t ldc, Arena& arena) const;
 

@@ -25,6 +25,14 @@ void PackedRows::unpack_lines(const PackedPart& part, void* to, int64_t stride, 
   run_unpack_lines(k_, packed_.code, values_, args);
 }
 
+bool PackedRows::dot(const PackedPart& part, const DotArgs& args, int64_t ahead, Arena& arena) const {
+  if (!k_.dot_codes[static_cast<int>(packed_.code)] || values_ != DType::bf16 || args.cols > kMaxDotCodesCols)
+    return false;
+  Arena::Scope scope(arena);
+  const UnpackArgs codes = unpack_args(part, ahead, arena);
+  return codes.ordinary && run_dot_codes(k_, packed_.code, codes, args);
+}
+
 // All but where to.
 UnpackArgs PackedRows::unpack_args(const PackedPart& part, int64_t ahead, Arena& arena) const {
   const Scales& zero = packed_.zero;

@@ -22,6 +22,8 @@ class PackedRows {
   void unpack(const PackedPart& part, void* to, int64_t stride, int64_t ahead, Arena& arena) const;
   // As lines of a panel: rows are p, columns its lanes.
   void unpack_lines(const PackedPart& part, void* to, int64_t stride, int64_t ahead, Arena& arena) const;
+  // The dot tile of such rows, without unpacking them first. False: nothing is done, they must be.
+  bool dot(const PackedPart& part, const DotArgs& args, int64_t ahead, Arena& arena) const;
   Ahead codes(const PackedPart& part) const;
 
  private:

@@ -60,6 +60,11 @@ class WeightTiles {
     return k_.dot_tile[static_cast<int>(matrix_.dtype)] && (matrix_.col_stride == 1 || matrix_.cols <= 1);
   }
   DotOperand dot_rows(int64_t out, int64_t count, int64_t p, int64_t steps, bool fetch, Arena& arena) const;
+  // The dot tile of such rows without making them. False: they must be.
+  bool dot_codes(int64_t out, int64_t count, int64_t p, int64_t steps, bool fetch, const DotArgs& args,
+                 Arena& arena) const {
+    return packed_ && !turned_ && packed_->dot({out, count, p, steps}, args, fetch ? 2 * count : 0, arena);
+  }
   // Whether dot_rows fetches the codes of what follows itself.
   bool is_packed() const { return packed_.has_value(); }
   // What such rows will be made of.

@@ -67,6 +67,8 @@ class Checker {
   void zeros(const FormatRow& row, const WeightArgs& w, Packed& packed) const;
   int64_t group_size(const FormatRow& row, const Tensor& scale, int64_t cols, const char* letter) const;
   void absent(const char* name, const OptionalTensor& t, const std::string& why) const;
+  // On its device.
+  void beside_weight(const char* name, const Tensor& t, const Tensor& w) const;
   template <class Sizes>
   void shape(const char* name, const Tensor& t, const Sizes& sizes, const std::string& why) const {
     bool same = t.dim() == static_cast<int64_t>(sizes.size());

@@ -38,6 +38,19 @@ std::string format_names() {
   return either(names);
 }
 
+// As torch writes it.
+std::string device_text(const Tensor& t) {
+  const auto device = t.device();
+  std::string index;
+  if (device.index() >= 0) index.append(1, ':').append(text(device.index()));
+  switch (device.type()) {
+    case torch::headeronly::DeviceType::CPU: return "cpu" + index;
+    case torch::headeronly::DeviceType::CUDA: return "cuda" + index;
+    case torch::headeronly::DeviceType::Meta: return "meta" + index;
+    default: return "of type " + text(static_cast<int64_t>(device.type())) + index;
+  }
+}
+
 std::string because(const FormatRow& row) { return std::string(" when weight_format is ") + row.name; }
 
 Scales scales_of(const Tensor& t, ScaleType type, int64_t rows_each, int64_t cols_each) {
@@ -84,6 +97,12 @@ void Checker::experts(const Tensor& w, const Routing& r) const {
 
 void Checker::absent(const char* name, const OptionalTensor& t, const std::string& why) const {
   require(!t, [&] { return name + std::string(" must be None") + why + ", got shape " + shape_text(*t); });
+}
+
+void Checker::beside_weight(const char* name, const Tensor& t, const Tensor& w) const {
+  require(t.device() == w.device(), [&] {
+    return std::string(name) + " must be on device " + device_text(w) + " (that of weight), got " + device_text(t);
+  });
 }
 
 // Columns of codes are K, of a turned weight N.
@@ -138,6 +157,7 @@ int64_t Checker::group_size(const FormatRow& row, const Tensor& scale, int64_t c
 void Checker::scales(const FormatRow& row, const WeightArgs& args, Packed& packed) const {
   require(args.scale.has_value(), [&] { return "weight_scale must be given" + because(row) + ", got None"; });
   const Tensor& scale = *args.scale;
+  beside_weight("weight_scale", scale, args.weight);
   std::vector<ScaleType> types(row.scales, row.scales + row.scale_types);
   if (row.second == Second::nested) types.push_back(ScaleType::indexed);
   const ScaleType* type = nullptr;
@@ -184,6 +204,7 @@ void Checker::second_scales(const FormatRow& row, const WeightArgs& args, Packed
            (nested ? std::string(" when weight_scale has dtype torch.uint8") : because(row)) + ", got None";
   });
   const Tensor& second = *args.scale2;
+  beside_weight("weight_scale2", second, args.weight);
   require(second.scalar_type() == ScalarType::Float,
           [&] { return "weight_scale2 must have dtype torch.float32, got " + dtype_text(second); });
   packed.scale2 = {};
@@ -206,6 +227,7 @@ void Checker::second_scales(const FormatRow& row, const WeightArgs& args, Packed
 void Checker::zeros(const FormatRow& row, const WeightArgs& args, Packed& packed) const {
   if (row.values_with_zero == nullptr) return absent("weight_zero", args.zero, because(row));
   if (!args.zero) return;
+  beside_weight("weight_zero", *args.zero, args.weight);
   require(args.zero->scalar_type() == ScalarType::Byte,
           [&] { return "weight_zero must have dtype torch.uint8, got " + dtype_text(*args.zero); });
   shape("weight_zero", *args.zero, std::array{args.scale->size(0), args.scale->size(1), args.scale->size(2)},

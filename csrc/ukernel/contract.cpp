@@ -204,6 +204,23 @@ void check_unpack_lines(const Kernels& k, Code code, DType values, const UnpackA
                "to_stride must hold a line", args.to_stride);
 }
 
+void check_dot_codes(const Kernels& k, Code code, const UnpackArgs& l, const DotArgs& args) {
+  const Call call{k, "dot_codes"};
+  call.require(k.dot_codes[static_cast<int>(code)] != nullptr, "there must be a dot tile of codes", 1);
+  call.in_range(args.n_segments, 1, 2, "n_segments must be 1 or 2");
+  call.in_range(args.cols, 1, kMaxDotCodesCols, "cols must be at least 1 and at most kMaxDotCodesCols");
+  call.in_range(args.rows, 1, k.dot_rows[args.cols - 1], "rows must be at least 1 and at most dot_rows");
+  call.require(l.rows == args.rows, "codes must have the tile's rows", l.rows);
+  call.require(l.n == args.segments[0].depth, "codes must have the segment's depth", l.n);
+  call.require(l.ordinary, "scales must be ordinary", 0);
+  call.given(args.c, "c must not be null");
+  call.given(args.segments[0].r, "r must not be null");
+  UnpackArgs unpacked = l;
+  unpacked.to = args.c;  // of which there is none
+  unpacked.to_stride = 0;
+  check_codes(call, code, DType::bf16, unpacked);
+}
+
 void check_scales(const Kernels& k, ScaleType type, const ScaleArgs& args) {
   const Call call{k, "scales"};
   call.require(args.rows >= 0, "rows must be at least 0", args.rows);

@@ -17,6 +17,7 @@ void check_flat_lines(const Kernels& k, const FlatArgs& args);
 void check_unpack(const Kernels& k, Code code, DType values, const UnpackArgs& args);
 void check_unpack_lines(const Kernels& k, Code code, DType values, const UnpackArgs& args);
 void check_scales(const Kernels& k, ScaleType type, const ScaleArgs& args);
+void check_dot_codes(const Kernels& k, Code code, const UnpackArgs& l, const DotArgs& args);
 #else
 inline void check(const Kernels&, const TileArgs&) {}
 inline void check(const Kernels&, const DotArgs&, DType) {}
@@ -27,6 +28,7 @@ inline void check_flat_lines(const Kernels&, const FlatArgs&) {}
 inline void check_unpack(const Kernels&, Code, DType, const UnpackArgs&) {}
 inline void check_unpack_lines(const Kernels&, Code, DType, const UnpackArgs&) {}
 inline void check_scales(const Kernels&, ScaleType, const ScaleArgs&) {}
+inline void check_dot_codes(const Kernels&, Code, const UnpackArgs&, const DotArgs&) {}
 #endif
 
 // The micro-kernels as drivers call them.
@@ -53,6 +55,10 @@ inline void run_unpack(const Kernels& k, Code code, DType values, const UnpackAr
 inline void run_unpack_lines(const Kernels& k, Code code, DType values, const UnpackArgs& args) {
   check_unpack_lines(k, code, values, args);
   k.unpack_lines[static_cast<int>(code)][static_cast<int>(values)](args);
+}
+inline bool run_dot_codes(const Kernels& k, Code code, const UnpackArgs& l, const DotArgs& args) {
+  check_dot_codes(k, code, l, args);
+  return k.dot_codes[static_cast<int>(code)](l, args);
 }
 inline bool run_scales(const Kernels& k, ScaleType type, const ScaleArgs& args) {
   check_scales(k, type, args);

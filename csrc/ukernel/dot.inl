@@ -53,16 +53,10 @@ template <class Op, class T, int MR, int NC>
   if (left > 0) step(p, [left](const auto* at) { return Op::load_run(at, left); });
 }
 
-// C: [NC][MR], vectors of the depth on both sides. The first segment's L is of storage type T.
-template <class Op, class T, int MR, int NC>
-void dot_tile(const moelora::DotArgs& args) {
+// The second segment, and the sums to C.
+template <class Op, int MR, int NC>
+[[gnu::always_inline]] inline void finish_dots(typename Op::vec (&acc)[NC][MR], const moelora::DotArgs& args) {
   using acc_t = typename Op::acc_t;
-  typename Op::vec acc[NC][MR];
-#pragma GCC unroll 8
-  for (int j = 0; j < NC; ++j)
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) acc[j][i] = Op::zero();
-  add_dots<Op, T>(acc, args.segments[0], args.rows, args.ahead);
   if (args.n_segments == 2) add_dots<Op, typename Op::elem>(acc, args.segments[1], args.rows, {});
 #pragma GCC unroll 8
   for (int j = 0; j < NC; ++j) {
@@ -75,6 +69,18 @@ void dot_tile(const moelora::DotArgs& args) {
     acc_t* c = static_cast<acc_t*>(args.c) + j * args.ldc;
     for (int i = 0; i < args.rows; ++i) c[i] = args.accumulate ? c[i] + sums[i] : sums[i];
   }
+}
+
+// C: [NC][MR], vectors of the depth on both sides. The first segment's L is of storage type T.
+template <class Op, class T, int MR, int NC>
+void dot_tile(const moelora::DotArgs& args) {
+  typename Op::vec acc[NC][MR];
+#pragma GCC unroll 8
+  for (int j = 0; j < NC; ++j)
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) acc[j][i] = Op::zero();
+  add_dots<Op, T>(acc, args.segments[0], args.rows, args.ahead);
+  finish_dots<Op>(acc, args);
 }
 
 template <class Op, class T, int NC = moelora::kMaxDotCols>

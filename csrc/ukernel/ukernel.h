@@ -115,6 +115,9 @@ struct DotArgs {
   Ahead ahead;
 };
 
+// A dot tile may have codes for the first segment's L, see Kernels::dot_codes: of so many columns.
+constexpr int kMaxDotCodesCols = 3;
+
 constexpr int kMaxFlatRows = 12;
 
 struct FlatArgs {
@@ -226,6 +229,9 @@ struct Kernels {
   // to[i] = from[i · stride], · factor and + offset as their type has them, each rounded to fp32. Whether all are
   // ordinary.
   bool (*scales[kScaleTypes])(const ScaleArgs&);
+  // The dot tile of what unpack would give, of numbers of bf16 and ordinary scales, to the bit; `to` is not used. False
+  // if the codes or how they lie are not for it: then nothing is written. Null where there is none.
+  bool (*dot_codes[kCodes])(const UnpackArgs&, const DotArgs&);
 
   // Accumulator rows. c, bias, acc: accumulator type.
   void (*transpose)(void* dst, int64_t ldd, const void* src, int64_t lds, int64_t rows, int64_t cols);

@@ -10,7 +10,8 @@
 //    Table<T, Ordinary>(const float* values, scale, const float* zero): 16 numbers, rounded to T, with
 //        at(i), lookup<High>(elem* to, const uint8_t* codes, n): those that n nibbles say
 // and where it has faster ways if scales are ordinary
-//    kBlock, block<C, T>(elem*, const uint8_t*, block_factor<C>(scale)): so many bytes
+//    Block<C, T>: Block(scale), kColumns, (elem*, const uint8_t*): so many bytes, failed(): whether they must be
+//        unpacked in the careful way after all; of E4M3 also use(scale), takes(scale): otherwise all must
 //    groups<T, High>(elem*, const uint8_t*, const float* values, const float* scales, const float* zeros, group, n,
 //        ahead): nibbles of whole groups of a multiple of 32
 //    kSmallGroup, small_groups<T, High>(elem*, const uint8_t*, const float* values, const float* scales, n, ahead): of
@@ -85,23 +86,40 @@ template <class U, class T, bool High, bool Ordinary>
                  });
 }
 
+// Columns [column, stop) of a group, as far as whole blocks go. Where to go on.
+template <class Block, class elem>
+[[gnu::always_inline]] inline int64_t unpack_blocks(Block& block, const PackedRow<elem>& row, int64_t column,
+                                                    int64_t stop, int64_t ahead) {
+  const int64_t first = column;
+  for (; column + Block::kColumns <= stop; column += Block::kColumns) {
+    fetch(row.codes + column, ahead);
+    block(row.to + column, row.codes + column);
+  }
+  return block.failed() ? first : column;
+}
+
+// Columns [column, stop) of a group.
+template <class U, class T, Code C>
+[[gnu::always_inline]] inline void unpack_bytes(const PackedRow<typename U::elem>& row, float scale, int64_t column,
+                                                int64_t stop) {
+  using V = typename U::V;
+  const typename V::vec factor = V::set1(scale);
+  for (; column < stop; column += V::lanes) {
+    const int64_t n = stop - column < V::lanes ? stop - column : V::lanes;
+    U::template put<T>(row.to + column, V::mul(U::template bytes<C>(row.codes + column, n), factor), n);
+  }
+}
+
 template <class U, class T, Code C, bool Ordinary>
 [[gnu::always_inline]] inline void unpack_byte_row(const UnpackArgs& args, const PackedRow<typename U::elem>& row) {
-  using V = typename U::V;
   for_each_group(args, row.first_group, args.first,
                  [&](int64_t group, int64_t column, int64_t stop) __attribute__((always_inline)) {
-                   if constexpr (Ordinary && requires { U::kBlock; }) {
-                     const typename V::vec factor = U::template block_factor<C>(row.scale[group]);
-                     for (; column + U::kBlock <= stop; column += U::kBlock) {
-                       fetch(row.codes + column, args.ahead);
-                       U::template block<C, T>(row.to + column, row.codes + column, factor);
-                     }
+                   const float scale = row.scale[group];
+                   if constexpr (Ordinary && requires { typename U::template Block<C, T>; }) {
+                     typename U::template Block<C, T> block(scale);
+                     column = unpack_blocks(block, row, column, stop, args.ahead);
                    }
-                   const typename V::vec scale = V::set1(row.scale[group]);
-                   for (; column < stop; column += V::lanes) {
-                     const int64_t n = stop - column < V::lanes ? stop - column : V::lanes;
-                     U::template put<T>(row.to + column, V::mul(U::template bytes<C>(row.codes + column, n), scale), n);
-                   }
+                   unpack_bytes<U, T, C>(row, scale, column, stop);
                  });
 }
 
@@ -113,14 +131,42 @@ template <class U, class T, Code C, bool Ordinary>
     unpack_byte_row<U, T, C, Ordinary>(args, row);
 }
 
+// Rows of ordinary scales, group by group: what a scale needs is made once where several rows have the same.
+template <class U, class T>
+void unpack_e4m3_groups(const UnpackArgs& args) {
+  using Block = typename U::template Block<Code::e4m3, T>;
+  const int64_t first_group = args.first / args.group;
+  for_each_group(args, first_group, args.first,
+                 [&](int64_t group, int64_t column, int64_t stop) __attribute__((always_inline)) {
+                   float last = args.scale[group];
+                   Block block(last);
+                   for (int64_t i = 0; i < args.rows; ++i) {
+                     const PackedRow<typename U::elem> row(args, i, first_group);
+                     const float scale = row.scale[group];
+                     int64_t done = column;
+                     if (Block::takes(scale)) {
+                       if (scale != last) block.use(last = scale);
+                       done = unpack_blocks(block, row, column, stop, args.ahead);
+                     }
+                     unpack_bytes<U, T, Code::e4m3>(row, scale, done, stop);
+                   }
+                 });
+}
+
 template <class U, class T, Code C>
 void unpack(const UnpackArgs& given) {
   const UnpackArgs args = given;  // not in memory that stores might change
-  const int64_t first_group = args.first / args.group;
-  for (int64_t i = 0; i < args.rows; ++i) {
-    const PackedRow<typename U::elem> row(args, i, first_group);
-    args.ordinary ? unpack_row<U, T, C, true>(args, row) : unpack_row<U, T, C, false>(args, row);
-  }
+  const auto rows = [&args](const auto& unpack_one) __attribute__((always_inline)) {
+    const int64_t first_group = args.first / args.group;
+    for (int64_t i = 0; i < args.rows; ++i) unpack_one(PackedRow<typename U::elem>(args, i, first_group));
+  };
+  const auto careful = [&args](const auto& row)
+                           __attribute__((always_inline)) { unpack_row<U, T, C, false>(args, row); };
+  if (!args.ordinary) return rows(careful);
+  if constexpr (C == Code::e4m3 && requires { typename U::template Block<C, T>; })
+    unpack_e4m3_groups<U, T>(args);
+  else
+    rows([&args](const auto& row) __attribute__((always_inline)) { unpack_row<U, T, C, true>(args, row); });
 }
 
 // Scales of type T.  read(row, i, n): n of them from the i-th on, zeros behind them.

@@ -2,9 +2,36 @@
 #pragma once
 
 #include "ukernel/unpack.inl"
+#include "ukernel/unpack_e4m3.inl"
 #include "ukernel/vec_avx2.inl"
 
 namespace {
+
+struct Bytes32 {
+  using vec = __m256i;
+  static constexpr int64_t kBytes = 32;
+
+  template <int A, int B, int C, int D>
+  static vec spread(__m256i parts) {
+    return _mm256_permutevar8x32_epi32(parts, _mm256_setr_epi32(A, B, C, D, A, B, C, D));
+  }
+  static vec load(const uint8_t* p) {
+    return _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+                                       _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+  }
+  static vec set1(int v) { return _mm256_set1_epi8(static_cast<char>(v)); }
+  static vec sign_and_exponent() {
+    return _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -128, -127, -126, -125, -124, -123, -122, -121,  //
+                            0, 1, 2, 3, 4, 5, 6, 7, -128, -127, -126, -125, -124, -123, -122, -121);
+  }
+  static vec bit_and(vec a, vec b) { return _mm256_and_si256(a, b); }
+  static vec bit_xor(vec a, vec b) { return _mm256_xor_si256(a, b); }
+  static vec add(vec a, vec b) { return _mm256_add_epi8(a, b); }
+  static vec most(vec a, vec b) { return _mm256_max_epu8(a, b); }
+  static vec lookup(vec table, vec index) { return _mm256_shuffle_epi8(table, index); }
+  static vec upper_nibbles(vec v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), set1(0x0f)); }
+  static bool any_negative(vec v) { return _mm256_movemask_epi8(v) != 0; }
+};
 
 struct Avx2Unpack {
   using V = F32x8;
@@ -82,40 +109,19 @@ struct Avx2Unpack {
     return _mm256_castsi256_ps(_mm256_and_si256(rounding_to_bf16(v), _mm256_set1_epi32(static_cast<int>(0xffff0000))));
   }
   static __m256 round_as(__m256 v, f16_t) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
-  // The same for ordinary products: a number so much larger leaves 8 bits of the significand when it is added.
+  // The same for ordinary products.
   template <class T>
   static __m256 round_ordinary(__m256 v, T) {
     return round_as(v, T{});
   }
-  static __m256 round_ordinary(__m256 v, bf16_t) {
-    const __m256 power = _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000)));
-    const __m256 larger = _mm256_set1_ps(0x1.8p16f);
-    return _mm256_fnmadd_ps(power, larger, _mm256_fmadd_ps(power, larger, v));
-  }
+  static __m256 round_ordinary(__m256 v, bf16_t) { return round_ordinary_to_bf16(v); }
   template <class T>
   static void put(elem* to, __m256 v, int64_t n) {
     V::store_n(to, round_as(v, T{}), n);
   }
 
-  static constexpr int64_t kBlock = 16;
-  template <Code C>
-  static __m256 block_factor(float scale) {
-    return _mm256_set1_ps(C == Code::int8 ? scale : 256.0f * scale);
-  }
   template <Code C, class T>
-  static void block(elem* to, const uint8_t* codes, __m256 factor) {
-    __m256 low, high;
-    if constexpr (C == Code::int8) {
-      low = bytes<C>(codes, 8);
-      high = bytes<C>(codes + 8, 8);
-    } else {
-      const __m256i halves = as_halves(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
-      low = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
-      high = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
-    }
-    _mm256_storeu_ps(to, round_ordinary(_mm256_mul_ps(low, factor), T{}));
-    _mm256_storeu_ps(to + 8, round_ordinary(_mm256_mul_ps(high, factor), T{}));
-  }
+  struct Block;
 
   // The 16 numbers of a group, before they are rounded.
   struct Scaled {
@@ -159,6 +165,51 @@ struct Avx2Unpack {
   template <bool High, class Numbers>
   static void lookup_rest(const Numbers& numbers, elem* to, const uint8_t* codes, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = numbers.at(codes[i / 2] >> ((i % 2 == 0) == High ? 4 : 0) & 15);
+  }
+};
+
+template <class T>
+struct Avx2Unpack::Block<Code::int8, T> {
+  static constexpr int64_t kColumns = 16;
+  __m256 factor;
+
+  explicit Block(float scale) : factor(_mm256_set1_ps(scale)) {}
+  static bool failed() { return false; }
+  void operator()(elem* to, const uint8_t* codes) const {
+    for (int i = 0; i < kColumns; i += 8)
+      _mm256_storeu_ps(to + i, round_ordinary(_mm256_mul_ps(bytes<Code::int8>(codes + i, 8), factor), T{}));
+  }
+};
+
+template <class T>
+struct Avx2Unpack::Block<Code::e4m3, T> {
+  static constexpr bool kScaled = __is_same(T, bf16_t);  // the tables' numbers are
+  static constexpr int64_t kColumns = Bytes32::kBytes;
+  E4m3Codes<Bytes32> codes_of;
+  __m256 factor;
+
+  static bool takes(float scale) { return scale != 0; }
+  explicit Block(float scale) : codes_of(E4m3Numbers(kScaled ? scale : 1.0f)), factor(_mm256_set1_ps(scale)) {}
+  void use(float scale) {
+    if (kScaled)
+      *this = Block(scale);
+    else
+      factor = _mm256_set1_ps(scale);
+  }
+  bool failed() { return codes_of.met_nan(); }
+  [[gnu::always_inline]] void operator()(elem* to, const uint8_t* codes) {
+    const auto put = [&](__m256i words, int at) __attribute__((always_inline)) {
+      const __m256 v = _mm256_castsi256_ps(words);
+      _mm256_storeu_ps(to + at, kScaled ? v : round_as(_mm256_mul_ps(v, factor), T{}));
+    };
+    __m256i low, high;
+    codes_of.bytes(codes, low, high);
+    const __m256i none = _mm256_setzero_si256();
+    const __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
+    put(_mm256_unpacklo_epi16(none, first), 0);
+    put(_mm256_unpackhi_epi16(none, first), 8);
+    put(_mm256_unpacklo_epi16(none, second), 16);
+    put(_mm256_unpackhi_epi16(none, second), 24);
   }
 };
 

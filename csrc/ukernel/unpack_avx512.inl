@@ -2,9 +2,38 @@
 #pragma once
 
 #include "ukernel/unpack.inl"
+#include "ukernel/unpack_e4m3.inl"
 #include "ukernel/vec_avx512.inl"
 
 namespace {
+
+struct Bytes64 {
+  using vec = __m512i;
+  static constexpr int64_t kBytes = 64;
+
+  template <int A, int B, int C, int D>
+  static vec spread(__m256i parts) {
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(A, B, C, D, A, B, C, D, A, B, C, D, A, B, C, D),
+                                    _mm512_castsi256_si512(parts));
+  }
+  static vec load(const uint8_t* p) {
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15),
+                                    _mm512_loadu_si512(p));
+  }
+  static vec set1(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
+  static vec sign_and_exponent() {
+    const int a = 0x03020100, b = 0x07060504, sign = static_cast<int>(0x80808080);
+    return _mm512_setr_epi32(a, b, a | sign, b | sign, a, b, a | sign, b | sign, a, b, a | sign, b | sign, a, b,
+                             a | sign, b | sign);
+  }
+  static vec bit_and(vec a, vec b) { return _mm512_and_si512(a, b); }
+  static vec bit_xor(vec a, vec b) { return _mm512_xor_si512(a, b); }
+  static vec add(vec a, vec b) { return _mm512_add_epi8(a, b); }
+  static vec most(vec a, vec b) { return _mm512_max_epu8(a, b); }
+  static vec lookup(vec table, vec index) { return _mm512_shuffle_epi8(table, index); }
+  static vec upper_nibbles(vec v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), set1(0x0f)); }
+  static bool any_negative(vec v) { return _mm512_movepi8_mask(v) != 0; }
+};
 
 struct Avx512Values {
   using V = F32x16;
@@ -14,19 +43,16 @@ struct Avx512Values {
     return _mm_maskz_loadu_epi8(first16(n), p);
   }
   // E4M3 as half precision of the 256th part, which has room for it: its exponent begins 8 earlier.
-  static __m512i as_halves(__m256i bytes) {
-    const __m512i wide = _mm512_cvtepu8_epi16(bytes);
+  static __m256i as_halves(__m128i bytes) {
+    const __m256i wide = _mm256_cvtepu8_epi16(bytes);
     // Adding it once more moves the sign up.
-    const __m512i half = _mm512_slli_epi16(_mm512_add_epi16(wide, _mm512_and_si512(wide, _mm512_set1_epi16(0x80))), 7);
-    const __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_add_epi16(half, half), _mm512_set1_epi16(0x7f00));
-    return _mm512_mask_blend_epi16(nan, half, _mm512_set1_epi16(0x7e00));
-  }
-  static __m512 low_numbers(__m512i halves) { return _mm512_cvtph_ps(_mm512_castsi512_si256(halves)); }
-  static __m512 high_numbers(__m512i halves) {
-    return _mm512_cvtph_ps(_mm256_castps_si256(_mm512_extractf32x8_ps(_mm512_castsi512_ps(halves), 1)));
+    const __m256i sign = _mm256_and_si256(wide, _mm256_set1_epi16(0x80));
+    const __m256i half = _mm256_slli_epi16(_mm256_add_epi16(wide, sign), 7);
+    const __m256i nan = _mm256_cmpeq_epi16(_mm256_add_epi16(half, half), _mm256_set1_epi16(0x7f00));
+    return _mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
   }
   static __m512 from_e4m3(__m128i bytes) {
-    return _mm512_mul_ps(low_numbers(as_halves(_mm256_castsi128_si256(bytes))), _mm512_set1_ps(256.0f));
+    return _mm512_mul_ps(_mm512_cvtph_ps(as_halves(bytes)), _mm512_set1_ps(256.0f));
   }
   static __m512 from_e8m0(__m128i bytes) {
     const __m512i wide = _mm512_cvtepu8_epi32(bytes), normal = _mm512_slli_epi32(wide, 23);
@@ -82,23 +108,6 @@ struct Avx512Values {
   }
   // Unlike the instruction for it this one keeps subnormals.
   static __m256i to_bf16(__m512 v) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounding_to_bf16(v), 16)); }
-  static constexpr int64_t kBlock = 32;
-  template <Code C>
-  static __m512 block_factor(float scale) {
-    return _mm512_set1_ps(C == Code::int8 ? scale : 256.0f * scale);
-  }
-  // So many bytes as numbers times scale: ordinary ones.
-  template <Code C>
-  static void scaled_block(const uint8_t* codes, __m512 factor, __m512& low, __m512& high) {
-    if constexpr (C == Code::int8) {
-      low = _mm512_mul_ps(bytes<C>(codes, 16), factor);
-      high = _mm512_mul_ps(bytes<C>(codes + 16, 16), factor);
-    } else {
-      const __m512i halves = as_halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-      low = _mm512_mul_ps(low_numbers(halves), factor);
-      high = _mm512_mul_ps(high_numbers(halves), factor);
-    }
-  }
 };
 
 struct Avx512Unpack : Avx512Values {
@@ -109,7 +118,7 @@ struct Avx512Unpack : Avx512Values {
     return _mm512_castsi512_ps(_mm512_and_si512(rounding_to_bf16(v), _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   }
   static __m512 round_as(__m512 v, f16_t) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
-  // The same for ordinary products: a number so much larger leaves 8 bits of the significand when it is added.
+  // The same for ordinary products, as on AVX2.
   template <class T>
   static __m512 round_ordinary(__m512 v, T) {
     return round_as(v, T{});
@@ -125,13 +134,7 @@ struct Avx512Unpack : Avx512Values {
     V::store_n(to, round_as(v, T{}), n);
   }
   template <Code C, class T>
-  static void block(elem* to, const uint8_t* codes, __m512 factor) {
-    __m512 low, high;
-    scaled_block<C>(codes, factor, low, high);
-    V::store(to, round_ordinary(low, T{}));
-    V::store(to + 16, round_ordinary(high, T{}));
-  }
-
+  struct Block;
   template <class T, bool Ordinary>
   struct Table;
 
@@ -196,6 +199,51 @@ struct Avx512Unpack : Avx512Values {
       if (i < n) V::store_n(to + i, numbers_of<High>(load_bytes(codes + i / 2, (n - i + 1) / 2)), n - i);
     }
   };
+};
+
+template <class T>
+struct Avx512Unpack::Block<Code::int8, T> {
+  static constexpr int64_t kColumns = 32;
+  __m512 factor;
+
+  explicit Block(float scale) : factor(_mm512_set1_ps(scale)) {}
+  static bool failed() { return false; }
+  void operator()(elem* to, const uint8_t* codes) const {
+    for (int i = 0; i < kColumns; i += 16)
+      V::store(to + i, round_ordinary(_mm512_mul_ps(bytes<Code::int8>(codes + i, 16), factor), T{}));
+  }
+};
+
+template <class T>
+struct Avx512Unpack::Block<Code::e4m3, T> {
+  static constexpr bool kScaled = __is_same(T, bf16_t);  // the tables' numbers are
+  static constexpr int64_t kColumns = Bytes64::kBytes;
+  E4m3Codes<Bytes64> codes_of;
+  __m512 factor;
+
+  static bool takes(float scale) { return scale != 0; }
+  explicit Block(float scale) : codes_of(E4m3Numbers(kScaled ? scale : 1.0f)), factor(_mm512_set1_ps(scale)) {}
+  void use(float scale) {
+    if (kScaled)
+      *this = Block(scale);
+    else
+      factor = _mm512_set1_ps(scale);
+  }
+  bool failed() { return codes_of.met_nan(); }
+  [[gnu::always_inline]] void operator()(elem* to, const uint8_t* codes) {
+    const auto put = [&](__m512i words, int at) __attribute__((always_inline)) {
+      const __m512 v = _mm512_castsi512_ps(words);
+      V::store(to + at, kScaled ? v : round_as(_mm512_mul_ps(v, factor), T{}));
+    };
+    __m512i low, high;
+    codes_of.bytes(codes, low, high);
+    const __m512i none = _mm512_setzero_si512();
+    const __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
+    put(_mm512_unpacklo_epi16(none, first), 0);
+    put(_mm512_unpackhi_epi16(none, first), 16);
+    put(_mm512_unpacklo_epi16(none, second), 32);
+    put(_mm512_unpackhi_epi16(none, second), 48);
+  }
 };
 
 }  // namespace

@@ -17,12 +17,8 @@ struct Bf16Unpack : Avx512Values {
   // Ordinary numbers.
   static __m512i both_to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-  template <Code C, class>
-  static void block(elem* to, const uint8_t* codes, __m512 factor) {
-    __m512 low, high;
-    scaled_block<C>(codes, factor, low, high);
-    _mm512_storeu_si512(to, both_to_bf16(low, high));
-  }
+  template <Code C, class T>
+  struct Block;
 
   // A word with a byte of codes in its lower half for every second number. Only the low five bits of an index count.
   template <bool High>
@@ -92,6 +88,44 @@ struct Bf16Unpack : Avx512Values {
   };
 };
 
+template <class T>
+struct Bf16Unpack::Block<Code::int8, T> {
+  static constexpr int64_t kColumns = 32;
+  __m512 factor;
+
+  explicit Block(float scale) : factor(_mm512_set1_ps(scale)) {}
+  static bool failed() { return false; }
+  __m512 numbers(const uint8_t* codes) const { return _mm512_mul_ps(bytes<Code::int8>(codes, 16), factor); }
+  void operator()(elem* to, const uint8_t* codes) const {
+    _mm512_storeu_si512(to, both_to_bf16(numbers(codes), numbers(codes + 16)));
+  }
+};
+
+// Whose unpacked words are in order at once.
+struct WordBytes64 : Bytes64 {
+  static vec load(const uint8_t* p) {
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15),
+                                    _mm512_loadu_si512(p));
+  }
+};
+
+template <class T>
+struct Bf16Unpack::Block<Code::e4m3, T> {
+  static constexpr int64_t kColumns = WordBytes64::kBytes;
+  E4m3Codes<WordBytes64> codes_of;
+
+  static bool takes(float scale) { return scale != 0; }
+  explicit Block(float scale) : codes_of(E4m3Numbers(scale)) {}
+  void use(float scale) { *this = Block(scale); }
+  bool failed() { return codes_of.met_nan(); }
+  [[gnu::always_inline]] void operator()(elem* to, const uint8_t* codes) {
+    __m512i low, high;
+    codes_of.bytes(codes, low, high);
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi8(low, high));
+    _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi8(low, high));
+  }
+};
+
 // Lines of two rows: lane j is (a[j], b[j]).
 struct Bf16Lines {
   using U = Bf16Unpack;
@@ -133,17 +167,8 @@ struct Bf16Lines {
   }
   template <Code C>
   static void bytes_16(bf16_t* to, const uint8_t* a, const uint8_t* b, __m512 factor_a, __m512 factor_b) {
-    __m512 first, second;
-    const __m128i at_a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
-    const __m128i at_b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
-    if constexpr (C == Code::int8) {
-      first = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(at_a)), factor_a);
-      second = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(at_b)), factor_b);
-    } else {
-      const __m512i halves = U::as_halves(_mm256_set_m128i(at_b, at_a));
-      first = _mm512_mul_ps(U::low_numbers(halves), factor_a);
-      second = _mm512_mul_ps(U::high_numbers(halves), factor_b);
-    }
+    const __m512 first = _mm512_mul_ps(U::bytes<C>(a, 16), factor_a);
+    const __m512 second = _mm512_mul_ps(U::bytes<C>(b, 16), factor_b);
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, U::both_to_bf16(first, second)));
@@ -155,7 +180,7 @@ struct Bf16Lines {
                                            const PackedRow<bf16_t>& b, int64_t g, int64_t column, int64_t stop,
                                            bf16_t* line) {
     if constexpr (moelora::bits_of(C) == 8) {
-      const __m512 factor_a = U::block_factor<C>(a.scale[g]), factor_b = U::block_factor<C>(b.scale[g]);
+      const __m512 factor_a = _mm512_set1_ps(a.scale[g]), factor_b = _mm512_set1_ps(b.scale[g]);
       for (; column < stop; column += 16) {
         fetch(a.codes + column, args.ahead);
         fetch(b.codes + column, args.ahead);
@@ -218,18 +243,76 @@ struct Bf16Lines {
     }
   }
 
+  // The numbers of one scale, made anew where it changes.
+  struct E4m3Row {
+    float scale;
+    E4m3Codes<Bytes64> codes_of;
+
+    explicit E4m3Row(float s) : scale(s), codes_of(E4m3Numbers(s)) {}
+    void use(float s) {
+      if (s != scale) *this = E4m3Row(s);
+    }
+  };
+  // 64 lanes. `to`, of lanes as pairs.
+  [[gnu::always_inline]] static void e4m3_64(bf16_t* to, const uint8_t* a, const uint8_t* b, E4m3Codes<Bytes64>& of_a,
+                                             E4m3Codes<Bytes64>& of_b) {
+    __m512i low_a, high_a, low_b, high_b;
+    of_a.bytes(a, low_a, high_a);
+    of_b.bytes(b, low_b, high_b);
+    const __m512i first_a = _mm512_unpacklo_epi8(low_a, high_a), second_a = _mm512_unpackhi_epi8(low_a, high_a);
+    const __m512i first_b = _mm512_unpacklo_epi8(low_b, high_b), second_b = _mm512_unpackhi_epi8(low_b, high_b);
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi16(first_a, first_b));
+    _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi16(first_a, first_b));
+    _mm512_storeu_si512(to + 64, _mm512_unpacklo_epi16(second_a, second_b));
+    _mm512_storeu_si512(to + 96, _mm512_unpackhi_epi16(second_a, second_b));
+  }
+  // The first n columns of all pairs of rows, in sixteens.
+  static void e4m3_groups(UnpackArgs args, int64_t n) {
+    args.n = n;
+    const int64_t first_group = args.first / args.group;
+    for_each_group(args, first_group, args.first, [&](int64_t g, int64_t column, int64_t stop) {
+      E4m3Row row_a(args.scale[g]), row_b(row_a);
+      for (int64_t p = 0; p + 1 < args.rows; p += 2) {
+        const PackedRow<bf16_t> a(args, p, first_group), b(args, p + 1, first_group);
+        bf16_t* line = line_of(args, p);
+        int64_t done = column;
+        if (a.scale[g] != 0 && b.scale[g] != 0) {
+          row_a.use(a.scale[g]);
+          row_b.use(b.scale[g]);
+          for (; done + 64 <= stop; done += 64) {
+            fetch(a.codes + done, args.ahead);
+            fetch(b.codes + done, args.ahead);
+            e4m3_64(line + 2 * done, a.codes + done, b.codes + done, row_a.codes_of, row_b.codes_of);
+          }
+          const bool nan_a = row_a.codes_of.met_nan(), nan_b = row_b.codes_of.met_nan();
+          if (nan_a || nan_b) done = column;
+        }
+        group<Code::e4m3>(args, a, b, g, done, stop, line);
+      }
+    });
+  }
+
+  // Line of rows p and p + 1, at column 0.
+  static bf16_t* line_of(const UnpackArgs& args, int64_t p) {
+    return reinterpret_cast<bf16_t*>(static_cast<char*>(args.to) + p / 2 * args.to_stride) - 2 * args.first;
+  }
+
   template <Code C>
   static void unpack_lines(const UnpackArgs& given) {
     const UnpackArgs args = given;  // not in memory that stores might change
     const int64_t first_group = args.first / args.group;
     const bool aligned =
         args.ordinary && args.first % 16 == 0 && (args.group % 16 == 0 || args.group >= args.first + args.n);
+    const int64_t sixteens = aligned ? args.n / 16 * 16 : 0;
+    if constexpr (C == Code::e4m3) e4m3_groups(args, sixteens);
     for (int64_t p = 0; p < args.rows; p += 2) {
       const bool has_b = p + 1 < args.rows;
       const PackedRow<bf16_t> a(args, p, first_group), b(args, has_b ? p + 1 : p, first_group);
-      bf16_t* line = reinterpret_cast<bf16_t*>(static_cast<char*>(args.to) + p / 2 * args.to_stride) - 2 * args.first;
-      const int64_t whole = aligned && has_b ? args.n / 16 * 16 : 0;
-      if (args.group == U::kSmallGroup)
+      bf16_t* line = line_of(args, p);
+      const int64_t whole = has_b ? sixteens : 0;
+      if (C == Code::e4m3)
+        ;
+      else if (args.group == U::kSmallGroup)
         small_groups<C>(args, a, b, whole, line);
       else
         whole_groups<C>(args, a, b, whole, line);

@@ -215,9 +215,17 @@ SHIFT(_mm512_srli_epi64, _mm256_srli_epi64)
 BINARY(_mm512_add_ps, __m512, _mm256_add_ps)
 BINARY(_mm512_sub_ps, __m512, _mm256_sub_ps)
 BINARY(_mm512_mul_ps, __m512, _mm256_mul_ps)
+BINARY(_mm512_add_epi8, __m512i, _mm256_add_epi8)
 BINARY(_mm512_add_epi16, __m512i, _mm256_add_epi16)
 BINARY(_mm512_add_epi32, __m512i, _mm256_add_epi32)
 BINARY(_mm512_min_epu32, __m512i, _mm256_min_epu32)
+BINARY(_mm512_max_epu8, __m512i, _mm256_max_epu8)
+BINARY(_mm512_shuffle_epi8, __m512i, _mm256_shuffle_epi8)
+BINARY(_mm512_xor_si512, __m512i, _mm256_xor_si256)
+BINARY(_mm512_unpacklo_epi8, __m512i, _mm256_unpacklo_epi8)
+BINARY(_mm512_unpackhi_epi8, __m512i, _mm256_unpackhi_epi8)
+BINARY(_mm512_unpacklo_epi16, __m512i, _mm256_unpacklo_epi16)
+BINARY(_mm512_unpackhi_epi16, __m512i, _mm256_unpackhi_epi16)
 BINARY(_mm512_max_epu32, __m512i, _mm256_max_epu32)
 BINARY(_mm512_and_si512, __m512i, _mm256_and_si256)
 BINARY(_mm512_andnot_si512, __m512i, _mm256_andnot_si256)
@@ -314,6 +322,10 @@ EMULATED __m256 _mm512_extractf32x8_ps(__m512 v, int half) { return half & 1 ? v
 EMULATED __m512i _mm512_broadcast_i64x4(__m256i v) { return {v, v}; }
 EMULATED __m512i _mm512_cvtepu8_epi64(__m128i v) {
   return {_mm256_cvtepu8_epi64(v), _mm256_cvtepu8_epi64(_mm_srli_si128(v, 4))};
+}
+EMULATED __mmask64 _mm512_movepi8_mask(__m512i v) {
+  const auto bits = [](__m256i part) { return static_cast<__mmask64>(static_cast<uint32_t>(_mm256_movemask_epi8(part))); };
+  return bits(v.low) | bits(v.high) << 32;
 }
 EMULATED __mmask32 _mm512_cmpeq_epi16_mask(__m512i a, __m512i b) {
   const auto mask = [](__m256i equal) {
