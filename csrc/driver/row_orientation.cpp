@@ -1,7 +1,7 @@
 #include "driver/dot_rows.h"
 #include "driver/epilogue.h"
+#include "driver/next_region.h"
 #include "driver/rows.h"
-#include "driver/weight_tiles.h"
 
 namespace moelora {
 namespace {
@@ -13,56 +13,83 @@ struct PassRows {
   Start start;
 };
 
-// Weight rows that are converted next, fetched by tiles, each its share.
-struct NextRows {
-  WeightTiles weights;
-  int64_t out, width, p, steps, tiles, done = 0;
+// The regions of a block in order, and of which one the next block begins with.
+class Regions {
+ public:
+  Regions(const Blocking& blocking, const GroupedLinear& op, const BlockRange& range)
+      : op_(op), range_(range), width_(blocking.segment), pass_(blocking.depth) {}
 
-  Ahead share() {
-    const int64_t first = done * width / tiles, last = ++done * width / tiles;
-    return first == last ? Ahead{} : weights.rows_ahead(out + first, last - first, p, steps);
+  Region first(const BlockRange& block) const {
+    return {block.expert, block.out0, min64(width_, block.out1 - block.out0), 0, min64(pass_, op_.w.cols())};
   }
+  Region after(const Region& now) const {
+    const int64_t depth = op_.w.cols(), p = now.p + now.steps, out = now.out + now.width;
+    if (now.width == 0 || now.expert != range_.expert || now.out < range_.out0 || now.out >= range_.out1) return {};
+    if (p < depth) return {now.expert, now.out, now.width, p, min64(pass_, depth - p)};
+    if (out < range_.out1) return {now.expert, out, min64(width_, range_.out1 - out), 0, min64(pass_, depth)};
+    return range_.next ? first(*range_.next) : Region{};
+  }
+  bool ends(const Region& now) const {
+    return now.p + now.steps == op_.w.cols() && now.out + now.width == range_.out1;
+  }
+
+ private:
+  const GroupedLinear& op_;
+  const BlockRange& range_;
+  const int64_t width_, pass_;
+};
+
+// Weight rows of the block's regions: in place, converted by the tiles of the region before, or here.
+class RegionRows {
+ public:
+  RegionRows(const KernelChoice& choice, const WeightTiles& w, Arena& arena) : w_(w) {
+    const Blocking& b = choice.blocking;
+    if (!w.widens_rows({0, 0, b.segment, 0, b.depth})) return;
+    const int64_t pitch = copy_pitch(*choice.kernels, min64(b.depth, w.depth()));
+    for (LeftRows& rows : buffers_) rows = {static_cast<char*>(arena.take(b.segment * pitch)), pitch};
+  }
+
+  LeftRows of(const Region& now, int64_t steps, Arena& arena) {
+    if (!made_) return w_.rows(now.out, now.width, now.p, steps, arena);
+    made_ = false;
+    return buffers_[current_ = !current_];
+  }
+  // Has tiles make those of the next one.
+  void make(const Region& region, NextRegion& next) {
+    made_ = buffers_[0].data && w_.widens_rows(region);
+    if (made_) next.to(buffers_[!current_]);
+  }
+
+ private:
+  const WeightTiles& w_;
+  LeftRows buffers_[2] = {};
+  bool current_ = false, made_ = false;
 };
 
 // c: [width][ldc] = or += the rows times the panel.  fetch: where rows serve in place, these are new to the caches.
 void multiply_panel(const Kernels& k, const WeightTiles& w, const PassRows& rows, const LanePanel& panel, bool fetch,
-                    NextRows& next, char* c, int64_t ldc) {
+                    NextRegion& next, char* c, int64_t ldc) {
   const int vecs = k.vectors(panel.lanes), tallest = k.max_rows[vecs - 1];
   for (int64_t i = 0; i < rows.width; i += tallest) {
     const int64_t height = min64(tallest, rows.width - i);
     const Segment base{rows.w.at(i, 0), rows.w.stride, panel.x + rows.p * panel.lanes * size_of(k.compute), rows.steps};
     const Segment lora{rows.b.at(i, 0), rows.b.stride, panel.u, rows.rank};
-    Ahead ahead;
+    TileArgs tile{{base, lora},
+                  rows.rank ? 2 : 1,
+                  static_cast<int>(height),
+                  vecs,
+                  k.ends_in_half(panel.lanes),
+                  panel.lanes,
+                  c + i * ldc * accumulator_size(k),
+                  ldc,
+                  rows.start,
+                  {}};
     if (!w.in_place())
-      ahead = next.share();
+      next.share(tile);
     else if (fetch)
-      ahead = w.rows_ahead(rows.out + i + height, height, rows.p, rows.steps);
-    run_tile(k, {{base, lora},
-                 rows.rank ? 2 : 1,
-                 static_cast<int>(height),
-                 vecs,
-                 k.ends_in_half(panel.lanes),
-                 panel.lanes,
-                 c + i * ldc * accumulator_size(k),
-                 ldc,
-                 rows.start,
-                 ahead});
+      tile.ahead = w.rows_ahead(rows.out + i + height, height, rows.p, rows.steps);
+    run_tile(k, tile);
   }
-}
-
-// What comes after outputs [out, out + width), steps [p, p + steps) of the block.
-NextRows next_rows(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range, const PassRows& now,
-                   int64_t tiles) {
-  const int64_t depth = op.w.cols(), p = now.p + now.steps, out = now.out + now.width;
-  const int64_t first = min64(choice.blocking.depth, depth);
-  const auto rows = [&](int64_t expert, int64_t from, int64_t to, int64_t p0, int64_t steps) {
-    return NextRows{{*choice.kernels, op.w, expert}, from, to - from, p0, steps, tiles};
-  };
-  if (p < depth) return rows(range.expert, now.out, out, p, min64(choice.blocking.depth, depth - p));
-  if (out < range.out1) return rows(range.expert, out, min64(out + now.width, range.out1), 0, first);
-  if (range.next == nullptr) return rows(range.expert, 0, 0, 0, 0);
-  const int64_t to = min64(range.next->out0 + choice.blocking.segment, range.next->out1);
-  return rows(range.next->expert, range.next->out0, to, 0, first);
 }
 
 int64_t tile_count(const Kernels& k, const LanePanel* panels, int64_t count, int64_t width) {
@@ -105,11 +132,14 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
   const int64_t pass = choice.blocking.depth, span = shared ? round_up(DotRows::pass_of(k), pass) : pass;
   char* odd_c = static_cast<char*>(arena.take(odd * segment * acc));
 
+  const Regions regions(choice.blocking, op, range);
+  RegionRows region_rows(choice, w, arena);
   for (int64_t out = range.out0; out < range.out1; out += segment) {
     const int64_t width = min64(segment, range.out1 - out);
     for (int64_t q = 0; q < depth && count > 0; q += span) {
       Arena::Scope scope_of_span(arena);
-      const LeftRows some = w.rows(out, width, q, min64(span, depth - q), arena);
+      const LeftRows some =
+          region_rows.of({range.expert, out, width, q, min64(pass, depth - q)}, min64(span, depth - q), arena);
       for (int64_t p = q; p < min64(q + span, depth); p += pass) {
         const int64_t steps = min64(pass, depth - p);
         const bool last = p + steps == depth;
@@ -122,7 +152,10 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
                       last ? rank : 0,
                       choice.blocking.start(p)};
         if (rows.rank) rows.b = b.rows(out, width, 0, rank, arena);
-        NextRows next = next_rows(choice, op, range, rows, tile_count(k, panels, count, width));
+        const Region now{range.expert, out, width, p, steps}, then = regions.after(now);
+        NextRegion next(k, op.w, NextRegion::RowsAre::outputs, then, regions.after(then),
+                        tile_count(k, panels, count, width));
+        if (!regions.ends(now)) region_rows.make(then, next);
         for (int64_t j = 0; j < count; ++j) {
           const LanePanel& panel = panels[j];
           char* c_panel = c + j * c_apart;
