@@ -41,19 +41,22 @@ class NextRegion {
         rows_are_(rows_are),
         next_(next),
         later_(later),
+        rows_ahead_(kBytesAhead / max64(1, row_bytes()) + 1),
         shares_(rows(next), tiles) {}
 
   // Where the tiles convert the region to, if they do.
-  void to(const LeftRows& rows) { left_ = rows; }
-  void to(char* panels, const StripLayout& layout) {
-    panels_ = panels;
-    layout_ = &layout;
-  }
+  void to(const LeftRows& rows) { widen_ = weights_.widen_rows(next_, rows); }
+  void to(char* panels, const StripLayout& layout) { widen_ = weights_.widen_strip(next_, panels, layout); }
 
-  // The next tile's share becomes part of its call.
+  // The next tile's share becomes part of its call. Of several calls with the same `tile`, too.
   void share(TileArgs& tile);
 
  private:
+  static constexpr int64_t kBytesAhead = 2048;
+
+  int64_t row_bytes() const {
+    return (rows_are_ == RowsAre::outputs ? next_.steps : next_.width) * weights_.element_size();
+  }
   int64_t rows(const Region& region) const { return rows_are_ == RowsAre::outputs ? region.width : region.steps; }
   const char* row(const WeightTiles& weights, const Region& region, int64_t i) const;
   int64_t ahead(int64_t first) const;
@@ -61,10 +64,9 @@ class NextRegion {
   const WeightTiles weights_, later_weights_;
   const RowsAre rows_are_;
   const Region next_, later_;
+  const int64_t rows_ahead_;
   Shares shares_;
-  LeftRows left_{};
-  char* panels_ = nullptr;
-  const StripLayout* layout_ = nullptr;
+  Widen widen_;  // all of it, if anything
 };
 
 }  // namespace moelora

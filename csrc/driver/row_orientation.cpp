@@ -70,20 +70,23 @@ class RegionRows {
 void multiply_panel(const Kernels& k, const WeightTiles& w, const PassRows& rows, const LanePanel& panel, bool fetch,
                     NextRegion& next, char* c, int64_t ldc) {
   const int vecs = k.vectors(panel.lanes), tallest = k.max_rows[vecs - 1];
+  const Segment base{nullptr, rows.w.stride, panel.x + rows.p * panel.lanes * size_of(k.compute), rows.steps};
+  TileArgs tile{{base, {nullptr, rows.b.stride, panel.u, rows.rank}},
+                rows.rank ? 2 : 1,
+                0,
+                vecs,
+                k.ends_in_half(panel.lanes),
+                panel.lanes,
+                nullptr,
+                ldc,
+                rows.start,
+                {}};
   for (int64_t i = 0; i < rows.width; i += tallest) {
     const int64_t height = min64(tallest, rows.width - i);
-    const Segment base{rows.w.at(i, 0), rows.w.stride, panel.x + rows.p * panel.lanes * size_of(k.compute), rows.steps};
-    const Segment lora{rows.b.at(i, 0), rows.b.stride, panel.u, rows.rank};
-    TileArgs tile{{base, lora},
-                  rows.rank ? 2 : 1,
-                  static_cast<int>(height),
-                  vecs,
-                  k.ends_in_half(panel.lanes),
-                  panel.lanes,
-                  c + i * ldc * accumulator_size(k),
-                  ldc,
-                  rows.start,
-                  {}};
+    tile.segments[0].l = rows.w.at(i, 0);
+    tile.segments[1].l = rows.b.at(i, 0);
+    tile.rows = static_cast<int>(height);
+    tile.c = c + i * ldc * accumulator_size(k);
     if (!w.in_place())
       next.share(tile);
     else if (fetch)

@@ -101,25 +101,30 @@ class StripBlock {
     NextRegion next(k_, op_.w, NextRegion::RowsAre::steps, then, after(then), groups * panels);
     made_ = widens_ && !ends(now) && w_.widens_strip(then);
     if (made_) next.to(panels_[!current_], layout_);
+    TileArgs tile{{{nullptr, x_.stride, nullptr, now.steps}, {nullptr, u_.stride, nullptr, rank_}},
+                  with_lora ? 2 : 1,
+                  0,
+                  0,
+                  false,
+                  layout_.line,
+                  nullptr,
+                  pitch_,
+                  start(now.p),
+                  {}};
     // A panel stays in L1 while the rows pass by.
     for (int64_t j = 0; j < panels; ++j) {
       const int64_t lanes = round_up(min64(lanes_, now.width - j * lanes_), k_.lane_step());
-      const char* panel = panels_[current_] + j * layout_.apart;
+      tile.vecs = k_.vectors(lanes);
+      tile.half = k_.ends_in_half(lanes);
+      tile.segments[0].r = panels_[current_] + j * layout_.apart;
+      tile.segments[1].r = b_panels_ + j * b_layout_.apart;
       Shares heights(rows_, groups);
       for (int64_t t = 0; t < groups; ++t) {
         const auto [row, height] = heights.take();
-        const Segment base{x_.at(row, now.p * size_of(k_.compute)), x_.stride, panel, now.steps};
-        const Segment lora{u_.at(row, 0), u_.stride, b_panels_ + j * b_layout_.apart, rank_};
-        TileArgs tile{{base, lora},
-                      with_lora ? 2 : 1,
-                      static_cast<int>(height),
-                      k_.vectors(lanes),
-                      k_.ends_in_half(lanes),
-                      layout_.line,
-                      c_ + (row * pitch_ + j * lanes_) * accumulator_size(k_),
-                      pitch_,
-                      start(now.p),
-                      {}};
+        tile.segments[0].l = x_.at(row, now.p * size_of(k_.compute));
+        tile.segments[1].l = u_.at(row, 0);
+        tile.rows = static_cast<int>(height);
+        tile.c = c_ + (row * pitch_ + j * lanes_) * accumulator_size(k_);
         next.share(tile);
         run_tile(k_, tile);
       }

@@ -81,8 +81,7 @@ class WeightTiles {
   // What such a strip will be made of.
   Ahead strip_ahead(int64_t out, int64_t width, int64_t p, int64_t steps) const;
 
-  // Whether tiles can convert `rows` or a `strip` of such regions on the way, and those of `count` of the region's
-  // outputs or steps.
+  // Whether tiles can convert `rows` or a `strip` of such regions on the way, and what they are asked for then.
   bool widens_rows(const Region& region) const {
     return can_widen() && !in_place() && matrix_.col_stride == 1 && region.steps % (kWidenVecs * k_.lanes) == 0;
   }
@@ -92,8 +91,8 @@ class WeightTiles {
   // Where an output's step is stored, of such weights.
   const char* at(int64_t out, int64_t p) const { return matrix_.at(out, p); }
   int64_t element_size() const { return size_of(matrix_.dtype); }
-  Widen widen_rows(const Region& region, int64_t first, int64_t count, const LeftRows& to) const;
-  Widen widen_strip(const Region& region, int64_t first, int64_t count, char* panels, const StripLayout& layout) const;
+  Widen widen_rows(const Region& region, const LeftRows& to) const;
+  Widen widen_strip(const Region& region, char* panels, const StripLayout& layout) const;
 
   // Rows of lanes for flat tiles, which take some storage types as they are.
   struct FlatOperand {
