@@ -164,7 +164,7 @@ const Row kRows[] = {
                 .combine_bytes = kCombine,
                 .token_chunk = 4096,
                 .outer_rows = 96,
-                .outer_cols = 256,
+                .outer_cols = 240,
                 .outer_depth = 512,
             },
     },

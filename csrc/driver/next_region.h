@@ -24,7 +24,7 @@ class Shares {
   }
 
  private:
-  const int64_t each_, more_, tiles_;
+  int64_t each_, more_, tiles_;
   int64_t part_ = 0, done_ = 0;
 };
 
