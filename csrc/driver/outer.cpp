@@ -107,7 +107,7 @@ class RightPanels {
   void expect(const PanelSource& then, bool follows, int64_t tiles) {
     then_ = then;
     shares_ = Shares(then.count, tiles);
-    made_ = follows && k_.widens && right_.dtype == DType::bf16 && right_.col_stride == 1 && then.columns == widest_;
+    made_ = follows && then.count >= kWidenRows && k_.widens && right_.dtype == DType::bf16 && right_.col_stride == 1 && then.columns == widest_;
   }
 
   void share(TileArgs& tile) {
@@ -128,6 +128,8 @@ class RightPanels {
   }
 
  private:
+  static constexpr int64_t kWidenRows = 48;  // tiles of fewer steps are too short for it
+
   const Kernels& k_;
   const Matrix& right_;
   const int64_t widest_;
