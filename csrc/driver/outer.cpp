@@ -107,7 +107,8 @@ class RightPanels {
   void expect(const PanelSource& then, bool follows, int64_t tiles) {
     then_ = then;
     shares_ = Shares(then.count, tiles);
-    made_ = follows && then.count >= kWidenRows && k_.widens && right_.dtype == DType::bf16 && right_.col_stride == 1 && then.columns == widest_;
+    made_ = follows && then.count >= kWidenRows && k_.widens && right_.dtype == DType::bf16 && right_.col_stride == 1 &&
+            then.columns == widest_;
   }
 
   void share(TileArgs& tile) {

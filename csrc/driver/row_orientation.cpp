@@ -16,41 +16,39 @@ struct PassRows {
 // The regions of a block in order, and of which one the next block begins with.
 class Regions {
  public:
-  Regions(const Blocking& blocking, const GroupedLinear& op, const BlockRange& range)
-      : op_(op), range_(range), width_(blocking.segment), pass_(blocking.depth) {}
+  Regions(const Blocking& blocking, const GroupedLinear& op, const BlockRange& range, int64_t steps)
+      : op_(op), range_(range), width_(blocking.segment), steps_(steps) {}
 
   Region first(const BlockRange& block) const {
-    return {block.expert, block.out0, min64(width_, block.out1 - block.out0), 0, min64(pass_, op_.w.cols())};
+    return {block.expert, block.out0, min64(width_, block.out1 - block.out0), 0, min64(steps_, op_.w.cols())};
   }
   Region after(const Region& now) const {
     const int64_t depth = op_.w.cols(), p = now.p + now.steps, out = now.out + now.width;
     if (now.width == 0 || now.expert != range_.expert || now.out < range_.out0 || now.out >= range_.out1) return {};
-    if (p < depth) return {now.expert, now.out, now.width, p, min64(pass_, depth - p)};
-    if (out < range_.out1) return {now.expert, out, min64(width_, range_.out1 - out), 0, min64(pass_, depth)};
+    if (p < depth) return {now.expert, now.out, now.width, p, min64(steps_, depth - p)};
+    if (out < range_.out1) return {now.expert, out, min64(width_, range_.out1 - out), 0, min64(steps_, depth)};
     return range_.next ? first(*range_.next) : Region{};
   }
-  bool ends(const Region& now) const {
-    return now.p + now.steps == op_.w.cols() && now.out + now.width == range_.out1;
-  }
+  bool ends(const Region& now) const { return now.p + now.steps == op_.w.cols() && now.out + now.width == range_.out1; }
 
  private:
   const GroupedLinear& op_;
   const BlockRange& range_;
-  const int64_t width_, pass_;
+  const int64_t width_, steps_;
 };
 
 // Weight rows of the block's regions: in place, converted by the tiles of the region before, or here.
 class RegionRows {
  public:
-  RegionRows(const KernelChoice& choice, const WeightTiles& w, Arena& arena) : w_(w) {
-    const Blocking& b = choice.blocking;
-    if (!w.widens_rows({0, 0, b.segment, 0, b.depth})) return;
-    const int64_t pitch = copy_pitch(*choice.kernels, min64(b.depth, w.depth()));
-    for (LeftRows& rows : buffers_) rows = {static_cast<char*>(arena.take(b.segment * pitch)), pitch};
+  RegionRows(const KernelChoice& choice, const WeightTiles& w, int64_t steps, Arena& arena) : w_(w) {
+    const int64_t segment = choice.blocking.segment;
+    if (!w.widens_rows({0, 0, segment, 0, steps})) return;
+    const int64_t pitch = copy_pitch(*choice.kernels, min64(steps, w.depth()));
+    for (LeftRows& rows : buffers_) rows = {static_cast<char*>(arena.take(segment * pitch)), pitch};
   }
 
-  LeftRows of(const Region& now, int64_t steps, Arena& arena) {
-    if (!made_) return w_.rows(now.out, now.width, now.p, steps, arena);
+  LeftRows of(const Region& now, Arena& arena) {
+    if (!made_) return w_.rows(now.out, now.width, now.p, now.steps, arena);
     made_ = false;
     return buffers_[current_ = !current_];
   }
@@ -101,6 +99,31 @@ int64_t tile_count(const Kernels& k, const LanePanel* panels, int64_t count, int
   return tiles;
 }
 
+// What the rows of a block are packed to, and where their accumulators are.
+struct BlockPanels {
+  const LanePanel* panels;
+  int64_t count;
+  char* c;
+  int64_t c_apart;
+  char* by_row;  // of one panel
+  int64_t segment;
+};
+
+// epilogue: of the last pass, whose results leave; null else.
+void multiply_panels(const Kernels& k, const WeightTiles& w, const PassRows& rows, const BlockPanels& block,
+                     const Epilogue* epilogue, int64_t row0, NextRegion& next) {
+  const int64_t widest = k.lanes * k.vecs, segment = block.segment;
+  for (int64_t j = 0; j < block.count; ++j) {
+    const LanePanel& panel = block.panels[j];
+    char* c = block.c + j * block.c_apart;
+    if (epilogue) epilogue->expect(row0 + panel.first, panel.rows, rows.out, rows.width);
+    multiply_panel(k, w, rows, panel, j == 0, next, c, widest);
+    if (!epilogue) continue;
+    k.transpose(block.by_row, segment, c, widest, rows.width, panel.rows);
+    (*epilogue)(row0 + panel.first, panel.rows, block.by_row, segment * accumulator_size(k), rows.out, rows.width);
+  }
+}
+
 // Rows at the end of a block that would be lanes of a vector mostly empty.
 int64_t odd_rows(const KernelChoice& choice, const WeightTiles& weights, const BlockRange& range) {
   const Kernels& k = *choice.kernels;
@@ -128,22 +151,25 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
   // Between passes, C of every panel waits.
   const int64_t c_bytes = segment * widest * acc, c_apart = depth > choice.blocking.depth ? c_bytes : 0;
   char* c = static_cast<char*>(arena.take(c_bytes + (count - 1) * c_apart));
-  char* by_row = static_cast<char*>(arena.take(c_bytes));
+  const BlockPanels block{panels, count, c, c_apart, static_cast<char*>(arena.take(c_bytes)), segment};
 
   // What takes work to make is made once for both: so many steps at a time that they are whole passes of either.
   const bool shared = odd > 0 && count > 0 && w.is_packed();
   const int64_t pass = choice.blocking.depth, span = shared ? round_up(DotRows::pass_of(k), pass) : pass;
   char* odd_c = static_cast<char*>(arena.take(odd * segment * acc));
 
-  const Regions regions(choice.blocking, op, range);
-  RegionRows region_rows(choice, w, arena);
+  const Regions regions(choice.blocking, op, range, span);
+  RegionRows region_rows(choice, w, span, arena);
   for (int64_t out = range.out0; out < range.out1; out += segment) {
     const int64_t width = min64(segment, range.out1 - out);
     for (int64_t q = 0; q < depth && count > 0; q += span) {
       Arena::Scope scope_of_span(arena);
-      const LeftRows some =
-          region_rows.of({range.expert, out, width, q, min64(pass, depth - q)}, min64(span, depth - q), arena);
-      for (int64_t p = q; p < min64(q + span, depth); p += pass) {
+      const Region now{range.expert, out, width, q, min64(span, depth - q)}, then = regions.after(now);
+      const LeftRows some = region_rows.of(now, arena);
+      NextRegion next(k, op.w, NextRegion::RowsAre::outputs, then, regions.after(then),
+                      ceil_div(now.steps, pass) * tile_count(k, panels, count, width));
+      if (!regions.ends(now)) region_rows.make(then, next);
+      for (int64_t p = q; p < q + now.steps; p += pass) {
         const int64_t steps = min64(pass, depth - p);
         const bool last = p + steps == depth;
         PassRows rows{{some.data + (p - q) * size_of(k.compute), some.stride},
@@ -155,19 +181,7 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
                       last ? rank : 0,
                       choice.blocking.start(p)};
         if (rows.rank) rows.b = b.rows(out, width, 0, rank, arena);
-        const Region now{range.expert, out, width, p, steps}, then = regions.after(now);
-        NextRegion next(k, op.w, NextRegion::RowsAre::outputs, then, regions.after(then),
-                        tile_count(k, panels, count, width));
-        if (!regions.ends(now)) region_rows.make(then, next);
-        for (int64_t j = 0; j < count; ++j) {
-          const LanePanel& panel = panels[j];
-          char* c_panel = c + j * c_apart;
-          if (last) epilogue.expect(range.row0 + panel.first, panel.rows, out, width);
-          multiply_panel(k, w, rows, panel, j == 0, next, c_panel, widest);
-          if (!last) continue;
-          k.transpose(by_row, segment, c_panel, widest, width, panel.rows);
-          epilogue(range.row0 + panel.first, panel.rows, by_row, segment * acc, out, width);
-        }
+        multiply_panels(k, w, rows, block, last ? &epilogue : nullptr, range.row0, next);
       }
       for (int64_t p = q; shared && p < min64(q + span, depth); p += DotRows::pass_of(k))
         dots.pass({some.data + (p - q) * size_of(k.compute), some.stride}, out, width, p, odd_c, segment, arena);

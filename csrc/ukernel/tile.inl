@@ -213,8 +213,7 @@ template <class Op, int Vecs, class Before>
       before();
 #pragma GCC unroll 4
       for (int v = 0; v < Vecs; ++v)
-        Op::store_units(reinterpret_cast<typename Op::elem*>(to) + v * Op::lanes,
-                        Op::load_whole(from + v * Op::lanes));
+        Op::store_units(reinterpret_cast<typename Op::elem*>(to) + v * Op::lanes, Op::load_whole(from + v * Op::lanes));
       __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead, 0, 2);
     }
   }
@@ -365,8 +364,9 @@ void tile_rows(const moelora::TileArgs& args) {
       if (MR - 1 >= args.rows) return tile_rows<Op, MR - 1, NV, HasHalf>(args);
     if constexpr (Op::widens)
       if (args.widen.rows > 0)
-        return args.widen.unit == moelora::kWidenVecs * Op::lanes ? tile_widening<Op, moelora::kWidenVecs, MR, NV, HasHalf>(args)
-                                                         : tile_widening<Op, Op::widest, MR, NV, HasHalf>(args);
+        return args.widen.unit == moelora::kWidenVecs * Op::lanes
+                   ? tile_widening<Op, moelora::kWidenVecs, MR, NV, HasHalf>(args)
+                   : tile_widening<Op, Op::widest, MR, NV, HasHalf>(args);
     tile_in_place<Op, MR, NV, HasHalf>(args);
   }
 }
