@@ -139,6 +139,7 @@ const Row kRows[] = {
     },
 #endif
 #ifdef MOELORA_BUILT_avx2
+    // Two segments or strips of a pass fit 512 KB of L2 beside rows and sums; of few rows, wider strips do.
     {
         .isa = Isa::avx2,
         .kernels = f32_kernels_avx2,
@@ -150,7 +151,7 @@ const Row kRows[] = {
                 .odd_rows = 2,
                 .few_rows = 32,
                 .flat_rows = 11,
-                .thin_rows = 32,
+                .thin_rows = 48,
                 .thin_depth = 256,
                 .thin_strip = 192,
                 .strip = 96,
