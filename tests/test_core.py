@@ -203,6 +203,19 @@ WEAVING = [
     ("own.depth", 1, "the depth of rows must be"),
     ("own.second", 1, "only the first segment"),
 ]
+WIDENING = [
+    ("widen.rows", -1, "widen.rows must be"),
+    ("widen.n", 1, "widen.n must be whole units"),
+    ("widen.unit", 1, "widen.unit must be"),
+    ("widen.from", 0, "one of from and runs"),
+    ("widen.both", 0, "one of from and runs"),
+    ("widen.to", 0, "widen.to must not be null"),
+    ("widen.to", 1, "widen.to must be aligned"),
+    ("widen.apart", 1, "widen.units_apart must be"),
+    ("widen.ahead", 1, "widen must not come beside ahead"),
+]
+BROKEN += [(k, "tile", *row) for k in [k for k in KERNEL_SETS if k.widens][:1] for row in WIDENING]
+BROKEN += [(k, "tile", "widen", 1, "for kernel sets that widen") for k in KERNEL_SETS if not k.widens][:1]
 if WIDEST.weaves:
     BROKEN += [(WIDEST, "tile", *row) for row in WEAVING]
 BROKEN += [(k, "tile", "weave", 1, "for kernel sets that weave") for k in KERNEL_SETS if not k.weaves][:1]
@@ -250,6 +263,8 @@ def test_the_contract_holds_for_small_calls(k):
             core.check_contract(k, kernel)
     if "avx2" in k.name:
         core.check_contract(k, "dot_codes")
+    if k.widens:
+        core.check_contract(k, "tile", "widen")
     if k.weaves:
         core.check_contract(k, "tile", "weave")
         core.check_contract(k, "tile", "own")

@@ -195,6 +195,44 @@ def test_a_panel_is_woven_on_the_way(k, drawn, packs, own, start):
         assert (own_panel.check() == tile.panel(tile.values[0][1])).all()
 
 
+widening_sets = pytest.mark.parametrize("k", [k for k in KERNEL_SETS if k.widens], ids=lambda k: k.name)
+
+
+@widening_sets
+@given(
+    drawn=tiles(),
+    units=st.integers(1, 5),
+    rows=st.integers(1, 40),
+    panels=st.booleans(),
+    each=st.booleans(),
+    start=st.sampled_from(("zero", "resume", "add")),
+)
+def test_numbers_are_converted_on_the_way(k, drawn, units, rows, panels, each, start):
+    """Into rows of whole vectors or into panels; the product is the same, also where rows outnumber steps."""
+    tile = Tile(k, drawn)
+    expected = tile.run(start)
+    unit = (k.vecs if panels else 4) * k.lanes
+    source = random(np.random.default_rng(drawn[-1]), (rows, units * unit), "bf16")
+    source[0, 0] = to_storage(np.array(math.nan), "bf16")
+    if panels:
+        widened = Output((units * rows, unit), k.compute)
+        target = widened.array.reshape(units, rows, unit)
+    else:
+        widened = Output((rows, units * unit), k.compute, tile.gap)
+        target = np.lib.stride_tricks.as_strided(
+            widened.array, (units, rows, unit), (4 * unit, widened.array.strides[0], 4)
+        )
+    out = Output((tile.rows, tile.width), tile.acc, tile.gap)
+    if start != "zero":
+        out.fill(tile.start)
+    k.tile(tile.segments(), out.array, start, widen=(placed(source, tile.gap, offset=1), target), each=each)
+    assert same_bits(out.check(), expected)
+    wide = to_float(source).astype(np.float32)
+    if panels:
+        wide = wide.reshape(rows, units, unit).swapaxes(0, 1).reshape(-1, unit)
+    assert same_bits(widened.check(), wide)
+
+
 @every_set
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @given(drawn=tiles())

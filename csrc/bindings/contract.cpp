@@ -31,9 +31,34 @@ TileArgs weaving_tile(const Kernels& k) {
   return args;
 }
 
+// One that widens for others.
+TileArgs widening_tile(const Kernels& k) {
+  TileArgs args = small_tile(k);
+  const int64_t unit = int64_t{k.lanes} * k.vecs;
+  args.widen = {.from = memory, .stride = 64, .rows = 1, .n = unit, .to = memory, .to_stride = 64, .unit = unit};
+  return args;
+}
+
+TileArgs tile_before(const Kernels& k, const std::string& change) {
+  if (change.starts_with("widen")) return widening_tile(k);
+  return change.starts_with("weave") || change.starts_with("own") ? weaving_tile(k) : small_tile(k);
+}
+
+void change_widening(TileArgs& args, const std::string& change, int64_t to) {
+  if (change == "widen.rows") args.widen.rows = to;
+  if (change == "widen.n") args.widen.n = to;
+  if (change == "widen.unit") args.widen.unit = to;
+  if (change == "widen.from") args.widen.from = nullptr;
+  if (change == "widen.to") args.widen.to = to ? memory + to : nullptr;
+  if (change == "widen.both") args.widen.runs = memory_runs;
+  if (change == "widen.apart") args.widen.units_apart = to;
+  if (change == "widen.ahead") args.ahead = {memory, 64, 1, 64};
+}
+
 void check_tile(const KernelChoice& choice, const std::string& change, int64_t to) {
   const Kernels& k = *choice.kernels;
-  TileArgs args = change.starts_with("weave") || change.starts_with("own") ? weaving_tile(k) : small_tile(k);
+  TileArgs args = tile_before(k, change);
+  change_widening(args, change, to);
   if (change == "weave.vecs") args.vecs = static_cast<int>(to);
   if (change == "weave.half") args.half = to != 0;
   if (change == "weave.depth") args.weave.depth = to;

@@ -113,12 +113,36 @@ struct Woven {
 
 using ArrayPair = std::pair<py::array, py::array>;
 
+// arrays: bf16 [rows, n], what they become [n / unit, rows, unit].  each: the source's rows one by one
+Widen widen_of(const Kernels& k, const ArrayPair& arrays, std::vector<const void*>* each) {
+  const Array from("widen", arrays.first), to("widened", arrays.second);
+  require(k.widens, std::string(k.name) + " does not widen");
+  from.dtype(DType::bf16).dims(2).unit_columns();
+  to.dtype(k.compute).shape({-1, from.size(0), -1}).unit_columns();
+  const int64_t unit = to.size(2), size = size_of(k.compute), stride = from.stride(0) * size_of(DType::bf16);
+  require(unit == kWidenVecs * k.lanes || unit == k.vecs * k.lanes, "widened must have units of columns");
+  require(to.size(0) * unit == from.size(1), "widened must be as large as widen");
+  Widen widen{.from = from.data(),
+              .stride = stride,
+              .rows = from.size(0),
+              .n = from.size(1),
+              .to = to.mutable_data(),
+              .to_stride = to.stride(1) * size,
+              .unit = unit,
+              .units_apart = to.stride(0) * size};
+  if (each == nullptr) return widen;
+  for (int64_t i = 0; i < widen.rows; ++i) each->push_back(static_cast<const char*>(from.data()) + i * stride);
+  widen.from = nullptr;
+  widen.runs = each->data();
+  return widen;
+}
+
 // segments: (l [rows, depth], panel) once or twice;  c: [rows, lanes];  weave: (rows, panel), for other tiles;
-// rows [depth, widest]: the first segment's panel is written from them
+// rows [depth, widest]: the first segment's panel is written from them;  widen: see widen_of, each: its rows one by one
 // start: "zero", "resume" or "add"
 void tile(const KernelChoice& choice, const std::vector<ArrayPair>& segments, const py::array& c,
           const std::string& start, const std::optional<ArrayPair>& weave,
-          const std::optional<py::array>& rows_of_first) {
+          const std::optional<py::array>& rows_of_first, const std::optional<ArrayPair>& widen, bool each) {
   const Kernels& k = *choice.kernels;
   require(segments.size() == 1 || segments.size() == 2, "segments must be one or two pairs (l, panel)");
   const Array to("c", c);
@@ -164,6 +188,8 @@ void tile(const KernelChoice& choice, const std::vector<ArrayPair>& segments, co
     args.segments[0].rows_stride = woven.rows.stride(0) * size_of(k.compute);
     args.segments[0].panel = woven.panel.mutable_data();
   }
+  std::vector<const void*> runs;
+  if (widen) args.widen = widen_of(k, *widen, each ? &runs : nullptr);
   check(k, args);
   k.tile(args);
   if (k.release) k.release();
@@ -379,6 +405,7 @@ void bind_kernels(py::module_& m) {
       .def_property_readonly("lanes", [](const KernelChoice& c) { return c.kernels->lanes; })
       .def_property_readonly("lane_step", [](const KernelChoice& c) { return c.kernels->lane_step(); })
       .def_property_readonly("weaves", [](const KernelChoice& c) { return c.kernels->weaves; })
+      .def_property_readonly("widens", [](const KernelChoice& c) { return c.kernels->widens; })
       .def_property_readonly("vecs", [](const KernelChoice& c) { return c.kernels->vecs; })
       .def_property_readonly("max_rows", max_rows_of)
       .def_property_readonly("dot_rows", dot_rows_of)
@@ -387,7 +414,8 @@ void bind_kernels(py::module_& m) {
       .def_property_readonly("storage", [](const KernelChoice& c) { return filled(c.kernels->pack_lanes); })
       .def_property_readonly("blocking", blocking_of)
       .def("with_blocking", with_blocking)
-      .def("tile", tile, "segments"_a, "c"_a, "start"_a = "zero", "weave"_a = py::none(), "rows"_a = py::none())
+      .def("tile", tile, "segments"_a, "c"_a, "start"_a = "zero", "weave"_a = py::none(), "rows"_a = py::none(),
+           "widen"_a = py::none(), "each"_a = false)
       .def("dot_tile", dot_tile, "segments"_a, "c"_a, "accumulate"_a = false)
       .def("flat_tile", flat_tile, "l"_a, "r"_a, "c"_a, "resume"_a = false)
       .def("pack_lanes", pack_lanes, "panel"_a, "source"_a, "first"_a = 0, "n"_a = py::none())

@@ -139,6 +139,7 @@ const Row kRows[] = {
     },
 #endif
 #ifdef MOELORA_BUILT_avx2
+    // Two segments or strips of a pass fit 512 KB of L2 beside rows and sums; of few rows, wider strips do.
     {
         .isa = Isa::avx2,
         .kernels = f32_kernels_avx2,
@@ -149,12 +150,12 @@ const Row kRows[] = {
                 .dot_rows = 10,
                 .odd_rows = 2,
                 .few_rows = 32,
-                .flat_rows = 16,
-                .thin_rows = 0,
-                .thin_depth = 64,
+                .flat_rows = 11,
+                .thin_rows = 48,
+                .thin_depth = 256,
                 .thin_strip = 192,
-                .strip = 192,
-                .packed_strips = 1,
+                .strip = 96,
+                .packed_strips = 2,
                 .packed_depth = 256,
                 .packed_flat_rows = 16,
                 .segment = 96,
@@ -164,7 +165,7 @@ const Row kRows[] = {
                 .combine_bytes = kCombine,
                 .token_chunk = 4096,
                 .outer_rows = 96,
-                .outer_cols = 256,
+                .outer_cols = 240,
                 .outer_depth = 512,
             },
     },

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "driver/block.h"
+#include "driver/next_region.h"
 #include "driver/strided.h"
 
 namespace moelora {
@@ -85,13 +86,59 @@ PanelSource panel_source(const GroupedOuter& op, int64_t row0, int64_t count, in
   return {row_addresses(*op.routing, op.right, row0, count, arena), count, first, columns};
 }
 
-// The part of it that the i-th of `tiles` fetches.
-Ahead fetch_share(const GroupedOuter& op, const PanelSource& source, int64_t i, int64_t tiles) {
-  const int64_t size = size_of(op.right.matrix.dtype), r0 = i * source.count / tiles;
-  if (op.right.matrix.col_stride != 1) return {};
-  return {
-      nullptr, 0, (i + 1) * source.count / tiles - r0, source.columns * size, source.rows + r0, source.first * size};
-}
+// Panels of `right`, one after the other; what the next one is made of is fetched or converted by the tiles before.
+class RightPanels {
+ public:
+  RightPanels(const Kernels& k, const Matrix& right, int64_t depth, Arena& arena)
+      : k_(k), right_(right), widest_(k.lanes * k.vecs) {
+    for (char*& panel : panels_) panel = static_cast<char*>(arena.take(panel_bytes(k, depth, widest_)));
+  }
+
+  const char* pack(const PanelSource& now, int64_t lanes) {
+    if (made_) current_ = !current_;
+    if (!made_)
+      run_pack_depth(k_, right_.dtype,
+                     {now.rows, now.count, now.first, now.columns, right_.col_stride, panels_[current_], lanes});
+    made_ = false;
+    return panels_[current_];
+  }
+
+  // follows: whether `then` is packed next, and not only probable.
+  void expect(const PanelSource& then, bool follows, int64_t tiles) {
+    then_ = then;
+    shares_ = Shares(then.count, tiles);
+    made_ = follows && then.count >= kWidenRows && k_.widens && right_.dtype == DType::bf16 && right_.col_stride == 1 &&
+            then.columns == widest_;
+  }
+
+  void share(TileArgs& tile) {
+    const int64_t size = size_of(right_.dtype), to_stride = widest_ * size_of(k_.compute);
+    const auto [first, count] = shares_.take();
+    if (right_.col_stride != 1) return;
+    if (made_)
+      tile.widen = {.rows = count,
+                    .n = widest_,
+                    .runs = then_.rows + first,
+                    .offset = then_.first * size,
+                    .to = panels_[!current_] + first * to_stride,
+                    .to_stride = to_stride,
+                    .unit = widest_,
+                    .ahead = 2 * widest_ * size};
+    else
+      tile.ahead = {nullptr, 0, count, then_.columns * size, then_.rows + first, then_.first * size};
+  }
+
+ private:
+  static constexpr int64_t kWidenRows = 48;  // tiles of fewer steps are too short for it
+
+  const Kernels& k_;
+  const Matrix& right_;
+  const int64_t widest_;
+  char* panels_[2];
+  bool current_ = false, made_ = false;
+  PanelSource then_{};
+  Shares shares_{0, 1};
+};
 
 // left packed: [i][rows].  right packed: [rows/pack][lanes][pack], lanes are j.  c: [i][pitch].
 // next: what the thread probably works on afterwards.
@@ -104,8 +151,7 @@ void sum_outer_products(const KernelChoice& choice, const GroupedOuter& op, cons
   const int64_t pass = min64(choice.blocking.outer_depth, max64(1, end - begin));
   std::fill_n(c, begin == end ? height * pitch * acc : 0, char{0});
   char* left = static_cast<char*>(arena.take(height * pass * size_of(k.compute)));
-  char* panel = static_cast<char*>(arena.take(panel_bytes(k, pass, widest)));
-  const Matrix& m = op.right.matrix;
+  RightPanels panels(k, op.right.matrix, pass, arena);
   const auto source = [&](int64_t row0, int64_t j) {
     return panel_source(op, row0, min64(pass, end - row0), j, min64(widest, range.j1 - j), arena);
   };
@@ -116,27 +162,30 @@ void sum_outer_products(const KernelChoice& choice, const GroupedOuter& op, cons
     pack_left(k, op, range, row0, now.count, left, now.count, arena);
     for (int64_t j = range.j0; j < range.j1; j += widest) {
       const int64_t after = j + widest, lanes = round_up(now.columns, k.lane_step());
-      run_pack_depth(k, m.dtype, {now.rows, now.count, now.first, now.columns, m.col_stride, panel, lanes});
+      const char* panel = panels.pack(now, lanes);
+      const bool more = after < range.j1, follows = more || row0 + pass < end;
       PanelSource then = next;
-      if (after < range.j1)
+      if (more)
         then = {now.rows, now.count, after, min64(widest, range.j1 - after)};
-      else if (row0 + pass < end)
+      else if (follows)
         then = source(row0 + pass, range.j0);
       const int64_t tallest = k.max_rows[k.vectors(lanes) - 1], tiles = ceil_div(height, tallest);
       const int64_t l_stride = now.count * size_of(k.compute);
+      panels.expect(then, follows, tiles);
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t i = t * tallest;
-        const Segment segment{left + i * l_stride, l_stride, panel, now.count};
-        run_tile(k, {{segment, {}},
-                     1,
-                     static_cast<int>(min64(tallest, height - i)),
-                     k.vectors(lanes),
-                     k.ends_in_half(lanes),
-                     lanes,
-                     c + (i * pitch + j - range.j0) * acc,
-                     pitch,
-                     choice.blocking.start(row0 - begin),
-                     fetch_share(op, then, t, tiles)});
+        TileArgs tile{{{left + i * l_stride, l_stride, panel, now.count}, {}},
+                      1,
+                      static_cast<int>(min64(tallest, height - i)),
+                      k.vectors(lanes),
+                      k.ends_in_half(lanes),
+                      lanes,
+                      c + (i * pitch + j - range.j0) * acc,
+                      pitch,
+                      choice.blocking.start(row0 - begin),
+                      {}};
+        panels.share(tile);
+        run_tile(k, tile);
       }
       now = then;
     }

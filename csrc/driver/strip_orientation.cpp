@@ -1,16 +1,11 @@
 #include <cstring>
 
 #include "driver/epilogue.h"
+#include "driver/next_region.h"
 #include "driver/rows.h"
-#include "driver/weight_tiles.h"
 
 namespace moelora {
 namespace {
-
-// Outputs [out, out + width), steps [p, p + steps) of an expert's weights.
-struct Region {
-  int64_t expert = 0, out = 0, width = 0, p = 0, steps = 0;
-};
 
 // How a block is cut into regions: each is packed once, for all rows.
 struct Cut {
@@ -46,7 +41,9 @@ class StripBlock {
         b_layout_(k_, w_.has_lines(), cut_.width, rank_) {
     x_ = x_rows(k_, op, range, arena);
     if (rank_) u_ = left_rows(k_, op.u, range.row0, rows_, 0, rank_, arena);
-    panels_ = static_cast<char*>(arena.take(layout_.bytes));
+    widens_ = w_.widens_strip({0, 0, lanes_, 0, 0});
+    for (char*& panels : panels_)
+      if (widens_ || !panels_[0]) panels = static_cast<char*>(arena.take(layout_.bytes));
     b_panels_ = static_cast<char*>(arena.take(b_layout_.bytes));
     c_ = static_cast<char*>(arena.take(c_bytes()));
     if (chains_in_passes()) total_ = static_cast<char*>(arena.take(c_bytes()));
@@ -59,7 +56,7 @@ class StripBlock {
       for (; now.p < depth; now.p += cut_.pass) {
         now.steps = min64(cut_.pass, depth - now.p);
         if (now.p + now.steps == depth) epilogue.expect(range_.row0, rows_, out, min64(piece, now.width));
-        multiply(now, after(now), arena);
+        multiply(now, arena);
         const int64_t end = now.p + now.steps;
         if (!total_ || (end < depth && end % chain_ != 0)) continue;
         if (end <= chain_)
@@ -85,45 +82,54 @@ class StripBlock {
     const int64_t depth = w_.depth(), p = now.p + now.steps, out = now.out + now.width;
     if (p < depth) return {now.expert, now.out, now.width, p, min64(cut_.pass, depth - p)};
     if (out < range_.out1) return {now.expert, out, min64(cut_.width, range_.out1 - out), 0, min64(cut_.pass, depth)};
-    if (range_.next == nullptr) return {};
+    if (range_.next == nullptr || now.width == 0) return {};
     return Cut(choice_, op_, *range_.next).first(op_, *range_.next);
-  }
-
-  // The i-th of n shares of the region.
-  Ahead fetch(const Region& region, int64_t i, int64_t n) const {
-    const int64_t first = i * region.steps / n, last = (i + 1) * region.steps / n;
-    if (first == last) return {};
-    return WeightTiles(k_, op_.w, region.expert).strip_ahead(region.out, region.width, region.p + first, last - first);
   }
 
   Start start(int64_t p) const { return total_ && p % chain_ == 0 ? Start::zero : choice_.blocking.start(p); }
 
+  bool ends(const Region& now) const { return now.p + now.steps == w_.depth() && now.out + now.width == range_.out1; }
+
   // c: [rows][pitch] (+)= rows times the region.
-  void multiply(const Region& now, const Region& next, Arena& arena) {
+  void multiply(const Region& now, Arena& arena) {
     const bool with_lora = rank_ && now.p + now.steps == w_.depth();
-    w_.strip(now.out, now.width, now.p, now.steps, panels_, layout_, arena);
+    if (!made_) w_.strip(now.out, now.width, now.p, now.steps, panels_[current_], layout_, arena);
     if (with_lora) b_.strip(now.out, now.width, 0, rank_, b_panels_, b_layout_, arena);
     const int64_t panels = ceil_div(now.width, lanes_), tallest = k_.max_rows[k_.vecs - 1];
     const int64_t groups = ceil_div(rows_, tallest);
+    const Region then = after(now);
+    NextRegion next(k_, op_.w, NextRegion::RowsAre::steps, then, after(then), groups * panels);
+    made_ = widens_ && !ends(now) && w_.widens_strip(then);
+    if (made_) next.to(panels_[!current_], layout_);
+    TileArgs tile{{{nullptr, x_.stride, nullptr, now.steps}, {nullptr, u_.stride, nullptr, rank_}},
+                  with_lora ? 2 : 1,
+                  0,
+                  0,
+                  false,
+                  layout_.line,
+                  nullptr,
+                  pitch_,
+                  start(now.p),
+                  {}};
     // A panel stays in L1 while the rows pass by.
     for (int64_t j = 0; j < panels; ++j) {
       const int64_t lanes = round_up(min64(lanes_, now.width - j * lanes_), k_.lane_step());
+      tile.vecs = k_.vectors(lanes);
+      tile.half = k_.ends_in_half(lanes);
+      tile.segments[0].r = panels_[current_] + j * layout_.apart;
+      tile.segments[1].r = b_panels_ + j * b_layout_.apart;
+      Shares heights(rows_, groups);
       for (int64_t t = 0; t < groups; ++t) {
-        const int64_t row = t * rows_ / groups, height = (t + 1) * rows_ / groups - row;
-        const Segment base{x_.at(row, now.p * size_of(k_.compute)), x_.stride, panels_ + j * layout_.apart, now.steps};
-        const Segment lora{u_.at(row, 0), u_.stride, b_panels_ + j * b_layout_.apart, rank_};
-        run_tile(k_, {{base, lora},
-                      with_lora ? 2 : 1,
-                      static_cast<int>(height),
-                      k_.vectors(lanes),
-                      k_.ends_in_half(lanes),
-                      layout_.line,
-                      c_ + (row * pitch_ + j * lanes_) * accumulator_size(k_),
-                      pitch_,
-                      start(now.p),
-                      fetch(next, j * groups + t, groups * panels)});
+        const auto [row, height] = heights.take();
+        tile.segments[0].l = x_.at(row, now.p * size_of(k_.compute));
+        tile.segments[1].l = u_.at(row, 0);
+        tile.rows = static_cast<int>(height);
+        tile.c = c_ + (row * pitch_ + j * lanes_) * accumulator_size(k_);
+        next.share(tile);
+        run_tile(k_, tile);
       }
     }
+    current_ = made_ ? !current_ : current_;
   }
 
   const KernelChoice& choice_;
@@ -135,7 +141,8 @@ class StripBlock {
   const int64_t chain_, rank_, rows_, lanes_, pitch_;
   const StripLayout layout_, b_layout_;
   LeftRows x_{}, u_{};
-  char *panels_, *b_panels_, *c_, *total_ = nullptr;
+  char *panels_[2] = {}, *b_panels_, *c_, *total_ = nullptr;
+  bool widens_, current_ = false, made_ = false;  // whether the current panels were made by the tiles before
 };
 
 }  // namespace

@@ -26,6 +26,29 @@ Ahead WeightTiles::strip_ahead(int64_t out, int64_t width, int64_t p, int64_t st
   return {matrix_.at(out, p), matrix_.col_stride * size, steps, min64(width, matrix_.rows - out) * size};
 }
 
+Widen WeightTiles::widen_rows(const Region& region, const LeftRows& to) const {
+  const int64_t unit = kWidenVecs * k_.lanes;
+  return {.from = matrix_.at(region.out, region.p),
+          .stride = matrix_.row_stride * size_of(matrix_.dtype),
+          .rows = region.width,
+          .n = region.steps,
+          .to = const_cast<char*>(to.data),
+          .to_stride = to.stride,
+          .unit = unit,
+          .units_apart = unit * size_of(k_.compute)};
+}
+
+Widen WeightTiles::widen_strip(const Region& region, char* panels, const StripLayout& layout) const {
+  return {.from = matrix_.at(region.out, region.p),
+          .stride = matrix_.col_stride * size_of(matrix_.dtype),
+          .rows = region.steps,
+          .n = region.width,
+          .to = panels,
+          .to_stride = layout.line * size_of(k_.compute),
+          .unit = k_.lanes * k_.vecs,
+          .units_apart = layout.apart};
+}
+
 bool WeightTiles::weaves(int64_t width, int64_t steps) const {
   return !packed_ && k_.weaves && matrix_.dtype == k_.compute && matrix_.row_stride == 1 &&
          width == k_.lanes * k_.vecs && steps % k_.pack == 0;

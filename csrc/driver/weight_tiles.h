@@ -30,6 +30,11 @@ struct StripLayout {
   }
 };
 
+// Outputs [out, out + width), steps [p, p + steps) of an expert's weights.
+struct Region {
+  int64_t expert = 0, out = 0, width = 0, p = 0, steps = 0;
+};
+
 // [outputs, depth]
 class WeightTiles {
  public:
@@ -81,6 +86,19 @@ class WeightTiles {
   // What such a strip will be made of.
   Ahead strip_ahead(int64_t out, int64_t width, int64_t p, int64_t steps) const;
 
+  // Whether tiles can convert `rows` or a `strip` of such regions on the way, and what they are asked for then.
+  bool widens_rows(const Region& region) const {
+    return can_widen() && !in_place() && matrix_.col_stride == 1 && region.steps % (kWidenVecs * k_.lanes) == 0;
+  }
+  bool widens_strip(const Region& region) const {
+    return can_widen() && matrix_.row_stride == 1 && region.width % (k_.lanes * k_.vecs) == 0;
+  }
+  // Where an output's step is stored, of such weights.
+  const char* at(int64_t out, int64_t p) const { return matrix_.at(out, p); }
+  int64_t element_size() const { return size_of(matrix_.dtype); }
+  Widen widen_rows(const Region& region, const LeftRows& to) const;
+  Widen widen_strip(const Region& region, char* panels, const StripLayout& layout) const;
+
   // Rows of lanes for flat tiles, which take some storage types as they are.
   struct FlatOperand {
     LaneRows rows;
@@ -108,6 +126,7 @@ class WeightTiles {
   }
 
  private:
+  bool can_widen() const { return k_.widens && !packed_ && matrix_.dtype == DType::bf16; }
   LeftRows unpacked_rows(int64_t out, int64_t count, int64_t p, int64_t steps, bool fetch, Arena& arena) const;
   void unpacked_strip(int64_t out, int64_t width, int64_t p, int64_t steps, void* panels, int64_t lanes, int64_t apart,
                       Arena& arena) const;

@@ -31,6 +31,7 @@ struct Bf16Dot : F32x16 {
   using Half = Bf16DotHalf;
   static constexpr bool has_half = true;
   static constexpr bool weaves = true;
+  static constexpr bool widens = false;
   using elem = bf16_t;
   using opvec = __m512bh;
   using unit = __m512i;

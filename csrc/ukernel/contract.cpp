@@ -72,6 +72,24 @@ void check_weaving(const Call& call, const TileArgs& args) {
   call.aligned(args.weave.rows, args.weave.rows_stride, size_of(k.compute), "weave.rows must be aligned");
 }
 
+void check_widening(const Call& call, const TileArgs& args) {
+  const Kernels& k = call.k;
+  const Widen& widen = args.widen;
+  call.require(widen.rows >= 0, "widen.rows must be at least 0", widen.rows);
+  if (widen.rows == 0) return;
+  call.require(k.widens, "widen is for kernel sets that widen", widen.rows);
+  call.require(args.ahead.rows == 0, "widen must not come beside ahead", args.ahead.rows);
+  call.require(widen.unit == kWidenVecs * k.lanes || widen.unit == k.vecs * k.lanes,
+               "widen.unit must be kWidenVecs vectors or the widest tile's", widen.unit);
+  call.require(widen.n > 0 && widen.n % widen.unit == 0, "widen.n must be whole units", widen.n);
+  call.require((widen.from == nullptr) != (widen.runs == nullptr), "widen must have one of from and runs", 0);
+  call.given(widen.to, "widen.to must not be null");
+  call.aligned(widen.from, widen.stride, size_of(DType::bf16), "widen.from must be aligned to its elements");
+  call.aligned(widen.to, widen.to_stride, size_of(k.compute), "widen.to must be aligned to its elements");
+  call.require(widen.units_apart % size_of(k.compute) == 0, "widen.units_apart must be whole elements",
+               widen.units_apart);
+}
+
 void check_pack(const Call& call, const PackArgs& args, int64_t lanes, int64_t depth) {
   const int64_t step = call.k.lane_step();
   call.require(args.n_rows >= 0, "n_rows must be at least 0", args.n_rows);
@@ -103,6 +121,7 @@ void check(const Kernels& k, const TileArgs& args) {
   call.require(args.rows == 1 || args.ldc >= lanes, "ldc must be at least the lanes of the tile", args.ldc);
   for (int s = 0; s < args.n_segments; ++s) check_segment(call, args.segments[s]);
   check_weaving(call, args);
+  check_widening(call, args);
   check_ahead(call, args.ahead);
 }
 

@@ -24,6 +24,7 @@ struct Plain : V {
   using Half = typename HalfOf<H, Compute>::type;
   static constexpr bool has_half = !__is_same(H, void);
   static constexpr bool weaves = false;
+  static constexpr bool widens = V::widens;
   using acc_t = typename V::acc_t;
   using elem = acc_t;
   using opvec = typename V::vec;

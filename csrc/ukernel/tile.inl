@@ -4,6 +4,7 @@
 //     broadcast(elem*), broadcast_last(elem*) (one element where pack is 2), load_panel(elem*), fma(opvec, opvec, vec),
 //     stage(elem* dst, const elem* src, n): copies n <= kStage elements, zeros up to kStage
 //     weave(const elem* a, const elem* b, opvec (&line)[4]): a line of the panel from two rows of 4 · lanes, if weaves
+//     widens: whether it has load_whole(const bf16_t*), a vector of converted numbers, and store_units
 // Half: the same with half as many lanes; Op itself where there is none.
 #pragma once
 
@@ -197,6 +198,62 @@ template <class Op, int MR, int NV, bool HasHalf, class Beside>
   if (segment.depth % Op::pack != 0) acc.template step<true>(l.at(steps), acc.load(r));
 }
 
+// Converts rows [first, end) of a Widen, a unit of Vecs vectors after each call of before().
+template <class Op, int Vecs, class Before>
+[[gnu::always_inline]] inline void widen_rows(const moelora::Widen& job, int64_t first, int64_t end,
+                                              const Before& before) {
+  constexpr int64_t kUnit = Vecs * Op::lanes;
+  for (int64_t row = first; row < end; ++row) {
+    const char* at = job.runs ? static_cast<const char*>(job.runs[row]) + job.offset
+                              : static_cast<const char*>(job.from) + row * job.stride;
+    const auto* from = reinterpret_cast<const moelora::bf16_t*>(at);
+    char* to = static_cast<char*>(job.to) + row * job.to_stride;
+    const int64_t ahead = job.ahead, apart = job.units_apart;
+    for (const auto* row_end = from + job.n; from < row_end; from += kUnit, to += apart) {
+      before();
+#pragma GCC unroll 4
+      for (int v = 0; v < Vecs; ++v)
+        Op::store_units(reinterpret_cast<typename Op::elem*>(to) + v * Op::lanes, Op::load_whole(from + v * Op::lanes));
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead, 0, 2);
+    }
+  }
+}
+
+// The same, beside the segment's products: evenly, in turns whose length does not change, which the processor foresees.
+template <int Vecs, class Op, int MR, int NV, bool HasHalf>
+[[gnu::always_inline]] inline void multiply_widening(Accumulators<Op, MR, NV, HasHalf>& acc,
+                                                     const moelora::Segment& segment, int64_t panel_lanes,
+                                                     const moelora::Widen& job) {
+  const LeftPointers<Op, MR> l(segment);
+  const auto* r = static_cast<const typename Op::elem*>(segment.r);
+  const int64_t steps = segment.depth, in_row = quotient(job.n, Vecs * Op::lanes), fit = quotient(steps, in_row);
+  // Rows for which there are no steps.
+  const int64_t before = job.rows > fit ? job.rows - fit : 0;
+  widen_rows<Op, Vecs>(job, 0, before, [] {});
+  int64_t p = 0;
+  if (before < job.rows) {
+    const int64_t every = quotient(steps, (job.rows - before) * in_row);
+    widen_rows<Op, Vecs>(job, before, job.rows, [&]() __attribute__((always_inline)) {
+      for (int64_t i = every; i > 0; --i, ++p, r += panel_lanes) acc.template step<false>(l.at(p), acc.load(r));
+    });
+  }
+  for (; p < steps; ++p, r += panel_lanes) acc.template step<false>(l.at(p), acc.load(r));
+}
+
+struct Alone {
+  void step() {}
+};
+
+// C: [MR, NV · lanes], L in place.
+template <class Op, int Vecs, int MR, int NV, bool HasHalf>
+void tile_widening(const moelora::TileArgs& args) {
+  Accumulators<Op, MR, NV, HasHalf> acc(args);
+  multiply_widening<Vecs>(acc, args.segments[0], args.panel_lanes, args.widen);
+  Alone alone;
+  if (args.n_segments == 2) multiply_packed(acc, args.segments[1], args.panel_lanes, alone);
+  acc.store(args);
+}
+
 // C: [MR, NV · lanes], L in place.
 template <class Op, int MR, int NV, bool HasHalf>
 void tile_in_place(const moelora::TileArgs& args) {
@@ -295,10 +352,21 @@ template <class Op, int MR, int NV, bool HasHalf>
 void tile_rows(const moelora::TileArgs& args) {
   if constexpr (MR > kInPlaceRows) {
     if (MR - 4 >= args.rows) return tile_rows<Op, MR - 4, NV, HasHalf>(args);
+    if constexpr (Op::widens) {
+      if (args.widen.unit == moelora::kWidenVecs * Op::lanes)
+        widen_rows<Op, moelora::kWidenVecs>(args.widen, 0, args.widen.rows, [] {});
+      else
+        widen_rows<Op, Op::widest>(args.widen, 0, args.widen.rows, [] {});
+    }
     tile_staged<Op, MR, NV, HasHalf>(args);
   } else {
     if constexpr (MR > 1)
       if (MR - 1 >= args.rows) return tile_rows<Op, MR - 1, NV, HasHalf>(args);
+    if constexpr (Op::widens)
+      if (args.widen.rows > 0)
+        return args.widen.unit == moelora::kWidenVecs * Op::lanes
+                   ? tile_widening<Op, moelora::kWidenVecs, MR, NV, HasHalf>(args)
+                   : tile_widening<Op, Op::widest, MR, NV, HasHalf>(args);
     tile_in_place<Op, MR, NV, HasHalf>(args);
   }
 }
@@ -336,6 +404,7 @@ void fill_tiles(moelora::Kernels& k) {
   k.lanes = Op::lanes;
   k.halves = Op::has_half;
   k.weaves = Op::weaves;
+  k.widens = Op::widens;
   const int rows[moelora::kMaxTileVecs] = {R1, R2, R3, R4};
   for (int v = 0; v < moelora::kMaxTileVecs; ++v) {
     k.max_rows[v] = rows[v];

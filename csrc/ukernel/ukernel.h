@@ -24,6 +24,9 @@
 // not exist yet: `rows` then holds what is to be packed, one row of lanes for every p, and the tile writes the panel
 // while it multiplies. Only tiles as wide as they get, without a half vector, and an even depth; the compute type.
 //
+// To widen is to convert numbers that later tiles will read, between the products of a tile, for the same reasons. Any
+// tile of a kernel set that widens does it.
+//
 // Two segments make LoRA part of the contraction: [x | s·xAᵀ] · [W | B]ᵀ.
 //
 //   dot_tile  C[j, i] (+)= Σ_s Σ_p L_s[i][p] · R_s[j][p]        i < rows, j < cols
@@ -82,6 +85,23 @@ struct Weave {
   int64_t depth = 0;
 };
 
+constexpr int kWidenVecs = 4;
+
+// bf16 that later tiles will read, to be converted to the compute type on the way: `rows` rows of `n` elements of unit
+// stride, `stride` bytes apart, or each `offset` bytes behind its entry of `runs`. In `to`, rows are `to_stride` bytes
+// apart, and each `unit` of elements begins `units_apart` bytes behind the one before. unit: kWidenVecs vectors, or the
+// widest tile's lanes, which may go to a panel each; n is a multiple of it. Only where a kernel set widens, not beside
+// an Ahead.
+struct Widen {
+  const void* from = nullptr;
+  int64_t stride = 0, rows = 0, n = 0;
+  const void* const* runs = nullptr;
+  int64_t offset = 0;
+  void* to = nullptr;
+  int64_t to_stride = 0, unit = 0, units_apart = 0;
+  int64_t ahead = 0;  // bytes: memory so far behind each element will be wanted soon
+};
+
 struct TileArgs {
   Segment segments[2];
   int n_segments;
@@ -93,6 +113,7 @@ struct TileArgs {
   Start start;
   Ahead ahead;
   Weave weave = {};
+  Widen widen = {};
 };
 
 constexpr int kMaxDotCols = 6;
@@ -195,7 +216,7 @@ struct Kernels {
   bool halves;                 // panels may end in half a vector
   int vecs;                    // widest tile
   int max_rows[kMaxTileVecs];  // tallest tile of 1, 2, … vecs
-  bool weaves;
+  bool weaves, widens;
   void (*tile)(const TileArgs&);
   int dot_rows[kMaxDotCols];  // tallest dot tile of 1, 2, … columns
   // Indexed by the storage type of the first segment's L, which is widened on the way; null where there is none.

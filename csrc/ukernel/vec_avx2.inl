@@ -14,6 +14,8 @@ struct F32x8 {
   using acc_t = float;
   using vec = __m256;
   static constexpr int lanes = 8;
+  static constexpr bool widens = true;
+  static constexpr int widest = 3;
   static constexpr int sums = 12;
   static constexpr int dot_rows[] = {6, 4, 3, 3, 2, 2};
 

@@ -49,6 +49,8 @@ struct F32x16 {
   using acc_t = float;
   using vec = __m512;
   static constexpr int lanes = 16;
+  static constexpr bool widens = true;
+  static constexpr int widest = 4;
   static constexpr int sums = 24;
   static constexpr int dot_rows[] = {8, 8, 8, 6, 4, 4};
 

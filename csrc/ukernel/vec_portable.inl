@@ -13,6 +13,7 @@ struct PortableVec {
   using acc_t = A;
   typedef A vec __attribute__((vector_size(Lanes * sizeof(A))));
   static constexpr int lanes = Lanes;
+  static constexpr bool widens = false;
   static constexpr int sums = 8;
 
   static vec zero() { return vec{}; }
