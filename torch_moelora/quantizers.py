@@ -24,7 +24,7 @@ LEAST = 1e-38
 # The largest E4M3 and E2M1, and the least E4M3 that is not zero.
 MOST_E4M3, MOST_E2M1, LEAST_E4M3 = 448.0, 6.0, 2.0**-9
 
-# Elements that a thread takes at once: its caches hold a few copies of them, and calls cost little beside them.
+# Elements that a thread takes at once: its caches hold a few copies, and calls cost little beside them.
 PIECE = 1 << 17
 
 # codes, scale, scale2
@@ -65,7 +65,7 @@ def check(row: Format, weight: Tensor, group_size: int | None, nested: bool) -> 
 
 
 def _pieces(weight: Tensor, each: int = 1) -> Iterator[tuple[int, int, int]]:
-    """(expert, first row, end): a multiple of `each` rows, or the last ones; on other devices than CPU all."""
+    """(expert, first row, end): a multiple of `each` rows or the last; elsewhere than on CPU all."""
     experts, n, k = weight.shape
     rows = max(each, PIECE * torch.get_num_threads() // k // each * each) if weight.is_cpu else n
     return ((e, i, min(i + rows, n)) for e in range(experts) for i in range(0, n, rows))
