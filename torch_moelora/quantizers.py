@@ -127,8 +127,8 @@ class _Rounding(NamedTuple):
     codes: Tensor
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Contiguous values → uint8 codes."""
-        bits = values.view(-1).view(torch.int32)
+        """float32 values → uint8 codes."""
+        bits = values.reshape(-1).view(torch.int32)
         at = (bits >> 16).add_(32769)
         limit = _look_up(self.limits, at)
         before = torch.sub(bits, limit, out=limit).bitwise_right_shift_(31)  # -1, else 0
