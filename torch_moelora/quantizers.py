@@ -91,8 +91,8 @@ def _or_one(scale: Tensor) -> Tensor:
 
 
 def _packed(row: Format, codes: Tensor) -> Tensor:
-    """uint8 codes [..., K], contiguous → [..., K/2]."""
-    pairs = codes.view(torch.int16)  # the even one in the low half
+    """uint8 codes [..., K] → [..., K/2]."""
+    pairs = codes.contiguous().view(torch.int16)  # the even one in the low half
     moved = pairs << 4 | pairs >> 8 if row.high_first else pairs >> 4 | pairs
     return moved.to(torch.uint8)
 
