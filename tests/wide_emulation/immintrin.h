@@ -324,7 +324,9 @@ EMULATED __m512i _mm512_cvtepu8_epi64(__m128i v) {
   return {_mm256_cvtepu8_epi64(v), _mm256_cvtepu8_epi64(_mm_srli_si128(v, 4))};
 }
 EMULATED __mmask64 _mm512_movepi8_mask(__m512i v) {
-  const auto bits = [](__m256i part) { return static_cast<__mmask64>(static_cast<uint32_t>(_mm256_movemask_epi8(part))); };
+  const auto bits = [](__m256i part) {
+    return static_cast<__mmask64>(static_cast<uint32_t>(_mm256_movemask_epi8(part)));
+  };
   return bits(v.low) | bits(v.high) << 32;
 }
 EMULATED __mmask32 _mm512_cmpeq_epi16_mask(__m512i a, __m512i b) {
