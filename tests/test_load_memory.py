@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 
 import moelora
 import pytest
 import torch
 from model_tiny import logits, one_thread  # noqa: F401  (one_thread: autouse)
-from moelora import cache
+from moelora import cache, loading
 from moelora.errors import MoeloraError
 from packed_files import LAYOUTS, write
 from packed_models import checkpoints  # noqa: F401  (a fixture)
@@ -161,7 +162,24 @@ def test_an_interrupted_or_failed_writer_leaves_nothing(checkpoints, tmp_path, m
     assert not left.exists() and len(files(checkpoint)) == 2
 
 
-def test_two_at_once(checkpoints, tmp_path):  # noqa: F811
+@pytest.fixture
+def own_processes(monkeypatch):
+    """Threads that do not wait for each other, as processes do not. What they share is put back."""
+    monkeypatch.setattr(loading, "LOADING", nullcontext())
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_several_processes_stack_at_once(checkpoints, tmp_path, own_processes):  # noqa: F811
+    _load_at_once(checkpoints, tmp_path)
+
+
+def test_threads_load_at_once(checkpoints, tmp_path):  # noqa: F811
+    _load_at_once(checkpoints, tmp_path)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def _load_at_once(checkpoints, tmp_path):  # noqa: F811
     checkpoint = checkpoints("gptq")._replace(cache=tmp_path)
     expected, found = logits(checkpoints("gptq").model()), []
     threads = [threading.Thread(target=lambda: found.append(checkpoint.model())) for _ in range(3)]

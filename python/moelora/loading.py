@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from moelora import layouts, stored, unpacking
 from moelora.errors import MoeloraError, one_line
 from moelora.packed_layout import METHOD, SECTION
 
+# transformers sets the process's default dtype for the time of a load, and puts back what it found.
+LOADING = threading.Lock()
 MODELOPT = "hf_quant_config.json"  # where older ModelOpt says it, instead of in config.json
 
 
@@ -41,7 +44,8 @@ def from_pretrained(
         config, kwargs = _config(config or directory, kwargs)
     section = _section(config, Path(directory))
     if section is None:
-        return AutoModelForCausalLM.from_pretrained(directory, config=config, **kwargs)
+        with LOADING:
+            return AutoModelForCausalLM.from_pretrained(directory, config=config, **kwargs)
     layout = layouts.recognise(section)
     known = {} if layout is not layouts.OURS else section
     own = {**known, "quant_method": METHOD, "cache_dir": None if cache_dir is None else os.fspath(cache_dir)}
@@ -56,7 +60,8 @@ def _load(directory: str | os.PathLike, config: PreTrainedConfig, kwargs: dict[s
     problems: list[MoeloraError] = []
     token = unpacking.PROBLEMS.set(problems)
     try:
-        return AutoModelForCausalLM.from_pretrained(directory, config=config, **kwargs)
+        with LOADING:
+            return AutoModelForCausalLM.from_pretrained(directory, config=config, **kwargs)
     except RuntimeError as error:
         if not problems:
             raise
