@@ -13,7 +13,7 @@ from . import ceilings, machine, memory, options, report, results
 from .layer import DTYPES
 from .suite import Suite
 
-WIDTH = 150  # of tables that go to a file
+WIDTH = 200  # of tables that go to a file
 TURN_SECONDS = 0.1  # for each ceiling, between the contestants' turns
 DRIFT = 0.07  # a larger change of the ceilings is reported
 

@@ -58,8 +58,7 @@ def model_directory(tmp_path) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """No processes to try contestants out in: those have tests of their own. Headings in one line."""
-    monkeypatch.setenv("COLUMNS", "200")
+    """No processes to try contestants out in: those have tests of their own."""
     monkeypatch.setattr(remote, "try_out", lambda *_: 1000)
     monkeypatch.setattr(remote, "product_rates", lambda dtypes, _: dict.fromkeys(dtypes, 1e9))
 
