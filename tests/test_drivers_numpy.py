@@ -160,6 +160,17 @@ def test_small_blocks(k, case, blocking, threads):
 
 
 @every_set
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_strips_of_several_panels(k, tokens):
+    """The gates' gradient is a sum of parts, of which no orientation may write another's."""
+    dtype = {"bf16": BF16, "fp64": FP64}.get(k.compute, FP32)
+    case = Case(tokens=tokens, top_k=1, experts=1, k=330, n=6, dtype=dtype, gates="same")
+    for rows in (0, 64):
+        blocking = {"strip": 2, "thin_strip": 1, "thin_rows": rows, "flat_rows": 0, "dot_rows": 0}
+        check(with_blocking(k, blocking), case)
+
+
+@every_set
 @given(case=cases().filter(lambda case: case.rank), blocking=blockings, threads=st.sampled_from((1, 3)))
 def test_both_gradients_at_once_are_those_of_the_drivers_for_one(k, case, blocking, threads):
     """In every bit: dy · B is computed once, as each of them computes it."""

@@ -286,7 +286,9 @@ bool in_thin_passes(const KernelChoice& choice, const BlockRange& block) {
 bool uses_row_orientation(const GroupedLinear& op) { return rows_are_contiguous(op.w); }
 
 int64_t segment_width(const KernelChoice& choice, const GroupedLinear& op) {
-  return uses_row_orientation(op) ? choice.blocking.segment : choice.blocking.strip;
+  if (uses_row_orientation(op)) return choice.blocking.segment;
+  const Kernels& k = *choice.kernels;
+  return k.weaves ? k.lanes * k.vecs : choice.blocking.strip;  // a woven panel at a time, whatever a strip is
 }
 
 int64_t dot_part_count(const KernelChoice& choice, const GroupedLinear& op) {
