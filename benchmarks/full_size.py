@@ -209,7 +209,7 @@ def _draw(found: dict, seen: Watched, path: Path) -> None:
     speeds = [found["tokens_a_step"] / (b - a) for a, b in zip(seen.steps, seen.steps[1:], strict=False)]
     rates.plot(seen.steps[1:], speeds, "o-", color="tab:orange", markersize=3, label="tokens/s of each step")
     rates.set_ylabel("tokens/s")
-    rates.set_ylim(bottom=0)
+    rates.set_ylim(0, 1.5 * max(speeds))  # below the line of the memory
     figure.suptitle(f"{path.stem.replace('_', ', ')}: {found['tokens_per_second']:.1f} tokens/s")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
