@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -51,7 +50,7 @@ class Watched:
 
 def watch(command: list[str], log: Path) -> Watched:
     """Runs the command, its output on the terminal."""
-    seen, started = Watched(), time.perf_counter()
+    seen, started, since = Watched(), time.perf_counter(), time.time()
     process = psutil.Popen(command)
     while process.poll() is None:
         now = time.perf_counter() - started
@@ -62,7 +61,8 @@ def watch(command: list[str], log: Path) -> Watched:
         seen.seconds.append(now)
         seen.private.append(memory.rss - memory.shared)
         seen.mapped.append(memory.shared)
-        lines = log.read_text().splitlines() if log.exists() else []
+        fresh = log.exists() and log.stat().st_mtime > since  # and no earlier run's
+        lines = log.read_text().splitlines() if fresh else []
         entries = [entry for entry in map(json.loads, lines) if "loss" in entry]
         seen.steps += [now] * (len(entries) - len(seen.log))
         seen.log = entries
@@ -86,12 +86,12 @@ def active_parameters(directory: Path) -> float:
     from moelora.commands import inspect
 
     outline, config = checkpoints.outline(directory)
-    groups = list(inspect._groups(outline, config))
-    experts = sum(group.parameters for group in groups)
+    found = inspect.cost(outline, config, 1, "both", 1)
+    experts = sum(group.parameters for group in found.groups)
     embedding = outline.get_input_embeddings().weight
     tied = embedding is outline.get_output_embeddings().weight
-    others = checkpoints.count(outline) - experts - (0 if tied else embedding.numel())
-    return others + sum(group.parameters * group.top_k / group.experts for group in groups)
+    others = found.parameters - experts - (0 if tied else embedding.numel())
+    return others + sum(group.parameters * group.top_k / group.experts for group in found.groups)
 
 
 def _commands(options: argparse.Namespace, base: Path, out: Path) -> tuple[list[str], list[str]]:
@@ -100,6 +100,7 @@ def _commands(options: argparse.Namespace, base: Path, out: Path) -> tuple[list[
     make += ["--nested"] * options.nested + (["--layers", str(options.layers)] if options.layers else [])
     tune = [
         *(*moelora, "finetune", "--model", str(base), "--output", str(out), "--report-to", "jsonl"),
+        "--overwrite",  # what an earlier run wrote, and nothing else
         *(
             "--seq-length",
             str(options.length),
@@ -122,7 +123,6 @@ def main(argv: list[str] | None = None) -> int:
     make, tune = _commands(options, base, out)
     if not base.exists() and subprocess.call(make):
         return 1
-    shutil.rmtree(out, ignore_errors=True)  # this command's own, of the last time
     if options.cold:
         forget(base)
     threads = torch.get_num_threads()
