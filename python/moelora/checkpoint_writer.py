@@ -22,6 +22,7 @@ import xxhash
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from moelora.disk import sync
 from moelora.errors import MoeloraError, one_line, writing
 from moelora.shards import ShardFile, Spec, divided
 from moelora.stored import INDEX
@@ -214,7 +215,7 @@ def _intact(path: Path, known: dict[str, Any]) -> bool:
 def _finish(partial: Path, record: dict[str, Any], name: str, told: list[Any]) -> None:
     """To the disk, and then into the record: in a thread of its own, while the next file is made."""
     path = partial / name
-    _sync(path)
+    sync(path)
     record["files"][name] = {"size": path.stat().st_size, "digest": digest(path), "told": told}
     _save(partial / _RECORD, record)
 
@@ -234,11 +235,11 @@ def _write_index(
 def _publish(partial: Path, out: Path) -> None:
     """The directory under its name, then without what was only for the run."""
     for path in partial.iterdir():
-        _sync(path)
+        sync(path)
     with suppress(OSError):
         out.rmdir()  # an empty one
     os.rename(partial, out)
-    _sync(out.parent)
+    sync(out.parent)
     for name in (_RECORD, _LOCK):
         (out / name).unlink(missing_ok=True)
 
@@ -246,14 +247,5 @@ def _publish(partial: Path, out: Path) -> None:
 def _save(path: Path, content: Any) -> None:
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    _sync(new)
+    sync(new)
     os.replace(new, path)
-
-
-def _sync(path: Path) -> None:
-    with suppress(OSError):  # some file systems sync no directories
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

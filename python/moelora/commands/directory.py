@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from moelora.commands import fingerprints
+from moelora.disk import sync
 from moelora.errors import MoeloraError, writing
 
 PRIVATE = ".moelora"
@@ -230,7 +231,7 @@ def publish(out: Path, name: str, write: Callable[[Path], Any]) -> Path:
             write(staging / name)
             written = entries(staging, name)
             for path in written:
-                _sync(staging / path)
+                sync(staging / path)
             manifest = _read(out)
             old = {key: value for key, value in manifest.items() if _within(key, name)}
             if os.path.lexists(final) and (stranger := _stranger(out, final, old)):
@@ -238,7 +239,7 @@ def publish(out: Path, name: str, write: Callable[[Path], Any]) -> Path:
             remove(out, name)
             _write(out, {**{k: v for k, v in _read(out).items() if not _within(k, name)}, **written})
             os.replace(staging / name, final)
-            _sync(out)
+            sync(out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return final
@@ -309,16 +310,6 @@ def _within(key: str, name: str) -> bool:
     return key == name or key.startswith(f"{name}/")
 
 
-def _sync(path: Path) -> None:
-    """To the disk, so that a power cut does not leave a complete name over missing content."""
-    with suppress(OSError):  # some file systems sync no directories
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 # ---- the manifest
 
 
@@ -340,5 +331,5 @@ def _write(out: Path, manifest: dict[str, Entry]) -> None:
     path = out / PRIVATE / _MANIFEST
     new = path.with_suffix(".new")
     new.write_text(json.dumps({"version": _VERSION, "files": manifest}, indent=1), encoding="utf-8")
-    _sync(new)
+    sync(new)
     os.replace(new, path)
