@@ -24,8 +24,8 @@ import torch
 from matplotlib.figure import Figure
 
 from . import ceilings
-from .machine import find
-from .results import _slug
+from .machine import Machine, find
+from .results import slug
 
 RESULTS = Path(__file__).parent / "results"
 PERIOD = 0.5  # seconds between two looks at the memory
@@ -115,10 +115,21 @@ def _commands(options: argparse.Namespace, base: Path, out: Path) -> tuple[list[
     return make, tune
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = _parsed(argv)
+def _checkpoint(options: argparse.Namespace) -> str:
     name = f"{options.model}-{options.format}{'-nested' * options.nested}"
-    name += f"-{options.layers}-layers" if options.layers else ""
+    return name + (f"-{options.layers}-layers" if options.layers else "")
+
+
+def stem(options: argparse.Namespace, machine: Machine) -> str:
+    """Machine with its cores, instruction set, checkpoint, and what was made scarce."""
+    fields = [slug(str(machine)), slug(machine.instruction_set), "full-size", _checkpoint(options)]
+    fields += ["cold"] * options.cold + ([f"{options.less:g}-gb-less"] if options.less else [])
+    return "_".join(fields)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    name = _checkpoint(options)
     base, out = options.folder / name, options.folder / f"{name}-tuned"
     make, tune = _commands(options, base, out)
     if not base.exists() and subprocess.call(make):
@@ -135,13 +146,11 @@ def main(argv: list[str] | None = None) -> int:
         return seen.status
     found = _found(options, base, tune, seen, before, ceilings.measure("bf16", "cpu", threads, None, None))
     print(_told(found))
-    machine = find("cpu", "bf16")
-    stem = "_".join([_slug(str(machine)), _slug(machine.instruction_set), "full-size", name])
-    stem += "_cold" * options.cold + (f"_{options.less:g}-gb-less" if options.less else "")
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
-    _draw(found, seen, RESULTS / f"{stem}.png")
-    print(f"wrote {RESULTS / stem}.json and .png")
+    path = RESULTS / f"{stem(options, find('cpu', 'bf16'))}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    _draw(found, seen, path.with_suffix(".png"))
+    print(f"wrote {path} and .png")
     return 0
 
 
@@ -152,15 +161,18 @@ def _found(options, base: Path, tune: list[str], seen: Watched, before, after) -
     median = step[len(step) // 2]
     flops = 4 * active_parameters(base) * tokens
     private, mapped = seen.peak()
-    rate = max(before.rate, after.rate)
+    rate, folder = max(before.rate, after.rate), str(options.folder)
     return {
         "machine": str(machine),
         "instruction_set": machine.instruction_set,
         "processor": machine.to_json(),
         "memory_bytes": psutil.virtual_memory().total,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.full_size", *options.arguments]),
-        "finetune": shlex.join(["python", *tune[1:]]),
+        # Where the checkpoint lay means nothing elsewhere.
+        "command": shlex.join(["python", "-m", "benchmarks.full_size", *options.arguments]).replace(
+            folder, "DIR"
+        ),
+        "finetune": shlex.join(["python", *tune[1:]]).replace(folder, "DIR"),
         "torch": torch.__version__,
         "file_bytes": sum(path.stat().st_size for path in base.glob("*.safetensors")),
         "ceilings": before.to_json(),
@@ -215,7 +227,7 @@ def _draw(found: dict, seen: Watched, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _parsed(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size", description=__doc__)
     parser.add_argument("--model", default="qwen3-30b-a3b", help="a name that `synthesize` knows")
     parser.add_argument("--format", default="nf4", help="of the experts")

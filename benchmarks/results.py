@@ -81,7 +81,7 @@ def as_json(outcome: Outcome, options: argparse.Namespace, machine: Machine, aft
     }
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """Lower-case words with hyphens, without marks such as (R)."""
     return re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", " ", text.lower())).strip("-")
 
@@ -91,11 +91,11 @@ def stem(options: argparse.Namespace, machine: Machine) -> str:
     the same command on the same machine replaces its own files, and another machine's of the same name only
     where both computed with the same instruction set.
     """
-    names = [_slug(shape.name) for shape in options.shape]
+    names = [slug(shape.name) for shape in options.shape]
     shapes = "-".join(names) if len(names) <= 2 else f"{len(names)}-shapes"
     part = "layer" if options.layer else "operators" if options.operators else "all"
     part += "-formats" if options.format else ""
-    fields = [_slug(str(machine)), _slug(machine.instruction_set), options.dtype, shapes, part]
+    fields = [slug(str(machine)), slug(machine.instruction_set), options.dtype, shapes, part]
     if options.device == "cpu" and options.threads != machine.cores:
         fields.append(f"{options.threads}-threads")
     return "_".join(fields)

@@ -15,7 +15,7 @@ from torch_moelora import _C
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
 
-from benchmarks import chart, machine, markdown, options, products, remote, results
+from benchmarks import chart, full_size, machine, markdown, options, products, remote, results
 from benchmarks.peers import MODULES
 
 ROOT = Path(__file__).parents[1]
@@ -61,9 +61,13 @@ def test_result_files_are_named_after_what_they_hold():
     for path, found in files.items():
         name, cores = found["machine"].removesuffix(" cores").split(", ")
         where = machine.Machine(name, int(cores), None, None, found["instruction_set"], None)
-        arguments = shlex.split(found["command"].partition("benchmarks.run")[2])
-        parsed = options.parse([*arguments, "--threads", str(found["options"]["threads"])])
-        assert path.stem == results.stem(parsed, where)
+        module, *arguments = shlex.split(found["command"].partition("benchmarks.")[2])
+        if module == "full_size":
+            expected = full_size.stem(full_size.parse(arguments), where)
+        else:
+            parsed = options.parse([*arguments, "--threads", str(found["options"]["threads"])])
+            expected = results.stem(parsed, where)
+        assert path.stem == expected
         assert path.with_suffix(".png").exists()
 
 
