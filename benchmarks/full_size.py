@@ -154,6 +154,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _anywhere(arguments: list[str], options: argparse.Namespace) -> str:
+    """The command without where the checkpoint lay."""
+    return shlex.join(["python", *arguments]).replace(str(options.folder), "DIR")
+
+
 def _found(options, base: Path, tune: list[str], seen: Watched, before, after) -> dict:
     tokens, machine = options.rows * options.length, find("cpu", "bf16")
     # The first step reads the files and clears fresh memory.
@@ -161,14 +166,13 @@ def _found(options, base: Path, tune: list[str], seen: Watched, before, after) -
     median = step[len(step) // 2]
     flops = 4 * active_parameters(base) * tokens
     private, mapped = seen.peak()
-    rate, folder = max(before.rate, after.rate), str(options.folder)
+    rate = max(before.rate, after.rate)
     return {
         "machine": str(machine),
         "instruction_set": machine.instruction_set,
         "processor": machine.to_json(),
         "memory_bytes": psutil.virtual_memory().total,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        # Where the checkpoint lay means nothing elsewhere.
         "command": shlex.join(["python", "-m", "benchmarks.full_size", *options.arguments]).replace(
             folder, "DIR"
         ),
