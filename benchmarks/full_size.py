@@ -173,10 +173,8 @@ def _found(options, base: Path, tune: list[str], seen: Watched, before, after) -
         "processor": machine.to_json(),
         "memory_bytes": psutil.virtual_memory().total,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.full_size", *options.arguments]).replace(
-            folder, "DIR"
-        ),
-        "finetune": shlex.join(["python", *tune[1:]]).replace(folder, "DIR"),
+        "command": _anywhere(["-m", "benchmarks.full_size", *options.arguments], options),
+        "finetune": _anywhere(tune[1:], options),
         "torch": torch.__version__,
         "file_bytes": sum(path.stat().st_size for path in base.glob("*.safetensors")),
         "ceilings": before.to_json(),
