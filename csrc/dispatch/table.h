@@ -17,6 +17,7 @@ struct Blocking {
   int64_t thin_depth;     //   this deep, and
   int64_t thin_strip;     //   this wide, a multiple of strip; packed, they fit L2
   int64_t strip;          // else this wide: outputs that are packed together, a multiple of the widest tile
+  int64_t pass_outputs;   // of so many outputs each pass takes the strips in turn: rows of a pass stay in L2
   int64_t packed_strips;  // of packed weights so many strips are unpacked together,
   int64_t packed_depth;   //   so deep or a chain
   int64_t packed_flat_rows;  // up to so many rows, some steps of packed weights at a time are unpacked for flat tiles

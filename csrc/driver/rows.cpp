@@ -28,10 +28,11 @@ LanePanel* pack_rows(const Kernels& k, const GroupedLinear& op, const BlockRange
   return panels;
 }
 
-LeftRows x_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& range, Arena& arena) {
-  const int64_t rows = range.row1 - range.row0, depth = op.w.cols();
-  if (op.x.order == RowOrder::grouped) return left_rows(k, op.x.matrix, range.row0, rows, 0, depth, arena);
-  return copied_rows(k, op.x.matrix, row_addresses(*op.routing, op.x, range.row0, rows, arena), rows, 0, depth, arena);
+LeftRows x_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& range, int64_t p, int64_t steps,
+                Arena& arena) {
+  const int64_t rows = range.row1 - range.row0;
+  if (op.x.order == RowOrder::grouped) return left_rows(k, op.x.matrix, range.row0, rows, p, steps, arena);
+  return copied_rows(k, op.x.matrix, row_addresses(*op.routing, op.x, range.row0, rows, arena), rows, p, steps, arena);
 }
 
 }  // namespace moelora

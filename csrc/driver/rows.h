@@ -18,7 +18,11 @@ struct LanePanel {
 inline int64_t panel_count(const Kernels& k, int64_t rows) { return ceil_div(rows, k.lanes * k.vecs); }
 LanePanel* pack_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& range, Arena& arena);
 
-// The expert's x rows as L rows: in place where they are evenly spaced.
-LeftRows x_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& range, Arena& arena);
+// Steps [p, p + steps) of the expert's x rows as L rows: in place where they are evenly spaced.
+LeftRows x_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& range, int64_t p, int64_t steps,
+                Arena& arena);
+inline LeftRows x_rows(const Kernels& k, const GroupedLinear& op, const BlockRange& range, Arena& arena) {
+  return x_rows(k, op, range, 0, op.w.cols(), arena);
+}
 
 }  // namespace moelora
