@@ -74,6 +74,7 @@ class Dequantised(Packed):
     def __init__(self, name: str, loop: bool) -> None:
         super().__init__(BITSANDBYTES, name, LOOP if loop else "")
         self.loop = loop
+        self.stand_in = BITSANDBYTES + name if loop else None
 
     def missing_here(self, case: Case) -> str | None:
         try:
