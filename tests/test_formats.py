@@ -259,6 +259,8 @@ def test_group_sizes():
     assert formats.quantize(w, "int4", group_size=0).scale.shape == (2, 130, 1)
     assert formats.quantize(w, "fp8").scale.shape == (2, 2, 2)
     assert formats.quantize(w, "fp8", group_size=0).scale.shape == (2, 130, 1)
+    assert formats.quantize(w[:, :, :128], "fp8", group_size=0).scale.shape == (2, 130, 1)
+    assert formats.quantize(w[:, :, :128], "fp8").scale.shape == (2, 2, 1)
     assert formats.quantize(w, "nf4", group_size=32).scale.shape == (2, 130, 8)
     assert formats.quantize(w[:, :, :100], "int8").dequantize(FP32).shape == (2, 130, 100)
 

@@ -435,7 +435,8 @@ def quantize(
         quantizers.check_finite(weight)
         return PackedWeight(weight)
     group = row.groups.default if group_size is None else group_size
-    group = group or weight.shape[2]
+    if row.groups.kind != "grid":  # whose rules tell a row from a block that is as long
+        group = group or weight.shape[2]
     nested_codes = nested_values(weight.device) if nested else None
     codes, scale, scale2 = row.rounding(row, weight, group, nested_codes)
     return PackedWeight(codes, scale, scale2, None, format)

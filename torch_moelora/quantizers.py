@@ -275,10 +275,9 @@ def two_levels(row: Format, weight: Tensor, group: int, nested_codes: None) -> P
 
 
 def floats(row: Format, weight: Tensor, group: int, nested_codes: None) -> Parts:
-    """fp8: a scale for blocks of 128 × 128, or for a row."""
-    block = row.groups.least
+    """fp8: a scale for blocks of `group` × `group`, or for a row if that is 0."""
     experts, n, k = weight.shape
-    down, width = (1, k) if group != block else (block, min(block, k))
+    down, width = (group, min(group, k)) if group else (1, k)
     whole = k // width * width  # columns of whole blocks
     codes = _codes(row, weight)
     scales = torch.empty((experts, -(-n // down), -(-k // width)), device=weight.device)
