@@ -231,7 +231,7 @@ class Packed:
         """Returns the weight's figures."""
         at_once = threading.Semaphore(in_work(self._weight, self._blocks))
         nested = self._choice.nested
-        scales = torch.empty(self._parts["scale"].shape) if nested else None
+        scales = torch.empty(self._parts["scale"].shape, dtype=torch.float32) if nested else None
 
         factors = self._changed.begin()
 

@@ -153,21 +153,22 @@ def _rules(choice: Choice, std: float) -> Iterator[tuple[str, Callable[[Any, int
     row = FORMATS[choice.format]
     if row.bits == 4:
         yield "codes", lambda rng, n: torch.from_numpy(_bytes(rng, n))
-        values = torch.tensor(row.codes) - (MIDDLE if row.zero else 0)
+        values = torch.tensor(row.codes, dtype=torch.float32) - (MIDDLE if row.zero else 0)
     elif row.storage == torch.int8:
         yield "codes", _int8
-        values = torch.arange(-127.0, 128)
+        values = torch.arange(-127, 128, dtype=torch.float32)
     else:
         yield "codes", _e4m3
         values = _e4m3(_generator(0), PIECE).float()
     base = std / values.square().mean().sqrt().item() / math.sqrt(1 + _SPREAD**2 / 3)
     if choice.nested:
         yield "scale", lambda rng, n: torch.from_numpy(_bytes(rng, n))
-        yield "scale2", lambda rng, n: torch.tensor([base * _SPREAD, base]).repeat(n // 2)
+        run = torch.tensor([base * _SPREAD, base], dtype=torch.float32)
+        yield "scale2", lambda rng, n: run.repeat(n // 2)
     elif row.scale2 == "parts":
         middle = 1.4  # of the E4M3 below
         yield "scale", lambda rng, n: torch.from_numpy(_bytes(rng, n) & 0x07 | 0x38).view(E4M3)  # 1 … 1.875
-        yield "scale2", lambda rng, n: torch.full((n,), base / middle)
+        yield "scale2", lambda rng, n: torch.full((n,), base / middle, dtype=torch.float32)
     elif row.scale_dtypes[0] == torch.uint8:
         exponent = 127 + math.floor(math.log2(base))
         yield "scale", lambda rng, n: torch.from_numpy((_bytes(rng, n) & 1) + np.uint8(exponent))
