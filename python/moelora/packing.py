@@ -287,7 +287,7 @@ class Packed:
         n, rows = self._weight.shape[1], self._parts[part].shape[1]
         if rows == n:
             return a
-        return a * rows // n if part == "scale2" else a // 128
+        return a * rows // n if part == "scale2" else a // FORMATS[self._choice.format].groups.least
 
     def _first(self, part: str, block: Block) -> int:
         """Where a block begins in a stored tensor."""

@@ -18,8 +18,9 @@ import xxhash
 from torch import Tensor, nn
 
 from moelora import packed_layout
+from moelora.checkpoint_reader import natural
 from moelora.checkpoint_writer import Item
-from moelora.model_names import Names
+from moelora.model_names import Names, oriented
 from moelora.packed_layout import Choice, Layout
 from moelora.shards import ShardFile, Spec
 from torch_moelora.formats import E4M3, FORMATS, MIDDLE
@@ -117,20 +118,12 @@ def items(names: Names, layout: Layout | None, seed: int) -> list[Item]:
     for name, choice in packed.items():
         shape = _shape(own[name], experts.get(name))
         found.append((name, _packed(name, choice, shape, std, seed)))
-    return [item for _, item in sorted(found, key=lambda pair: _natural(pair[0]))]
-
-
-def _natural(name: str) -> list[tuple[int, Any]]:
-    """Layer 10 after layer 9."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+    return [item for _, item in sorted(found, key=lambda pair: natural(pair[0]))]
 
 
 def _shape(weight: Tensor, module: nn.Module | None) -> tuple[int, int, int]:
     """[E, N, K] of a parameter."""
-    if module is None:
-        return (1, *weight.shape)
-    e, n, k = weight.shape
-    return (e, k, n) if module.is_transposed else (e, n, k)
+    return (1, *weight.shape) if module is None else tuple(oriented(module, weight).shape)
 
 
 def _dense(disk: str, tensor: Tensor, std: float, seed: int) -> Drawn:
