@@ -5,6 +5,8 @@ rounding.
 import copy
 import io
 import math
+import subprocess
+import sys
 
 import packings
 import pytest
@@ -259,8 +261,30 @@ def test_group_sizes():
     assert formats.quantize(w, "int4", group_size=0).scale.shape == (2, 130, 1)
     assert formats.quantize(w, "fp8").scale.shape == (2, 2, 2)
     assert formats.quantize(w, "fp8", group_size=0).scale.shape == (2, 130, 1)
+    assert formats.quantize(w[:, :, :128], "fp8", group_size=0).scale.shape == (2, 130, 1)
+    assert formats.quantize(w[:, :, :128], "fp8").scale.shape == (2, 2, 1)
     assert formats.quantize(w, "nf4", group_size=32).scale.shape == (2, 130, 8)
     assert formats.quantize(w[:, :, :100], "int8").dequantize(FP32).shape == (2, 130, 100)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float64])
+def test_another_default_dtype(dtype):
+    """transformers sets one while it builds a model: then or at the import, no scale is of it."""
+    script = (
+        f"import torch; torch.set_default_dtype({dtype}); from torch_moelora import formats\n"
+        "w = torch.arange(-32, 32).repeat(3, 4).view(1, 3, 256).float()\n"
+        "for name in list(formats.FORMATS)[1:]:\n"
+        "    packed = formats.quantize(w, name, nested=formats.FORMATS[name].nested)\n"
+        "    print(name, packed.dequantize(torch.float32).double().sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    w = torch.arange(-32, 32).repeat(3, 4).view(1, 3, 256).float()
+    expected = {
+        name: formats.quantize(w, name, nested=FORMATS[name].nested).dequantize(FP32).double().sum().item()
+        for name in NAMES
+    }
+    assert done.returncode == 0, done.stderr
+    assert {n: float(s) for n, s in map(str.split, done.stdout.splitlines())} == expected
 
 
 W = torch.randn(2, 3, 96)

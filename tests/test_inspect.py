@@ -89,6 +89,20 @@ def test_layers_beyond_the_first_ones_are_like_them():
     assert found[20].activations == pytest.approx(found[8].activations + 12 * found[8].layer)
 
 
+def test_less_rank_leaves_the_other_one_alone():
+    """--rank is that of the experts where the other layers have a --target-rank."""
+    found = []
+    for rank in (8, 4):
+        with torch.device("meta"):
+            outline = AutoModelForCausalLM.from_config(CONFIGS["qwen3_moe"]())
+        plan = memory.Plan(rank, "both", ("q_proj",), 1, 16, target_rank=2)
+        found.append(memory.Estimator(outline, memory.Base(0, 0), plan))
+    more, less = found
+    assert more.kept.fixed == less.kept.fixed > 0
+    expected, told = less.memory(), more.memory(replace(more.plan, rank=4))
+    assert (told.lora, told.gradients, told.moments) == (expected.lora, expected.gradients, expected.moments)
+
+
 def _estimator(base: memory.Base, plan: memory.Plan) -> memory.Estimator:
     """Without a model: 1 GB of LoRA parameters in float32, 10 GB of activations."""
     estimator = object.__new__(memory.Estimator)

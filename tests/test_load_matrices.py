@@ -1,5 +1,6 @@
 """One matrix of each spelling that other projects' files have, against plain arithmetic."""
 
+import json
 import subprocess
 import sys
 
@@ -8,7 +9,18 @@ import torch
 from model_tiny import one_thread  # noqa: F401  (autouse)
 from moelora import matrices, stacking
 from moelora.errors import MoeloraError
-from packed_files import BF16, E4M3, LAYOUTS, _words, bnb, fp8_blocks, fp8_rows, gptq, nvfp4_modelopt
+from packed_files import (
+    BF16,
+    E4M3,
+    LAYOUTS,
+    _words,
+    bnb,
+    fp8_blocks,
+    fp8_rows,
+    gptq,
+    int4,
+    nvfp4_modelopt,
+)
 
 from torch_moelora import formats
 from torch_moelora.formats import PackedWeight
@@ -100,6 +112,61 @@ def test_compressed_integers_of_a_row():
         MoeloraError, match=r"weight_g_idx permutes the columns: .*python -m moelora quantize"
     ):
         matrices.compressed_tensors("a.weight", parts | permuted, {})
+
+
+def test_an_order_of_columns_beside_codes_that_are_not_packed():
+    """Which would be wrong numbers, silently; one with -1 is none."""
+    scale = torch.rand(64, 2, generator=gen())
+    permuted = torch.arange(256, dtype=torch.int32) % 2
+    for values in (torch.ones(64, 256, dtype=torch.int8), codes()):
+        parts = {"weight": values, "weight_scale": scale, "weight_g_idx": permuted}
+        with pytest.raises(MoeloraError, match=r"a\.weight: weight_g_idx permutes the columns"):
+            matrices.compressed_tensors("a.weight", parts, {})
+        parts["weight_g_idx"] = torch.full((256,), -1, dtype=torch.int32)
+        spread = scale.repeat_interleave(128, 1)
+        assert torch.equal(numbers(matrices.compressed_tensors, parts), values.float() * spread)
+
+
+def test_fp8_in_other_blocks():
+    """2 rows of blocks could be those of 128 as well as of 200."""
+    parts = {"weight": codes(256), "weight_scale_inv": torch.rand(2, 2, generator=gen())}
+    matrices.fp8("a.weight", parts, {"weight_block_size": [128, 128]})
+    with pytest.raises(MoeloraError, match=r"a\.weight: blocks of \[200, 128\], expected \[128, 128\]"):
+        matrices.fp8("a.weight", parts, {"weight_block_size": [200, 128]})
+
+
+def _state(**changes) -> torch.Tensor:
+    state = {"quant_type": "nf4", "blocksize": 64, "shape": [64, 256], "dtype": "bfloat16"} | changes
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+NESTED = {"nested_blocksize": 256, "nested_offset": 0.5}
+STATE = "weight.quant_state.bitsandbytes__nf4"
+MALFORMED = [
+    (int4, matrices.compressed_tensors, {"weight_shape": torch.tensor(64)}, "weight_shape is []"),
+    (int4, matrices.compressed_tensors, {"weight_shape": torch.tensor([64, 256, 1])}, "weight_shape is [3]"),
+    (int4, matrices.compressed_tensors, {"weight_packed": torch.tensor(1, dtype=torch.int32)},
+     "weight_packed is [], expected 2 dimensions"),
+    (gptq, matrices.gptq, {"scales": torch.tensor(1.0).half()}, "with scales []"),
+    (bnb, matrices.bitsandbytes, {STATE: _state(blocksize=0)}, "expected nf4 or fp4 with a blocksize"),
+    (bnb, matrices.bitsandbytes, {STATE: _state(shape=["a", "b"])}, "expected nf4 or fp4 with a blocksize"),
+    (bnb, matrices.bitsandbytes, {STATE: _state(shape=[-64, -256])}, "expected nf4 or fp4 with a blocksize"),
+    (bnb, matrices.bitsandbytes, {STATE: _state().float()}, "bitsandbytes__nf4 is float32, expected uint8"),
+    (bnb, matrices.bitsandbytes, {STATE: _state(**NESTED), "weight.nested_absmax": torch.tensor(1.0)},
+     "weight.nested_absmax is [], expected 1 dimensions"),
+    (bnb, matrices.bitsandbytes,
+     {STATE: _state(**NESTED | {"nested_offset": "0"}), "weight.nested_absmax": torch.ones(1)},
+     "its nested_offset is '0', expected a number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("draw", "function", "changes", "told"), MALFORMED, ids=range(len(MALFORMED)))
+def test_malformed(draw, function, changes, told):
+    """No error but one that names the tensor."""
+    stored, _ = draw(64, 256, gen())
+    with pytest.raises(MoeloraError) as caught:
+        function("a.weight", stored | changes, {})
+    assert str(caught.value).startswith("a.weight: ") and told in str(caught.value)
 
 
 def test_gptq_of_both_versions():

@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import moelora
@@ -28,6 +30,7 @@ from moelora import checkpoint_writer, model_names, packed_layout, packing
 from moelora.__main__ import main
 from moelora.commands import signals
 from moelora.packed_layout import Choice, Layout
+from moelora.shards import Spec
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -151,6 +154,51 @@ def test_gpt_oss_as_it_is_published(dense, tmp_path, capsys):
     assert moelora.from_pretrained(same)(torch.arange(8)[None]).logits.isfinite().all()
 
 
+DOWN = "model.layers.1.mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("form", "part", "change", "told"),
+    [
+        ("nf4-nested", "scale2", lambda t: t.flatten(), "scale2 must have shape [6, 2]"),
+        ("nf4-nested", "scale2", None, "scale2 must be given"),
+        ("nf4-nested", "scale", None, "scale is missing (found codes, scale2)"),
+        ("nf4-nested", "codes", lambda t: t.to(torch.int32), "codes must have dtype torch.uint8"),
+        ("int4", "scale", lambda t: t.double(), "scale must have dtype torch.float32, torch.bfloat16 or"),
+        ("int4", "scale", lambda t: t[:, :, :1].clone(), "expected [6, 128, 2], got [6, 128, 1]"),
+        ("int4", "zero", lambda t: t[:, :, :1].clone(), "zero must have shape [6, 128, 2]"),
+        ("nvfp4", "scale2", lambda t: t.repeat(1, 3), "scale2 must have shape [6, P] with P that divides"),
+        ("nvfp4", "zero", lambda t: t, "zero must be None"),
+        ("nf4", "scale", lambda t: t.byte(), "scale2 must be given"),
+    ],
+    ids=range(10),
+)
+def test_a_packed_source_that_is_not_what_it_should_be(dense, tmp_path, capsys, form, part, change, told):
+    source = tmp_path / "in"
+    assert main(["quantize", str(dense("qwen3_moe")), str(source), *arguments(form)]) == 0
+    every = tensors(source)
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    zero = torch.zeros(every[f"{DOWN}.scale"].shape, dtype=torch.uint8)
+    found = every.pop(f"{DOWN}.{part}", zero)
+    if change is not None:
+        every[f"{DOWN}.{part}"] = change(found)
+    save_file(every, source / "model.safetensors", metadata={"format": "pt"})
+    line = fails(["quantize", str(source), str(tmp_path / "out"), "--format", "int8"], capsys)
+    assert DOWN in line and told in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_nested_source_that_is_said_not_to_be(dense, tmp_path, capsys):
+    source = tmp_path / "in"
+    assert main(["quantize", str(dense("qwen3_moe")), str(source), *arguments("nf4-nested")]) == 0
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["experts"]["nested"] = False
+    (source / "config.json").write_text(json.dumps(config))
+    line = fails(["quantize", str(source), str(tmp_path / "out"), "--format", "int8"], capsys)
+    assert "experts.down_proj.scale2 in" in line and "expected nothing, got [6, 2]" in line
+
+
 def test_a_source_that_changed(dense, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint_writer, "LARGEST", 60_000)
     source, out = tmp_path / "in", tmp_path / "out"
@@ -235,13 +283,51 @@ def test_a_second_process_is_told(dense, tmp_path, capsys):
     out = tmp_path / "out"
     partial = tmp_path / "out.unfinished"
     partial.mkdir()
-    with FileLock(partial / "lock"):
+    with FileLock(partial / ".lock"):
         told = fails(["quantize", str(dense("qwen3_moe")), str(out), *arguments("nf4")], capsys)
     assert "another process is writing" in told
     (partial / "mine.txt").write_text("mine")
     told = fails(["quantize", str(dense("qwen3_moe")), str(out), *arguments("nf4")], capsys)
     assert "has mine.txt in it, which no run wrote: move it away" in told
     assert (partial / "mine.txt").read_text() == "mine"
+
+
+def test_a_piece_that_fails_while_others_are_written(tmp_path):
+    """Its file stays open for them: the number of a closed one may be another file's by then."""
+    late = []
+
+    class Item:
+        def __init__(self):
+            self.specs = {"a": Spec(torch.uint8, (2,))}
+
+        def write(self, file, pool):
+            failed = threading.Event()
+
+            def fail():
+                failed.set()
+                raise ValueError("this piece")
+
+            def wait():
+                failed.wait()
+                time.sleep(0.1)
+                file.write("a", 1, torch.ones(1, dtype=torch.uint8))
+                late.append(True)
+
+            waiting, failing = pool.submit(wait), pool.submit(fail)
+            return failing.result(), waiting.result()
+
+    with pytest.raises(ValueError, match="this piece"):
+        checkpoint_writer.write(tmp_path / "out", [Item()], {}, lambda *_: None, 2, "test")
+    assert late == [True] and not list(tmp_path.iterdir())
+
+
+def test_killed_before_its_first_record(tmp_path):
+    """What is there then is the run's own."""
+    partial = tmp_path / "out.unfinished"
+    partial.mkdir()
+    (partial / ".run.json.new").write_text("{")
+    written = checkpoint_writer.write(tmp_path / "out", [], {}, lambda *_: None, 1, "test")
+    assert written.files == 0 and (tmp_path / "out").is_dir()
 
 
 @pytest.mark.slow
@@ -260,7 +346,7 @@ def test_killed_at_any_time(dense, tmp_path, monkeypatch, capsys):
     command = ["quantize", str(source), str(out), *arguments("nf4-nested")]
     done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, timeout=300)
     assert done.returncode == -9 and not out.exists()
-    assert len(json.loads((tmp_path / "out.unfinished" / "run.json").read_text())["files"]) == 3
+    assert len(json.loads((tmp_path / "out.unfinished" / ".run.json").read_text())["files"]) == 3
     monkeypatch.setattr(checkpoint_writer, "LARGEST", 60_000)
     assert main(command) == 0
     assert "3 of them from before" in capsys.readouterr().out
@@ -290,12 +376,15 @@ def test_other_files_come_along(dense, tmp_path):
     source = tmp_path / "in"
     shutil.copytree(dense("qwen3_moe"), source)
     (source / "chat_template.jinja").write_text("{{ messages }}")
+    for name in ("run.json", "lock"):
+        (source / name).write_text("{}")
     out = tmp_path / "out"
     assert main(["quantize", str(source), str(out), *arguments("nf4")]) == 0
     names = {path.name for path in out.iterdir() if path.suffix != ".safetensors"}
     assert names == {
         *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
         *("chat_template.jinja", "model.safetensors.index.json", "quantization_errors.json"),
+        *("run.json", "lock"),
     }
     config, before = (json.loads((d / "config.json").read_text()) for d in (out, source))
     assert config.pop("quantization_config")["experts"] == {

@@ -102,9 +102,8 @@ _NF4 = (
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
 1.0, )  # fmt: skip
 # bitsandbytes' own order; in twelfths, rounded to float32. Code 8 is a zero without a sign.
-_FP4 = tuple(
-    torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]).div(12).tolist()
-)
+_TWELFTHS = (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)
+_FP4 = tuple(torch.tensor(_TWELFTHS, dtype=torch.float32).div(12).tolist())
 # Open Compute Project, Microscaling formats 1.0.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 # Micikevicius et al. 2022 (FP8 formats): no infinities, 0x7f and 0xff are NaN.
@@ -435,7 +434,8 @@ def quantize(
         quantizers.check_finite(weight)
         return PackedWeight(weight)
     group = row.groups.default if group_size is None else group_size
-    group = group or weight.shape[2]
+    if row.groups.kind != "grid":  # whose rules tell a row from a block that is as long
+        group = group or weight.shape[2]
     nested_codes = nested_values(weight.device) if nested else None
     codes, scale, scale2 = row.rounding(row, weight, group, nested_codes)
     return PackedWeight(codes, scale, scale2, None, format)

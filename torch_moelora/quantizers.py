@@ -257,7 +257,7 @@ def two_levels(row: Format, weight: Tensor, group: int, nested_codes: None) -> P
     """nvfp4: E4M3 scales below one multiplier for the expert."""
     nearest = _e2m1_rounding(weight.device)
     codes, scales = _codes(row, weight), _room(weight, group, torch.uint8)
-    multipliers = torch.empty((len(weight), 1), device=weight.device)
+    multipliers = torch.empty((len(weight), 1), dtype=torch.float32, device=weight.device)
     absmax = _room(weight[:1], group, torch.float32)[0]
     for expert in range(len(weight)):
         matrix = weight[expert : expert + 1]
@@ -275,13 +275,13 @@ def two_levels(row: Format, weight: Tensor, group: int, nested_codes: None) -> P
 
 
 def floats(row: Format, weight: Tensor, group: int, nested_codes: None) -> Parts:
-    """fp8: a scale for blocks of 128 × 128, or for a row."""
-    block = row.groups.least
+    """fp8: a scale for blocks of `group` × `group`, or for a row if that is 0."""
     experts, n, k = weight.shape
-    down, width = (1, k) if group != block else (block, min(block, k))
+    down, width = (group, min(group, k)) if group else (1, k)
     whole = k // width * width  # columns of whole blocks
     codes = _codes(row, weight)
-    scales = torch.empty((experts, -(-n // down), -(-k // width)), device=weight.device)
+    shape = (experts, -(-n // down), -(-k // width))
+    scales = torch.empty(shape, dtype=torch.float32, device=weight.device)
 
     def parts(rows: Tensor) -> tuple[Tensor, ...]:
         """[rows, K] → [rows, blocks, columns]: of whole blocks, then of the rest."""

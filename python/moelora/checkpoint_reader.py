@@ -22,6 +22,7 @@ from torch import Tensor
 from moelora import packed_layout, shards, stored
 from moelora.checkpoints import listed
 from moelora.errors import MoeloraError, one_line
+from moelora.matrices import checked, need
 from moelora.model_names import Names, configuration, oriented, outline
 from moelora.packed_layout import Choice, Layout
 from moelora.shards import Stored
@@ -209,13 +210,19 @@ class Source:
         shape = (1, *own.shape) if module is None else tuple(oriented(module, own).shape)
         if choice is None:
             raise MoeloraError(f"{name} in {self.directory} is packed, its configuration does not say how")
-        multipliers = parts["scale2"].spec.shape[1] if "scale2" in parts and not choice.nested else 1
+        where = f"{name} in {self.directory}"
+        need(where, parts, "codes", "scale")
+        metas = {
+            part: torch.empty(one.spec.shape, dtype=one.spec.dtype, device="meta")
+            for part, one in parts.items()
+        }
+        found = checked(where, packed_layout.packed(choice, metas))
+        multipliers = 1 if choice.nested or found.scale2 is None else found.scale2.shape[1]
         expected = packed_layout.specs(choice, shape, multipliers)
-        for part in {*expected, *parts} - {"zero"}:
-            there = parts[part].spec if part in parts else None
-            if there is None or part not in expected or there.shape != expected[part][1]:
-                came = "nothing" if there is None else str(list(there.shape))
-                wanted = list(expected[part][1]) if part in expected else "nothing"
+        for part in sorted({*expected, *parts} - {"zero"}):
+            wanted = list(expected[part][1]) if part in expected else "nothing"
+            came = list(parts[part].spec.shape) if part in parts else "nothing"
+            if came != wanted:
                 raise MoeloraError(f"{name}.{part} in {self.directory}: expected {wanted}, got {came}")
         return PackedSource(name, shape, own.dtype, choice, parts)
 
@@ -269,7 +276,7 @@ class Source:
 
 def _of_gpt_oss(name: str, tensor: Stored) -> tuple[str, Stored]:
     """A tensor of gpt-oss's own MXFP4 as it is called in our layout: the same bytes, in another shape."""
-    if name.endswith("_blocks"):  # uint8 [E, N, K/32, 16]
+    if name.endswith("_blocks") and len(tensor.spec.shape) == 4:  # uint8 [E, N, K/32, 16]
         experts, n, blocks, size = tensor.spec.shape
         spec = tensor.spec._replace(shape=(experts, n, blocks * size))
         return name.removesuffix("_blocks") + ".codes", tensor._replace(spec=spec)

@@ -29,7 +29,8 @@ from moelora.stored import INDEX
 
 SUFFIX = ".unfinished"
 LARGEST = 2 * 10**9  # bytes of a file, unless a single weight has more
-_RECORD, _LOCK = "run.json", "lock"
+_RECORD, _LOCK = ".run.json", ".lock"  # no file of a checkpoint that is copied has such a name
+_NEW = ".new"
 _PIECE = 1 << 24
 
 
@@ -105,7 +106,7 @@ def write(
                     resumed += 1
                     continue
                 specs = {key: spec for n in numbers for key, spec in items[n].specs.items()}
-                with ShardFile(partial / name, specs) as file:
+                with ShardFile(partial / name, specs) as file, _drained(pool):
                     for number in numbers:
                         told[number] = items[number].write(file, pool)
                         progress.update(sum(spec.nbytes for spec in items[number].specs.values()))
@@ -130,6 +131,16 @@ def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _drained(pool: Executor) -> Iterator[None]:
+    """Where the block fails, pieces that are being written are waited for, while their file is still open."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
 
 
 def _settle(closing: list[Future], most: int) -> None:
@@ -171,7 +182,8 @@ def _begin(partial: Path, source: dict[str, Any]) -> dict[str, Any]:
     path = partial / _RECORD
     source = json.loads(json.dumps(source))
     if not path.exists():
-        if strangers := sorted(p.name for p in partial.iterdir() if p.name != _LOCK):
+        own = (_LOCK, path.name + _NEW)
+        if strangers := sorted(p.name for p in partial.iterdir() if p.name not in own):
             raise MoeloraError(f"{partial} has {strangers[0]} in it, which no run wrote: move it away")
         record = {"source": source, "files": {}}
         _save(path, record)
@@ -245,7 +257,7 @@ def _publish(partial: Path, out: Path) -> None:
 
 
 def _save(path: Path, content: Any) -> None:
-    new = path.with_name(path.name + ".new")
+    new = path.with_name(path.name + _NEW)
     new.write_text(json.dumps(content, indent=1), encoding="utf-8")
     sync(new)
     os.replace(new, path)

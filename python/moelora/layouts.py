@@ -112,7 +112,7 @@ def recognise(settings: dict[str, Any]) -> Layout:
         raise MoeloraError(
             f"the checkpoint is {LAYOUTS[method].name} with {bits} bits, expected 4: {matrices.OTHER_WAY}"
         )
-    if method == "awq" and settings.get("version", "gemm").lower() != "gemm":
+    if method == "awq" and str(settings.get("version") or "gemm").lower() != "gemm":
         raise MoeloraError(
             f"the checkpoint is AWQ in the version {settings['version']}, expected gemm: {matrices.OTHER_WAY}"
         )

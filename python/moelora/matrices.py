@@ -20,6 +20,7 @@ from torch_moelora.formats import E4M3, FORMATS, NESTED_RUN, PackedWeight, e8m0_
 
 Parts = dict[str, Tensor]
 _E8M0 = (torch.uint8, torch.float8_e8m0fnu)
+_BLOCK = FORMATS["fp8"].groups.least
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that has column 8j + o
 
 
@@ -66,7 +67,11 @@ def fp8(name: str, parts: Parts, settings: dict) -> PackedWeight:
     if codes.dtype == torch.int8 and scale.dtype in _E8M0:
         return _mxfp4(name, codes.view(torch.uint8), scale)
     codes = typed(name, "weight", codes, E4M3)
-    return checked(name, PackedWeight(codes[None], _grid(scale), None, None, "fp8"))
+    grid, block = _grid(scale), settings.get("weight_block_size") or (_BLOCK, _BLOCK)
+    for size, scales, each in zip(codes.shape, grid.shape[1:], block, strict=False):
+        if scales not in (1, size) and each != _BLOCK:
+            raise MoeloraError(f"{name}: blocks of {block}, expected {[_BLOCK, _BLOCK]}: {OTHER_WAY}")
+    return checked(name, PackedWeight(codes[None], grid, None, None, "fp8"))
 
 
 def _grid(scale: Tensor) -> Tensor:
@@ -82,6 +87,7 @@ def _grid(scale: Tensor) -> Tensor:
 
 def compressed_tensors(name: str, parts: Parts, settings: dict) -> PackedWeight:
     """By what is there: integers of 4 or 8 bits in weight_packed, NVFP4, MXFP4, or 8-bit codes in weight."""
+    _check_order(name, parts)
     if "weight_packed" not in parts:
         codes, scale = need(name, parts, "weight", "weight_scale")
         if codes.dtype != torch.int8:
@@ -97,13 +103,21 @@ def compressed_tensors(name: str, parts: Parts, settings: dict) -> PackedWeight:
     return _nvfp4(name, codes, scale, 1 / need(name, parts, "weight_global_scale")[0].float())
 
 
+def _check_order(name: str, parts: Parts) -> None:
+    """Groups must be of successive columns. With a -1 in weight_g_idx they are."""
+    g_idx, scale = parts.get("weight_g_idx"), parts.get("weight_scale")
+    if g_idx is None or scale is None or bool((g_idx == -1).any()):
+        return
+    if not _in_order(g_idx, g_idx.numel(), scale.shape[1] if scale.ndim == 2 else 1):
+        raise MoeloraError(f"{name}: weight_g_idx permutes the columns: {NOT_PERMUTED}")
+
+
 def _packed_integers(name: str, parts: Parts, settings: dict) -> PackedWeight:
     """weight_packed int32 [N, K·bits/32], low bits first; zero points the same along N."""
     codes, scale, shape = need(name, parts, "weight_packed", "weight_scale", "weight_shape")
-    rows, columns = map(int, shape)
-    g_idx = parts.get("weight_g_idx")
-    if g_idx is not None and not _in_order(g_idx, columns, scale.shape[-1]):
-        raise MoeloraError(f"{name}: weight_g_idx permutes the columns: {NOT_PERMUTED}")
+    if shape.numel() != 2:
+        raise MoeloraError(f"{name}: weight_shape is {list(shape.shape)}, expected two numbers")
+    codes, (rows, columns) = typed(name, "weight_packed", codes, torch.int32), map(int, shape.flatten())
     bits = 32 * codes.shape[-1] // max(columns, 1)
     if bits not in (4, 8) or tuple(codes.shape) != (rows, columns * bits // 32):
         raise MoeloraError(
@@ -149,12 +163,9 @@ def bitsandbytes(name: str, parts: Parts, settings: dict) -> PackedWeight:
     codes, absmax, raw = need(name, parts, "weight", "weight.absmax", state_name)
     state = _json(name, state_name, raw)
     kind, block, shape = state.get("quant_type"), state.get("blocksize"), state.get("shape")
-    if (
-        kind not in ("nf4", "fp4")
-        or not isinstance(block, int)
-        or not isinstance(shape, list)
-        or len(shape) != 2
-    ):
+    sizes = [block, *shape] if isinstance(shape, list) else []
+    whole = len(sizes) == 3 and all(isinstance(size, int) and size > 0 for size in sizes)
+    if kind not in ("nf4", "fp4") or not whole:
         raise MoeloraError(
             f"{name}: {state_name} says {state}, expected nf4 or fp4 with a blocksize and a shape"
         )
@@ -184,7 +195,11 @@ def _nested(name: str, parts: Parts, state: dict) -> Tensor:
     if state.get("nested_blocksize") != NESTED_RUN:
         raise MoeloraError(f"{name}: nested blocks of {state.get('nested_blocksize')}, expected {NESTED_RUN}")
     _same_map(name, "weight.nested_quant_map", parts, nested_values())
-    offset = torch.tensor(float(state.get("nested_offset", 0)), dtype=torch.float32)
+    offset = state.get("nested_offset", 0)
+    if not isinstance(offset, int | float):
+        raise MoeloraError(f"{name}: its nested_offset is {offset!r}, expected a number")
+    absmax2 = typed(name, "weight.nested_absmax", absmax2, torch.float32, ndim=1)
+    offset = torch.tensor(offset, dtype=torch.float32)
     return torch.stack((absmax2, offset.expand_as(absmax2)), 1)
 
 
@@ -196,7 +211,7 @@ def _same_map(name: str, part: str, parts: Parts, own: Tensor) -> None:
 
 def _json(name: str, part: str, raw: Tensor) -> dict[str, Any]:
     try:
-        found = json.loads(bytes(raw.tolist()))
+        found = json.loads(bytes(typed(name, part, raw, torch.uint8, ndim=1).tolist()))
     except ValueError as error:
         raise MoeloraError(f"{name}: {part} is no JSON: {one_line(error)}") from None
     return found if isinstance(found, dict) else {}
@@ -234,7 +249,7 @@ def _nibbles(words: Tensor, dim: int) -> Tensor:
 
 def _transposed(name: str, codes: Tensor, scales: Tensor, zero: Tensor) -> PackedWeight:
     """codes uint8 [K, N] of a nibble each, scales and zero [K/g, N] → int4 [1, N, K]."""
-    (columns, rows), groups = codes.shape, scales.shape[0]
+    (columns, rows), groups = codes.shape, len(scales) if scales.ndim else 0
     if scales.shape != (groups, rows) or zero.shape != (groups, rows) or columns % 2:
         raise MoeloraError(
             f"{name}: qweight of {columns}×{rows} with scales {list(scales.shape)} and zeros "

@@ -231,7 +231,7 @@ class Packed:
         """Returns the weight's figures."""
         at_once = threading.Semaphore(in_work(self._weight, self._blocks))
         nested = self._choice.nested
-        scales = torch.empty(self._parts["scale"].shape) if nested else None
+        scales = torch.empty(self._parts["scale"].shape, dtype=torch.float32) if nested else None
 
         factors = self._changed.begin()
 
@@ -287,7 +287,7 @@ class Packed:
         n, rows = self._weight.shape[1], self._parts[part].shape[1]
         if rows == n:
             return a
-        return a * rows // n if part == "scale2" else a // 128
+        return a * rows // n if part == "scale2" else a // FORMATS[self._choice.format].groups.least
 
     def _first(self, part: str, block: Block) -> int:
         """Where a block begins in a stored tensor."""

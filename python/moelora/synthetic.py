@@ -18,8 +18,9 @@ import xxhash
 from torch import Tensor, nn
 
 from moelora import packed_layout
+from moelora.checkpoint_reader import natural
 from moelora.checkpoint_writer import Item
-from moelora.model_names import Names
+from moelora.model_names import Names, oriented
 from moelora.packed_layout import Choice, Layout
 from moelora.shards import ShardFile, Spec
 from torch_moelora.formats import E4M3, FORMATS, MIDDLE
@@ -117,20 +118,12 @@ def items(names: Names, layout: Layout | None, seed: int) -> list[Item]:
     for name, choice in packed.items():
         shape = _shape(own[name], experts.get(name))
         found.append((name, _packed(name, choice, shape, std, seed)))
-    return [item for _, item in sorted(found, key=lambda pair: _natural(pair[0]))]
-
-
-def _natural(name: str) -> list[tuple[int, Any]]:
-    """Layer 10 after layer 9."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+    return [item for _, item in sorted(found, key=lambda pair: natural(pair[0]))]
 
 
 def _shape(weight: Tensor, module: nn.Module | None) -> tuple[int, int, int]:
     """[E, N, K] of a parameter."""
-    if module is None:
-        return (1, *weight.shape)
-    e, n, k = weight.shape
-    return (e, k, n) if module.is_transposed else (e, n, k)
+    return (1, *weight.shape) if module is None else tuple(oriented(module, weight).shape)
 
 
 def _dense(disk: str, tensor: Tensor, std: float, seed: int) -> Drawn:
@@ -153,21 +146,22 @@ def _rules(choice: Choice, std: float) -> Iterator[tuple[str, Callable[[Any, int
     row = FORMATS[choice.format]
     if row.bits == 4:
         yield "codes", lambda rng, n: torch.from_numpy(_bytes(rng, n))
-        values = torch.tensor(row.codes) - (MIDDLE if row.zero else 0)
+        values = torch.tensor(row.codes, dtype=torch.float32) - (MIDDLE if row.zero else 0)
     elif row.storage == torch.int8:
         yield "codes", _int8
-        values = torch.arange(-127.0, 128)
+        values = torch.arange(-127, 128, dtype=torch.float32)
     else:
         yield "codes", _e4m3
         values = _e4m3(_generator(0), PIECE).float()
     base = std / values.square().mean().sqrt().item() / math.sqrt(1 + _SPREAD**2 / 3)
     if choice.nested:
         yield "scale", lambda rng, n: torch.from_numpy(_bytes(rng, n))
-        yield "scale2", lambda rng, n: torch.tensor([base * _SPREAD, base]).repeat(n // 2)
+        run = torch.tensor([base * _SPREAD, base], dtype=torch.float32)
+        yield "scale2", lambda rng, n: run.repeat(n // 2)
     elif row.scale2 == "parts":
         middle = 1.4  # of the E4M3 below
         yield "scale", lambda rng, n: torch.from_numpy(_bytes(rng, n) & 0x07 | 0x38).view(E4M3)  # 1 … 1.875
-        yield "scale2", lambda rng, n: torch.full((n,), base / middle)
+        yield "scale2", lambda rng, n: torch.full((n,), base / middle, dtype=torch.float32)
     elif row.scale_dtypes[0] == torch.uint8:
         exponent = 127 + math.floor(math.log2(base))
         yield "scale", lambda rng, n: torch.from_numpy((_bytes(rng, n) & 1) + np.uint8(exponent))

@@ -64,6 +64,7 @@ class Kept:
     activations: float  # bytes
     layer_inputs: float  # bytes that checkpointing keeps
     layer: float  # bytes of activations of one layer
+    fixed: float = 0  # of the parameters: those of a rank of their own
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ class Estimator:
         """Of a step by the estimator's plan, or by one with the same tokens and targets."""
         plan, kept = plan or self.plan, self.kept
         smaller = plan.rank / self.plan.rank
-        held = kept.largest if plan.step_in_backward else kept.parameters
+        parameters = kept.fixed + (kept.parameters - kept.fixed) * smaller
+        held = kept.largest * smaller if plan.step_in_backward else parameters
         # The backward of a layer has gradients of its intermediate results, and temporary ones, beside these.
         activations = FRAGMENTATION * kept.activations + 2 * kept.layer
         if plan.checkpointing:
@@ -141,9 +143,9 @@ class Estimator:
         return Memory(
             base=0 if packed else self.base.private,
             mapped=self.base.if_nf4 if packed else self.base.mapped,
-            lora=int(4 * kept.parameters * smaller),
-            gradients=int(4 * held * smaller),
-            moments=int(optimizers.MOMENTS[plan.optimizer] * kept.parameters * smaller),
+            lora=int(4 * parameters),
+            gradients=int(4 * held),
+            moments=int(optimizers.MOMENTS[plan.optimizer] * parameters),
             activations=int(activations),
             logits=HEAD_TILES * 4 * tile,
             process=self.process + DATA,
@@ -214,16 +216,20 @@ def _kept(model: PreTrainedModel, plan: Plan) -> Kept:
 
     layer = (seen[last][1] - seen[first][1]) / (last - first) if last > first else seen[last][1]
     largest = max(p.numel() for p in adapted.parameters() if p.requires_grad)
-    return Kept(of_all(0), largest, of_all(1), of_all(2), layer)
+    return Kept(of_all(0), largest, of_all(1), of_all(2), layer, of_all(3))
 
 
-def _run(adapted: PeftModel, layers: nn.ModuleList, count: int, plan: Plan) -> tuple[int, int, int]:
-    """With the first `count` layers: LoRA parameters, bytes kept, bytes kept with checkpointing."""
+def _run(adapted: PeftModel, layers: nn.ModuleList, count: int, plan: Plan) -> tuple[int, int, int, int]:
+    """With the first `count` layers: LoRA parameters, bytes kept, bytes kept with checkpointing, and of the
+    parameters those that have a rank of their own.
+    """
     rest = list(layers[count:])
     del layers[count:]
     base = adapted.get_base_model()
     try:
-        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        sizes = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
+        own = [f".{module}.lora_" for module in plan.target_modules if plan.target_rank is not None]
+        fixed = sum(size for name, size in sizes.items() if any(part in name for part in own))
         kept = _saved(adapted, plan)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # it has newer names for these
@@ -232,7 +238,7 @@ def _run(adapted: PeftModel, layers: nn.ModuleList, count: int, plan: Plan) -> t
             base.gradient_checkpointing_disable()
     finally:
         layers.extend(rest)
-    return trained, kept, inputs
+    return sum(sizes.values()), kept, inputs, fixed
 
 
 def _saved(adapted: PeftModel, plan: Plan) -> int:
