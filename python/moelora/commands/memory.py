@@ -24,8 +24,7 @@ from transformers import PreTrainedModel
 from trl.kernels import chunked_logprob
 
 import moelora
-from moelora.commands import lora, optimizers
-from moelora.experts import is_experts
+from moelora.commands import depth, lora, optimizers
 from moelora.linears import slow_in_torch
 
 PERIOD = 4  # layers of different kinds alternate with at most this period in the models that there are
@@ -198,7 +197,7 @@ def room() -> int:
 
 def _kept(model: PreTrainedModel, plan: Plan) -> Kept:
     """Of all layers, from those of the first period and of the first two."""
-    layers = _layers(model)
+    layers = depth.layers(model)
     total, last = len(layers), min(len(layers), 2 * PERIOD)
     del layers[last:]
     targets = (list(plan.target_modules), plan.target_rank)
@@ -219,10 +218,8 @@ def _kept(model: PreTrainedModel, plan: Plan) -> Kept:
 
 def _run(adapted: PeftModel, layers: nn.ModuleList, count: int, plan: Plan) -> tuple[int, int, int]:
     """With the first `count` layers: LoRA parameters, bytes kept, bytes kept with checkpointing."""
-    rest = list(layers[count:])
-    del layers[count:]
     base = adapted.get_base_model()
-    try:
+    with depth.first(layers, count):
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         kept = _saved(adapted, plan)
         with warnings.catch_warnings():
@@ -230,8 +227,6 @@ def _run(adapted: PeftModel, layers: nn.ModuleList, count: int, plan: Plan) -> t
             base.gradient_checkpointing_enable({"use_reentrant": False})
             inputs = _saved(adapted, plan)
             base.gradient_checkpointing_disable()
-    finally:
-        layers.extend(rest)
     return trained, kept, inputs
 
 
@@ -258,12 +253,6 @@ def _saved(adapted: PeftModel, plan: Plan) -> int:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             functional_call(adapted.train(), given, (), inputs)
     return sum(kept.values())
-
-
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers: the longest one with experts in it."""
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and any(map(is_experts, m.modules())))
-    return max(lists, key=len)
 
 
 def _gb(size: float) -> str:
