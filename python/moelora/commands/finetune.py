@@ -407,7 +407,7 @@ def _trainer(run: Run) -> tuple[training.TunedTrainer, training.Progress]:
     if chosen.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(chosen.early_stopping))
     if training.JSONL in chosen.report_to:
-        trainer.add_callback(training.JsonLines(run.out / results.LOG, progress))
+        trainer.add_callback(training.JsonLines(run.out / results.LOG))
     trainer.record = saving.Record(vars(chosen), run.made_from)
     trainer.add_callback(saving.Watch())
     trainer.add_callback(vetting.Heed(run.vetting))

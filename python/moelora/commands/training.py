@@ -81,7 +81,7 @@ class Progress(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = time.perf_counter()
         if self.waited is None:
-            self.waited = time.time() - psutil.Process().create_time()
+            self.waited = _age()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(time.perf_counter() - self._started)
@@ -131,23 +131,31 @@ class Progress(TrainerCallback):
 
 
 class JsonLines(TrainerCallback):
-    """Appends what Trainer logs to a file, an object a line; the first tells when the first step began."""
+    """Appends a line to a file when the first step begins, and one for each thing that Trainer logs: objects
+    with the step and the seconds since the process started.
+    """
 
-    def __init__(self, path: Path, progress: Progress):
-        self.path, self.progress = path, progress
+    def __init__(self, path: Path):
+        self.path = path
         self._begun = False
 
     def on_step_begin(self, args, state, control, **kwargs):
         if not self._begun:
-            self._write(state, {"seconds_to_first_step": self.progress.waited})
+            self._write(state, {})
         self._begun = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self._write(state, logs or {})
 
     def _write(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        line = {"step": state.global_step, "seconds": round(_age(), 2), **logs}
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            file.write(json.dumps(line) + "\n")
+
+
+def _age() -> float:
+    """Seconds since this process started."""
+    return time.time() - psutil.Process().create_time()
 
 
 def _bar(title: str, total: int, **options: Any) -> tqdm:
