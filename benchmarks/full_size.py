@@ -14,61 +14,21 @@ import os
 import shlex
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import torch
 from matplotlib.figure import Figure
 
-from . import ceilings
+from . import ceilings, memory
 from .machine import Machine, find
 from .results import slug
+from .watch import Watched, watch
 
 RESULTS = Path(__file__).parent / "results"
-PERIOD = 0.5  # seconds between two looks at the memory
 GB = 1e9
-
-
-@dataclass
-class Watched:
-    """What was seen of a run: seconds since its start, with what."""
-
-    seconds: list[float] = field(default_factory=list)
-    private: list[int] = field(default_factory=list)
-    mapped: list[int] = field(default_factory=list)
-    steps: list[float] = field(default_factory=list)  # when each was logged
-    log: list[dict] = field(default_factory=list)
-    status: int = 0
-
-    def peak(self) -> tuple[int, int]:
-        """(private, mapped and resident) bytes where their sum was largest."""
-        return max(zip(self.private, self.mapped, strict=True), key=sum)
-
-
-def watch(command: list[str], log: Path) -> Watched:
-    """Runs the command, its output on the terminal."""
-    seen, started, since = Watched(), time.perf_counter(), time.time()
-    process = psutil.Popen(command)
-    while process.poll() is None:
-        now = time.perf_counter() - started
-        try:
-            memory = process.memory_info()
-        except psutil.NoSuchProcess:
-            break
-        seen.seconds.append(now)
-        seen.private.append(memory.rss - memory.shared)
-        seen.mapped.append(memory.shared)
-        fresh = log.exists() and log.stat().st_mtime > since  # and no earlier run's
-        lines = log.read_text().splitlines() if fresh else []
-        entries = [entry for entry in map(json.loads, lines) if "loss" in entry]
-        seen.steps += [now] * (len(entries) - len(seen.log))
-        seen.log = entries
-        time.sleep(PERIOD)
-    seen.status = process.wait()
-    return seen
 
 
 def forget(directory: Path) -> None:
@@ -78,6 +38,13 @@ def forget(directory: Path) -> None:
         os.fsync(file)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(file)
+
+
+def logged(log: Path) -> tuple[list[float], list[float]]:
+    """(seconds from the command to the first step's beginning and to each step's end, losses) of a run."""
+    first, *entries = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+    steps = [entry for entry in entries if "loss" in entry]
+    return [first["seconds"], *(entry["seconds"] for entry in steps)], [entry["loss"] for entry in steps]
 
 
 def active_parameters(directory: Path) -> float:
@@ -138,13 +105,14 @@ def main(argv: list[str] | None = None) -> int:
         forget(base)
     threads = torch.get_num_threads()
     before = ceilings.measure("bf16", "cpu", threads, None, None)
-    held = bytearray(int(options.less * GB))  # which this process keeps from the other
-    held[::4096] = b"\1" * len(held[::4096])
+    away = memory.keep_away(int(options.less * GB)) if options.less else None
     print(shlex.join(tune), flush=True)
-    seen = watch(tune, out / "log.jsonl")
+    seen = watch(tune)
     if seen.status:
         return seen.status
-    found = _found(options, base, tune, seen, before, ceilings.measure("bf16", "cpu", threads, None, None))
+    after = ceilings.measure("bf16", "cpu", threads, None, None)
+    found = _found(options, base, out, tune, seen, (before, after))
+    found["memory_kept_away_by"] = away.by if away else None
     print(_told(found))
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{stem(options, find('cpu', 'bf16'))}.json"
@@ -159,14 +127,16 @@ def _anywhere(arguments: list[str], options: argparse.Namespace) -> str:
     return shlex.join(["python", *arguments]).replace(str(options.folder), "DIR")
 
 
-def _found(options, base: Path, tune: list[str], seen: Watched, before, after) -> dict:
+def _found(options, base: Path, out: Path, tune: list[str], seen: Watched, ceiling: tuple) -> dict:
+    """`ceiling`: before and after."""
     tokens, machine = options.rows * options.length, find("cpu", "bf16")
+    times, losses = logged(out / "log.jsonl")
     # The first step reads the files and clears fresh memory.
-    step = sorted(b - a for a, b in zip(seen.steps[1:], seen.steps[2:], strict=False))
+    step = sorted(b - a for a, b in pairwise(times[1:]))
     median = step[len(step) // 2]
     flops = 4 * active_parameters(base) * tokens
     private, mapped = seen.peak()
-    rate = max(before.rate, after.rate)
+    rate = max(found.rate for found in ceiling)
     return {
         "machine": str(machine),
         "instruction_set": machine.instruction_set,
@@ -177,23 +147,24 @@ def _found(options, base: Path, tune: list[str], seen: Watched, before, after) -
         "finetune": _anywhere(tune[1:], options),
         "torch": torch.__version__,
         "file_bytes": sum(path.stat().st_size for path in base.glob("*.safetensors")),
-        "ceilings": before.to_json(),
-        "ceilings_at_the_end": after.to_json(),
+        "ceilings": ceiling[0].to_json(),
+        "ceilings_at_the_end": ceiling[1].to_json(),
         "tokens_a_step": tokens,
         "step_seconds": {"median": median, "min": step[0], "max": step[-1], "steps": len(step)},
         "tokens_per_second": tokens / median,
         "model_flops_a_step": flops,
         "share_of_ceiling": flops / median / rate,
-        "seconds_to_first_step": seen.steps[0],
+        "seconds_to_first_step": times[0],
+        "seconds_to_end_of_first_step": times[1],
         "cold_file_cache": options.cold,
         "memory_kept_away_bytes": int(options.less * GB),
         "peak_private_bytes": private,
         "peak_mapped_bytes": mapped,
-        "losses": [entry["loss"] for entry in seen.log],
+        "losses": losses,
         "memory_over_time": [
             [round(s, 1), p, m] for s, p, m in zip(seen.seconds, seen.private, seen.mapped, strict=True)
         ],
-        "steps_at": [round(s, 1) for s in seen.steps],
+        "steps_at": times[1:],
     }
 
 
@@ -204,7 +175,8 @@ def _told(found: dict) -> str:
         f"{found['tokens_per_second']:.1f} tokens/s in steps of {found['tokens_a_step']} tokens, "
         f"{100 * found['share_of_ceiling']:.0f} % of {found['ceilings']['rate'] / GB:.0f} GF/s; peak "
         f"{private + mapped:.1f} GB ({private:.1f} private, {mapped:.1f} mapped); "
-        f"{found['seconds_to_first_step']:.0f} s to the end of the first step; "
+        f"{found['seconds_to_first_step']:.0f} s to the first step, "
+        f"{found['seconds_to_end_of_first_step']:.0f} s to its end; "
         f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
     )
 
@@ -220,8 +192,9 @@ def _draw(found: dict, seen: Watched, path: Path) -> None:
     axes.set_xlabel("seconds since the command")
     axes.set_ylabel("resident memory, GB")
     rates = axes.twinx()
-    speeds = [found["tokens_a_step"] / (b - a) for a, b in zip(seen.steps, seen.steps[1:], strict=False)]
-    rates.plot(seen.steps[1:], speeds, "o-", color="tab:orange", markersize=3, label="tokens/s of each step")
+    ends = found["steps_at"]
+    speeds = [found["tokens_a_step"] / (b - a) for a, b in pairwise(ends)]
+    rates.plot(ends[1:], speeds, "o-", color="tab:orange", markersize=3, label="tokens/s of each step")
     rates.set_ylabel("tokens/s")
     rates.set_ylim(0, 1.5 * max(speeds))  # below the line of the memory
     figure.suptitle(f"{path.stem.replace('_', ', ')}: {found['tokens_per_second']:.1f} tokens/s")
@@ -239,7 +212,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens in a sequence")
     parser.add_argument("--rows", type=int, default=1, help="sequences in a step")
     parser.add_argument("--steps", type=int, default=8, help="at least 3")
-    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache first")
+    parser.add_argument("--cold", action="store_true", help="drop the checkpoint from the page cache first")
     parser.add_argument("--less", type=float, default=0.0, metavar="GB", help="memory to keep away")
     parser.add_argument("rest", nargs="*", help="after --: options of `finetune`, such as --rank")
     options = parser.parse_args(argv)

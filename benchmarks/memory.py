@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -68,6 +71,35 @@ def _available() -> int:
     except (OSError, ValueError):  # no such group, or "max": no limit
         return machine
     return min(machine, max(0, limit - used))
+
+
+@dataclass
+class Away:
+    """Memory that nobody else gets while this exists, and what keeps it."""
+
+    room: mmap.mmap
+    by: str
+
+
+def keep_away(size: int) -> Away:
+    """Takes `size` bytes and locks them; where this process may not, touches them, which keeps them from
+    others as long as nothing is swapped out.
+
+    Raises: OSError if they are not to be had, or might be swapped out.
+    """
+    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    if libc.mlock(ctypes.addressof(ctypes.c_char.from_buffer(room)), size) == 0:
+        return Away(room, "locked")
+    if _field("/proc/meminfo", "SwapTotal"):
+        why = os.strerror(ctypes.get_errno())
+        raise OSError(f"cannot lock {size} bytes ({why}), and what is not locked may be swapped out")
+    if size > _available():
+        raise OSError(f"{size} bytes are not to be had, {_available()} are")
+    for at in range(0, size, mmap.PAGESIZE):
+        room[at] = 1
+    return Away(room, "touched, without swap")
 
 
 def resident() -> int:

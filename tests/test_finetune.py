@@ -164,7 +164,7 @@ def _shrink_the_default_model(monkeypatch) -> None:
     }
     for name, changes in smaller.items():
         monkeypatch.setattr(default_model, name, getattr(default_model, name) | changes)
-    monkeypatch.setattr(training, "EVALUATION_ROWS", 4)
+    monkeypatch.setitem(options.DEFAULTS, "eval_rows", 4)
 
 
 def test_without_options_pretrains_a_base_once(tmp_path, monkeypatch, capsys):

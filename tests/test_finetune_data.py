@@ -59,6 +59,9 @@ def test_a_run_on_conversations(chat, model_dir, tmp_path, capsys, monkeypatch):
     assert summary["prompt"].endswith("<assistant>")
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
+    seconds = [entry["seconds"] for entry in log]
+    assert log[0] == {"step": 0, "seconds": seconds[0]} and seconds == sorted(seconds)
+    assert seconds[0] <= summary["seconds_to_first_step"] + 0.5 and log[-2]["base_loss"] > 0
     assert PeftConfig.from_pretrained(out / "adapter").base_model_name_or_path == str(model_dir)
     card = (out / "adapter" / "README.md").read_text()
     for expected in (f"base_model: {model_dir}", "chat.jsonl", f"{summary['held_out_loss']['tuned']:.4f}"):

@@ -37,17 +37,22 @@ def test_command_names_the_tensor(arguments, model_dir, tmp_path, capsys):  # no
     assert "learning-rate" not in told and not (tmp_path / "out").exists()
 
 
+def _check(model):
+    for name, tensor in finite.weights(model):
+        finite.check_weight(name, tensor, "here")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights(dtype):
     model = build("qwen3_moe", dtype)
-    finite.check_weights(model, "here")
+    _check(model)
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.finfo(dtype).max)  # its sum overflows
-    finite.check_weights(model, "here")
+    _check(model)
     with torch.no_grad():
         model.lm_head.weight[0, :3] = torch.tensor([INF, -INF, NAN])
     with pytest.raises(MoeloraError, match=r"in here are not finite: lm_head.weight has 1 NaN and 2 Inf"):
-        finite.check_weights(model, "here")
+        _check(model)
 
 
 def test_data_on_which_the_base_overflows(arguments, model_dir, tmp_path, capsys):  # noqa: F811

@@ -19,7 +19,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 
 import moelora
-from moelora.commands import data, threads, training
+from moelora.commands import data, options, threads, training
 from moelora.errors import MoeloraError, writing
 
 END_OF_TEXT = "<|endoftext|>"
@@ -131,6 +131,7 @@ def pretrain(
         tokens,
         scratch,
         "pretraining",
+        options.DEFAULTS["eval_rows"],
         max_steps=settings["steps"],
         per_device_train_batch_size=settings["batch_size"],
         per_device_eval_batch_size=settings["batch_size"],

@@ -46,6 +46,7 @@ from moelora.commands import (
     signals,
     threads,
     training,
+    vetting,
 )
 from moelora.errors import MoeloraError
 from moelora.standin import installed
@@ -76,7 +77,16 @@ class Run:
     model: PeftModel
     started: float  # time.perf_counter()
     fresh: list[str]  # keys of weights that were drawn
-    made_from: dict[str, dict[str, str]]  # fingerprints
+    vetting: vetting.Vetting
+    data: dict[str, str]  # fingerprints
+    stamps: dict[str, list[int]]  # the base's files
+
+    def made_from(self) -> dict[str, Any]:
+        """What a resumed run is to find again, when all of the base has been read through."""
+        return {
+            "made_from": {"data": self.data, "base": self.vetting.digests()},
+            "stamps": self.stamps,
+        }
 
     @property
     def steps(self) -> int:
@@ -96,17 +106,18 @@ def main(explicit: dict[str, Any]) -> None:
     options.check_texts(explicit)
     out = Path(explicit.get("output", options.DEFAULTS["output"]))
     if explicit.get("dry_run"):
-        prepare(explicit, out, Start())
+        prepare(explicit, out, Start(), vetting.Vetting())
         return
     resume = bool(explicit.get("resume"))
     reports = [directory.RUNNING[name] for name in explicit.get("report_to", []) if name in directory.RUNNING]
     names = (*directory.RESULTS, *reports)
-    with directory.held(out, bool(explicit.get("overwrite")), resume, names) as found:
+    overwrite = bool(explicit.get("overwrite"))
+    with directory.held(out, overwrite, resume, names) as found, vetting.Vetting() as vets:
         start = _start(explicit, found) if resume else Start()
         if start is None:
             print(f"the run in {out} is finished: nothing is left to train (more --steps would extend it)")
         else:
-            _finish(prepare(explicit, out, start))
+            _finish(prepare(explicit, out, start, vets))
 
 
 def _start(explicit: dict[str, Any], found: directory.Found) -> Start | None:
@@ -139,8 +150,9 @@ def _finish(run: Run) -> None:
     print(f"try it with: python -m moelora chat {run.source} {adapter}")
 
 
-def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
-    """Everything before the training: options, data, base model, adapter, operators. Cheap checks first.
+def prepare(explicit: dict[str, Any], out: Path, start: Start, vets: vetting.Vetting) -> Run | None:
+    """Everything before the training: options, data, base model, adapter, operators. Cheap checks first, and
+    what reads all of the base beside the rest.
 
     None after a dry run.
     """
@@ -163,10 +175,10 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
         print(plan.told(outline, config, chosen, tokens, _given(chosen) if chosen.model else None))
         return None
     source = _given(chosen) if chosen.model else _default(chosen)
-    made_from = _made_from(chosen, source)
-    fingerprints.compare(start.facts.get("made_from", {}), made_from, start.checkpoint)
+    texts, stamps = _data(chosen), fingerprints.stamps(source)
+    known = _same_as_before(start, source, texts, stamps)
     model, fresh = _base(chosen, source)
-    finite.check_weights(model, source)
+    vets.start(model, source, known)
     for rows in (tokens.train, tokens.held_out):
         data.check_ids(rows, tokenizer, model.get_input_embeddings().weight.shape[0], source)
     dtype = str(model.dtype).removeprefix("torch.")
@@ -180,7 +192,7 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
     adapted = lora.adapt(model, chosen.rank, chosen.alpha, chosen.projections, *targets)
     report = moelora.enable(adapted)
     checkpoints.check_runs(adapted, source)
-    run = Run(chosen, out, start, source, tokenizer, tokens, adapted, started, fresh, made_from)
+    run = Run(chosen, out, start, source, tokenizer, tokens, adapted, started, fresh, vets, texts, stamps)
     if tokens.bordered:
         packing.check_borders(adapted, tokenizer)
     _set_threads(run)
@@ -188,6 +200,7 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start) -> Run | None:
     print(f"adapter  rank {chosen.rank}, alpha {chosen.alpha:g}, {trainable:.2f} M trainable parameters")
     print(f"plan     {plan.length(chosen, tokens)}")
     print(f"\n{report}\n")
+    vets.check(vetting.PATIENCE)
     return run
 
 
@@ -219,16 +232,15 @@ def _check_profile(chosen: argparse.Namespace, steps: int) -> None:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Trains the adapter, and tells how: losses, speed, and what the base made of the prompt."""
+    """Trains the adapter, and tells how: losses, speed, and what the base made of the prompt.
+
+    What the base does is looked at when the training is over: nobody waits for it before the first step.
+    """
     trainer, progress = _trainer(run)
     profiler = profiling.Profiler(run.out, run.options.profile) if run.options.profile else None
     if profiler is not None:
         trainer.add_callback(profiler)
     try:
-        before = training.held_out_loss(trainer)
-        finite.check_held_out(before, 0, run.model)
-        print(f"held-out loss before: {before:.3f}")
-        base_sample = _sample(run, adapted=False) if run.options.sample else None
         set_seed(run.options.seed)
         with signals.deferred():
             trainer.go_on(run.start.checkpoint, run.start.facts.get("trained", False), run.start.extended)
@@ -238,12 +250,17 @@ def train(run: Run) -> dict[str, Any]:
                 f"the lowest held-out loss was at step {trainer.state.best_global_step}: its adapter is kept"
             )
             run.model.load_adapter(str(best), run.model.active_adapter, is_trainable=True)
+        _check_trained(run, steps=len(progress.seconds))
+        with run.model.disable_adapter():
+            before = training.held_out_loss(trainer, "base")
+        finite.check_held_out(before, 0, run.model)
+        print(f"held-out loss before: {before:.3f}")
         after = training.held_out_loss(trainer)
+        finite.check_held_out(after, trainer.state.global_step, run.model)
+        print(f"held-out loss after:  {after:.3f}")
     finally:
         progress.close()
-    finite.check_held_out(after, trainer.state.global_step, run.model)
-    _check_trained(run, steps=len(progress.seconds))
-    print(f"held-out loss after:  {after:.3f}")
+    base_sample = _sample(run, adapted=False) if run.options.sample else None
     if profiler is not None and profiler.table is not None:
         print(profiler.table)
     return {
@@ -253,6 +270,7 @@ def train(run: Run) -> dict[str, Any]:
         "evaluations": _logged(trainer, "eval_loss"),
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
+        "seconds_to_first_step": progress.waited,
         "step_seconds": statistics.median(progress.seconds) if progress.seconds else None,
         "tokens_per_second": progress.tokens_per_second(len(progress.seconds)),
         "base_sample": base_sample,
@@ -317,13 +335,14 @@ def _set_threads(run: Run) -> None:
     """Settles the number of threads, so that a resumed run has the same and goes on to the bit."""
     if run.options.threads is None and run.model.device.type == "cpu":
         inputs = run.batch(1)
-        inputs.pop("labels")  # whose loss would take float32 logits of all tokens
+        inputs.pop("labels")
+        without_head = run.model.get_base_model().base_model
 
         @torch.no_grad()  # a backward keeps more than the training may have room for
         def forward() -> None:
-            run.model(**inputs)
+            without_head(**inputs, use_cache=False)
 
-        threads.choose(forward)
+        threads.choose(threads.piece(run.model, forward))
     run.options.threads = torch.get_num_threads()
 
 
@@ -332,14 +351,27 @@ def _base(chosen: argparse.Namespace, source: Path) -> tuple[PreTrainedModel, li
     return checkpoints.load(source, chosen.dtype, chosen.fresh, chosen.seed)
 
 
-def _made_from(chosen: argparse.Namespace, source: Path) -> dict[str, dict[str, str]]:
-    """Fingerprints, with which a resumed run is the same run."""
-    if chosen.data:
-        template = [chosen.chat_template] if chosen.chat_template else []
-        texts = fingerprints.data([*chosen.data, *(chosen.eval_data or []), *template])
-    else:
-        texts = {"python": fingerprints.texts(data.language_reference())}
-    return {"data": texts, "base": fingerprints.base(source)}
+def _data(chosen: argparse.Namespace) -> dict[str, str]:
+    """Fingerprints of the data."""
+    if not chosen.data:
+        return {"python": fingerprints.texts(data.language_reference())}
+    template = [chosen.chat_template] if chosen.chat_template else []
+    return fingerprints.data([*chosen.data, *(chosen.eval_data or []), *template])
+
+
+def _same_as_before(
+    start: Start, source: Path, texts: dict[str, str], stamps: dict[str, list[int]]
+) -> dict[str, str]:
+    """The fingerprints of the base's files that are known, none at a run's beginning.
+
+    Raises: MoeloraError if a run that is resumed was started with other ones, or with other data.
+    """
+    recorded = start.facts.get("made_from")
+    if recorded is None:
+        return {}
+    base = fingerprints.base(source, recorded["base"], start.facts.get("stamps", {}), stamps)
+    fingerprints.compare(recorded, {"data": texts, "base": base}, start.checkpoint)
+    return base
 
 
 def _trainer(run: Run) -> tuple[training.TunedTrainer, training.Progress]:
@@ -355,6 +387,7 @@ def _trainer(run: Run) -> tuple[training.TunedTrainer, training.Progress]:
         run.tokens,
         run.out,
         "tuning",
+        chosen.eval_rows,
         max_steps=run.steps,
         per_device_train_batch_size=chosen.batch_size,
         per_device_eval_batch_size=chosen.batch_size,
@@ -375,8 +408,9 @@ def _trainer(run: Run) -> tuple[training.TunedTrainer, training.Progress]:
         trainer.add_callback(EarlyStoppingCallback(chosen.early_stopping))
     if training.JSONL in chosen.report_to:
         trainer.add_callback(training.JsonLines(run.out / results.LOG))
-    trainer.record = saving.Record(vars(chosen), {"made_from": run.made_from})
+    trainer.record = saving.Record(vars(chosen), run.made_from)
     trainer.add_callback(saving.Watch())
+    trainer.add_callback(vetting.Heed(run.vetting))
     return trainer, progress
 
 

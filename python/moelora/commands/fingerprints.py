@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,22 +10,22 @@ import xxhash
 
 from moelora.errors import MoeloraError
 
-PIECE = 1 << 24
+PIECE = 1 << 22
 READERS = 4  # the hash waits for the disk
 # Of a checkpoint's directory, what decides the model and its tokens.
 _BASE = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
-def file(path: Path) -> str:
-    """The digest of a file's content.
+def file(path: Path, over: Callable[[], bool] = bool) -> str:
+    """The digest of a file's content, or of what was read of it until `over`.
 
     Raises: MoeloraError if it cannot be read.
     """
-    digest = xxhash.xxh3_128()
+    digest, room = xxhash.xxh3_128(), memoryview(bytearray(PIECE))
     try:
-        with path.open("rb") as stream:
-            while piece := stream.read(PIECE):
-                digest.update(piece)
+        with path.open("rb", buffering=0) as stream:
+            while (size := stream.readinto(room)) and not over():
+                digest.update(room[:size])
     except OSError as error:
         raise MoeloraError(f"cannot read {path}: {error.strerror}") from None
     return digest.hexdigest()
@@ -46,10 +46,24 @@ def data(paths: Iterable[str | Path]) -> dict[str, str]:
     return files(found)
 
 
-def base(directory: Path) -> dict[str, str]:
-    """Digests of a checkpoint's weights, configuration and tokenizer, by their names in it."""
-    paths = sorted({path for pattern in _BASE for path in directory.glob(pattern) if path.is_file()})
-    return {Path(path).name: digest for path, digest in files(paths).items()}
+def names(directory: Path) -> list[str]:
+    """The files of a checkpoint that decide what it is: weights, configuration and tokenizer."""
+    return sorted({p.name for pattern in _BASE for p in directory.glob(pattern) if p.is_file()})
+
+
+def stamps(directory: Path) -> dict[str, list[int]]:
+    """name → [bytes, ns of the last change] of these files, by which one that was not touched is known."""
+    found = {name: (directory / name).stat() for name in names(directory)}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
+
+
+def base(
+    directory: Path, recorded: dict[str, str], earlier: dict[str, list[int]], now: dict[str, list[int]]
+) -> dict[str, str]:
+    """Digests of a checkpoint's files: the recorded ones where `earlier` and `now` are the same stamps."""
+    same = {name: recorded[name] for name in recorded if now.get(name, 0) == earlier.get(name)}
+    others = files(directory / name for name in now if name not in same)
+    return same | {Path(path).name: digest for path, digest in others.items()}
 
 
 def texts(documents: Iterable[str]) -> str:

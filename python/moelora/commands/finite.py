@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -11,26 +12,38 @@ from torch import Tensor, nn
 from moelora.errors import MoeloraError
 from moelora.standin import StandIn
 
+PIECE = 1 << 15  # elements: torch's grain of parallel work
+
 
 def whole(tensor: Tensor) -> bool:
     """Whether every element is finite. A sum settles it in one pass unless it overflows itself."""
     return tensor.numel() == 0 or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def check_weights(model: nn.Module, where: object) -> None:
-    """Raises: MoeloraError naming the first parameter or buffer of the base that has a NaN or an Inf.
+def weights(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """(name, tensor) of the parameters and buffers of a base that are to be finite.
 
-    Of packed weights the scales are looked at, which are buffers.
+    Of packed weights these are the scales, which are buffers: one-byte floats are codes.
     """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if (
-            isinstance(tensor, StandIn)
-            or tensor.is_meta
-            or not tensor.is_floating_point()
-            or tensor.element_size() < 2
-        ):
-            continue  # one-byte floats are codes, whose scales are looked at
-        if not whole(tensor):
+    return [
+        (name, tensor.detach())
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if not isinstance(tensor, StandIn)
+        and not tensor.is_meta
+        and tensor.is_floating_point()
+        and tensor.element_size() > 1
+    ]
+
+
+def check_weight(name: str, tensor: Tensor, where: object, over: Callable[[], bool] = bool) -> None:
+    """Looks at a tensor in pieces which torch does on one thread, until `over` says that it need not.
+
+    Raises: MoeloraError naming the tensor, with how many of its elements are NaN or Inf.
+    """
+    for piece in (tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)).split(PIECE):
+        if over():
+            return
+        if not whole(piece):
             raise MoeloraError(f"the weights in {where} are not finite: {name} has {_counts(tensor)}")
 
 

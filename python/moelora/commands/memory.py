@@ -24,8 +24,7 @@ from transformers import PreTrainedModel
 from trl.kernels import chunked_logprob
 
 import moelora
-from moelora.commands import lora, optimizers
-from moelora.experts import is_experts
+from moelora.commands import depth, lora, optimizers
 from moelora.linears import slow_in_torch
 
 PERIOD = 4  # layers of different kinds alternate with at most this period in the models that there are
@@ -200,7 +199,7 @@ def room() -> int:
 
 def _kept(model: PreTrainedModel, plan: Plan) -> Kept:
     """Of all layers, from those of the first period and of the first two."""
-    layers = _layers(model)
+    layers = depth.layers(model)
     total, last = len(layers), min(len(layers), 2 * PERIOD)
     del layers[last:]
     targets = (list(plan.target_modules), plan.target_rank)
@@ -223,10 +222,8 @@ def _run(adapted: PeftModel, layers: nn.ModuleList, count: int, plan: Plan) -> t
     """With the first `count` layers: LoRA parameters, bytes kept, bytes kept with checkpointing, and of the
     parameters those that have a rank of their own.
     """
-    rest = list(layers[count:])
-    del layers[count:]
     base = adapted.get_base_model()
-    try:
+    with depth.first(layers, count):
         sizes = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
         own = [f".{module}.lora_" for module in plan.target_modules if plan.target_rank is not None]
         fixed = sum(size for name, size in sizes.items() if any(part in name for part in own))
@@ -236,8 +233,6 @@ def _run(adapted: PeftModel, layers: nn.ModuleList, count: int, plan: Plan) -> t
             base.gradient_checkpointing_enable({"use_reentrant": False})
             inputs = _saved(adapted, plan)
             base.gradient_checkpointing_disable()
-    finally:
-        layers.extend(rest)
     return sum(sizes.values()), kept, inputs, fixed
 
 
@@ -264,12 +259,6 @@ def _saved(adapted: PeftModel, plan: Plan) -> int:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             functional_call(adapted.train(), given, (), inputs)
     return sum(kept.values())
-
-
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers: the longest one with experts in it."""
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and any(map(is_experts, m.modules())))
-    return max(lists, key=len)
 
 
 def _gb(size: float) -> str:

@@ -222,7 +222,14 @@ _FINETUNE: dict[str, list[Option]] = {
     ],
     "evaluation": [
         _option(
-            "--eval-every", 0, "steps between evaluations; 0: before and after only", "N", type=_FROM_ZERO
+            "--eval-every",
+            0,
+            "steps between evaluations; 0: only at the end, of the base and the adapter",
+            "N",
+            type=_FROM_ZERO,
+        ),
+        _option(
+            "--eval-rows", 64, "held-out rows, evenly spaced, that an evaluation takes", "N", type=_COUNT
         ),
         _switch(
             "--keep-best",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class Record:
     """What every checkpoint tells of its run."""
 
     options: dict[str, Any]
-    facts: dict[str, Any] = field(default_factory=dict)  # fingerprints and versions
+    facts: Callable[[], dict[str, Any]] = dict  # fingerprints
 
 
 class AtomicCheckpoints(Trainer):
@@ -54,7 +55,7 @@ class AtomicCheckpoints(Trainer):
             self.state.save_to_json(str(path / TRAINER_STATE_NAME))
             if self.record is not None:
                 facts = {"step": step, "trained": self._trained(), "best": self.state.best_global_step}
-                resuming.complete(path, self.record.options, {**self.record.facts, **facts})
+                resuming.complete(path, self.record.options, {**self.record.facts(), **facts})
 
         written = directory.publish(out, f"checkpoint-{step}", write)
         best = f"checkpoint-{self.state.best_global_step}"

@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
+from moelora.commands import depth
 from moelora.errors import MoeloraError
 
 ROUNDS = 3
 SECONDS = 15.0  # spent on measuring, about: a step that takes longer is measured once
 HOPELESS = 2.0  # times slower than the best: not measured again
+PIECE = 0.3  # seconds of a forward pass that are enough to compare by
 PER_CPU = 4
 
 
@@ -50,3 +53,23 @@ def choose(step: Callable[[], object]) -> int:
     best = min(seconds, key=lambda count: sum(seconds[count]))
     torch.set_num_threads(best)
     return best
+
+
+def piece(model: nn.Module, forward: Callable[[], object]) -> Callable[[], object]:
+    """The forward pass of a model through as many of its first layers as it does in some time: layers are
+    alike, and all of a large model would take minutes.
+    """
+    layers = depth.layers(model)
+    least = depth.least(layers)
+    with depth.first(layers, least):
+        forward()  # which also reads the weights
+        started = time.perf_counter()
+        forward()
+        each = (time.perf_counter() - started) / least
+    count = min(len(layers), max(least, int(PIECE / max(each, 1e-9))))
+
+    def step() -> None:
+        with depth.first(layers, count):
+            forward()
+
+    return step

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import PeftModel
 from torch import nn
@@ -33,7 +34,6 @@ from moelora.errors import MoeloraError, writing
 from moelora.linears import slow_in_torch
 
 JSONL = "jsonl"
-EVALUATION_ROWS = 64
 
 
 class TunedTrainer(AtomicCheckpoints, SFTTrainer):
@@ -72,6 +72,7 @@ class Progress(TrainerCallback):
         self.evaluation: tqdm | None = None
         self.seconds: list[float] = []  # of each step of this process
         self.seen: list[int] = []  # tokens up to each of them
+        self.waited: float | None = None  # seconds from the process's start to its first step
         self._started = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -79,6 +80,8 @@ class Progress(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = time.perf_counter()
+        if self.waited is None:
+            self.waited = _age()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(time.perf_counter() - self._started)
@@ -128,14 +131,31 @@ class Progress(TrainerCallback):
 
 
 class JsonLines(TrainerCallback):
-    """Appends what Trainer logs to a file, an object a line."""
+    """Appends a line to a file when the first step begins, and one for each thing that Trainer logs: objects
+    with the step and the seconds since the process started.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self._begun = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if not self._begun:
+            self._write(state, {})
+        self._begun = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        self._write(state, logs or {})
+
+    def _write(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        line = {"step": state.global_step, "seconds": round(_age(), 2), **logs}
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+            file.write(json.dumps(line) + "\n")
+
+
+def _age() -> float:
+    """Seconds since this process started."""
+    return time.time() - psutil.Process().create_time()
 
 
 def _bar(title: str, total: int, **options: Any) -> tqdm:
@@ -150,9 +170,10 @@ def trainer(
     tokens: Tokens,
     out: Path,
     title: str,
+    rows: int,
     **arguments: Any,
 ) -> tuple[TunedTrainer, Progress]:
-    """A trainer over rows of tokens, evaluating on some of the held-out ones, and its progress bar.
+    """A trainer over rows of tokens, evaluating on so many of the held-out `rows`, and its progress bar.
 
     `arguments` are SFTConfig's; each step's loss is kept in `state.log_history`.
     """
@@ -181,7 +202,7 @@ def trainer(
         model,
         args,
         train_dataset=tokens.train,
-        eval_dataset=spread(tokens.held_out, EVALUATION_ROWS),
+        eval_dataset=spread(tokens.held_out, rows),
         processing_class=padded(tokenizer),
         callbacks=[progress],
     )
@@ -223,9 +244,9 @@ def check_reports(names: list[str]) -> None:
             )
 
 
-def held_out_loss(of: Trainer) -> float:
-    """Mean loss on the held-out rows, in nats a token."""
-    return of.evaluate()["eval_loss"]
+def held_out_loss(of: Trainer, name: str = "eval") -> float:
+    """Mean loss on the held-out rows, in nats a token; `name_loss` in the log."""
+    return of.evaluate(metric_key_prefix=name)[f"{name}_loss"]
 
 
 def best_checkpoint(state: TrainerState, out: Path) -> Path | None:

@@ -1,0 +1,49 @@
+"""The memory of another process, looked at from outside while it runs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import psutil
+
+PERIOD = 0.5  # seconds between two looks
+
+
+@dataclass
+class Watched:
+    """What was seen of a process: seconds since its start, with resident bytes of its own and of files."""
+
+    seconds: list[float] = field(default_factory=list)
+    private: list[int] = field(default_factory=list)
+    mapped: list[int] = field(default_factory=list)
+    status: int = 0
+
+    def peak(self) -> tuple[int, int]:
+        """(private, mapped and resident) bytes where their sum was largest."""
+        return max(zip(self.private, self.mapped, strict=True), key=sum)
+
+
+def watch(command: list[str], period: float = PERIOD, **popen: object) -> Watched:
+    """Runs the command, its output on the terminal unless `popen`'s arguments say otherwise."""
+    seen, started = Watched(), time.perf_counter()
+    process = psutil.Popen(command, **popen)
+    try:
+        while process.poll() is None:
+            _look(process, time.perf_counter() - started, seen)
+            time.sleep(period)
+    finally:
+        if process.poll() is None:  # this one was interrupted
+            process.terminate()
+        seen.status = process.wait()
+    return seen
+
+
+def _look(process: psutil.Popen, now: float, seen: Watched) -> None:
+    try:
+        memory = process.memory_info()
+    except psutil.NoSuchProcess:
+        return
+    seen.seconds.append(now)
+    seen.private.append(memory.rss - memory.shared)
+    seen.mapped.append(memory.shared)
