@@ -54,6 +54,7 @@ def enable(model: nn.Module, linears: bool | None = None) -> Report:
         bindings[name].previous = earlier.get(id(module.config), bindings[name].previous)
         if hasattr(module, "_moelora"):
             bindings[name].watches = module._moelora.watches
+            bindings[name].placements = module._moelora.placements
         module._moelora = bindings[name]
         for wrapper in by_module.get(id(module), []):
             adapters.hook(wrapper)
