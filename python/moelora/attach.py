@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
@@ -61,11 +62,21 @@ def enable(model: nn.Module, linears: bool | None = None) -> Report:
     for module in found.values():
         module.config._experts_implementation_internal = experts.IMPLEMENTATION
     hook(model, linears)
+    if any(module._moelora.placements for module in found.values()):
+        import_module("moelora.placement.spreading").adopt(model)
     return report(model)
 
 
 def disable(model: nn.Module) -> None:
-    """Undo `enable`: every module and configuration is as it was. A model that is not enabled stays so."""
+    """Undo `enable`: every module and configuration is as it was. A model that is not enabled stays so.
+
+    Raises: MoeloraError for a placed model, which has a part of its experts only.
+    """
+    for name, module in model.named_modules():
+        if experts.is_experts(module) and any(
+            weights.is_spread(module, weight) for weight in experts.projections(module)
+        ):
+            raise MoeloraError(f"{name} is spread over ranks, which cannot be undone: load the model anew")
     unhook(model)
     for module in model.modules():
         if isinstance(module, PeftParamWrapper):
