@@ -121,6 +121,7 @@ def _layer(name: str, module: nn.Module, wrappers: list[PeftParamWrapper]) -> La
         **_stored(module),
         weights="trainable" if any(p.requires_grad for p in module.parameters()) else "frozen",
         adapters=tuple(_adapter(w, name) for w in reversed(wrappers) for name in w.lora_A),
+        places=tuple(map(str, binding.placements)),
     )
 
 
@@ -156,7 +157,7 @@ def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
         path="PEFT" if reason else "operators",
         reason=reason or "",
         active=adapter in active and not wrapper.disable_adapters,
-        trainable=any(tensor.requires_grad for tensor in tensors),
+        trainable=any(tensor.requires_grad and tensor.numel() > 0 for tensor in tensors),
         gradient=any(bool(nonzero(t.grad)) for t in parameters if t.grad is not None and has_values(t.grad))
         or (watch.seen if watch is not None else None),
         zero=_is_zero(wrapper.lora_B[adapter].weight),

@@ -228,4 +228,6 @@ class MoeloraQuantizer(HfQuantizer):
 def _refuse_parts(kept: Any) -> None:
     for where, _, name, packed in kept:
         if not packed.whole:
-            raise MoeloraError(f"{where}.{name} is spread over ranks: a model is whole before moelora.place only")
+            raise MoeloraError(
+                f"{where}.{name} is spread over ranks: a model is whole before moelora.place only"
+            )

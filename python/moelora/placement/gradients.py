@@ -53,7 +53,9 @@ def _of_all_ranks(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(plain)
     @torch.no_grad()
-    def total_norm(tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: Any = None):
+    def total_norm(
+        tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: Any = None
+    ):
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         groups = {id(layer.weight.grad): group for layer, group in _OWN.items()}
         groups.pop(id(None), None)
@@ -72,7 +74,9 @@ def _of_all_ranks(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         norms = [norm.to(norms[0].device, torch.float32) for norm in norms]
         found = torch.linalg.vector_norm(torch.stack(norms), float(norm_type))
         if error_if_nonfinite and not found.isfinite():
-            raise RuntimeError(f"the total norm of order {norm_type} is {found.item()}, so nothing is clipped")
+            raise RuntimeError(
+                f"the total norm of order {norm_type} is {found.item()}, so nothing is clipped"
+            )
         return found
 
     total_norm._moelora = True

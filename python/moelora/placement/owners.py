@@ -27,7 +27,9 @@ def owners_of(owners: str | Sequence[int], experts: int, world: int, where: str 
         raise MoeloraError(f'owners must be "{SPREAD}", "{RANK0}" or the rank of each expert, got {owners!r}')
     ranks = [int(rank) for rank in owners]
     if len(ranks) != experts:
-        raise MoeloraError(f"owners must name {experts} ranks, one for each expert of {where}, got {len(ranks)}")
+        raise MoeloraError(
+            f"owners must name {experts} ranks, one for each expert of {where}, got {len(ranks)}"
+        )
     if wrong := [rank for rank in ranks if not 0 <= rank < world]:
         raise MoeloraError(f"owners must be ranks from 0 to {world - 1}, got {wrong[0]}")
     return ranks

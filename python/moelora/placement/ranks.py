@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from moelora.errors import MoeloraError
 from moelora.experts import Compute
 from moelora.placement import exchange
 from moelora.placement.gradients import averaged
@@ -34,12 +36,19 @@ class Ranks:
         # One more for ids that are no expert's.
         self._owners, self._local = torch.tensor([*owners, group.size]), torch.tensor([*local, -1])
 
-    def sum(self, x: Tensor, ids: Tensor, gates: Tensor, parameters: dict[str, Any], compute: Compute) -> Tensor:
+    def __str__(self) -> str:
+        return f"{len(self.own)} here, on rank {self.group.rank} of {self.group.size}"
+
+    def sum(
+        self, x: Tensor, ids: Tensor, gates: Tensor, parameters: dict[str, Any], compute: Compute
+    ) -> Tensor:
         """The layer's sum for this rank's tokens; called on all ranks, with however many tokens each has."""
         return self._sum(x, ids, gates, parameters, compute)
 
     @torch.compiler.disable(reason="experts are spread over ranks, and their exchange is not traced")
-    def _sum(self, x: Tensor, ids: Tensor, gates: Tensor, parameters: dict[str, Any], compute: Compute) -> Tensor:
+    def _sum(
+        self, x: Tensor, ids: Tensor, gates: Tensor, parameters: dict[str, Any], compute: Compute
+    ) -> Tensor:
         autocast = x.device.type
         x = x.to(torch.get_autocast_dtype(autocast)) if torch.is_autocast_enabled(autocast) else x
         with self.group.telling(f"{self.where}, forward"):
@@ -58,6 +67,11 @@ class Ranks:
 
     def _mine(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """`moe_mlp`'s arguments for the experts of this rank."""
+        if any(isinstance(parameters.get(name), DTensor) for name in _LORA):
+            raise MoeloraError(
+                f"the LoRA of {self.where} is sharded: pass ignored_params=moelora.local_parameters(model) to "
+                "fully_shard, for it is this rank's alone"
+            )
         own = {name: averaged(parameters[name], self.group.size) for name in _LORA if name in parameters}
         for name in _BIASES:
             if parameters[name] is not None:
@@ -77,7 +91,13 @@ class Ranks:
         return plan, local.where(owners[plan.tokens] == goal.unsqueeze(1), -1).int()
 
     def _here(
-        self, rows: Tensor, ids: Tensor, gates: Tensor, parameters: dict[str, Any], compute: Compute, learned: list
+        self,
+        rows: Tensor,
+        ids: Tensor,
+        gates: Tensor,
+        parameters: dict[str, Any],
+        compute: Compute,
+        learned: list,
     ) -> Tensor:
         """This rank's share of the sums, of the rows that came."""
         if self.own:

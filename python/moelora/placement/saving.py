@@ -59,6 +59,7 @@ def take_own(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
     key = prefix + "weight"
     if key in state and layer._moelora_part.is_whole(state[key].shape):
         state[key] = layer._moelora_part.own(state[key])
+    layer._moelora_part.ranks.group.calls += 1  # what was gathered before is old
 
 
 def gather(model: nn.Module) -> dict[str, Tensor]:
@@ -91,10 +92,57 @@ def _of_all_ranks(plain: Callable[..., None]) -> Callable[..., None]:
             kept = (-1, gather(self))
         if group.rank == 0:
             given = kwargs.pop("state_dict", None)
-            plain(self, save_directory, *args, **kwargs, state_dict={**(given or self.state_dict()), **kept[1]})
+            plain(
+                self, save_directory, *args, **kwargs, state_dict={**(given or self.state_dict()), **kept[1]}
+            )
         if kept[0] == -1:
             group.all_here("save_pretrained")  # the file is there when any of them goes on
         return None
 
     save_pretrained._moelora = True
     return save_pretrained
+
+
+class Keeping:
+    """What a trainer that saves on one rank only is given: all ranks' factors and optimizer state, in advance.
+
+    A callback calls `gather` on all ranks when a save is due. Until the next forward that trains,
+    `save_pretrained` and the optimizer's `state_dict` then need no other rank.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model = model
+        self._optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        self._states: dict[int, dict[str, Tensor]] = {}
+        parts = {
+            layer.weight: layer._moelora_part for layer in model.modules() if hasattr(layer, "_moelora_part")
+        }
+        self._group = next(iter(parts.values())).ranks.group
+        groups = self._optimizer.param_groups
+        # As state dicts number parameters.
+        numbered = enumerate(p for group in groups for p in group["params"])
+        self._placed = [(number, p, parts[p]) for number, p in numbered if p in parts]
+        for _, parameter, part in self._placed:  # loaded from a file, which has them whole
+            state = self._optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.ndim == 2 and part.is_whole(value.shape):
+                    state[name] = part.own(value).contiguous()
+        self._optimizer.register_state_dict_post_hook(self._whole)
+
+    def gather(self) -> None:
+        """Called on all ranks."""
+        vars(self._model)["_moelora_gathered"] = (self._group.calls, gather(self._model))
+        self._states = {}
+        for number, parameter, part in self._placed:
+            state = self._optimizer.state.get(parameter, {})
+            # A rank whose experts have no elements has their state nonetheless: gradients reach all alike.
+            same = {
+                name: v for name, v in state.items() if isinstance(v, Tensor) and v.shape == parameter.shape
+            }
+            self._states[number] = {name: part.whole(same[name]) for name in sorted(same)}
+        self._calls = self._group.calls
+
+    def _whole(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        if self._states and self._calls == self._group.calls and self._group.rank == 0:
+            for number, whole in self._states.items():
+                state["state"][number] = {**state["state"].get(number, {}), **whole}

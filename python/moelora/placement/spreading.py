@@ -78,9 +78,13 @@ def _to_place(model: nn.Module) -> dict[str, nn.Module]:
         for weight in projections(module):
             stored = weights.weight_of(module, weight)
             if isinstance(stored, PackedWeight) and standin.packed(module, weight) is None:
-                raise MoeloraError(f"{name}.{weight} is packed by another library: load it with moelora's loader")
+                raise MoeloraError(
+                    f"{name}.{weight} is packed by another library: load it with moelora's loader"
+                )
             if type(stored) not in (Tensor, nn.Parameter, PackedWeight):
-                raise MoeloraError(f"{name}.{weight} is a {type(stored).__name__}: place experts before sharding")
+                raise MoeloraError(
+                    f"{name}.{weight} is a {type(stored).__name__}: place experts before sharding"
+                )
     for several in adapters.wrappers(model).values():
         if any(wrapper.merged for wrapper in several):
             raise MoeloraError("adapters are merged into the experts' weights: unmerge them before place")
@@ -115,6 +119,11 @@ def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
             start = following
 
 
+def is_placed(model: nn.Module) -> bool:
+    """Whether the model's experts are spread over ranks."""
+    return any(_ranks(module) for module in model.modules())
+
+
 def _ranks(module: nn.Module) -> Ranks | None:
     """The placement over ranks that an experts module has."""
     placements = vars(module)["_moelora"].placements if "_moelora" in vars(module) else ()
@@ -128,14 +137,17 @@ def adopt(model: nn.Module) -> None:
             ranks = _ranks(wrapper.get_base_layer())
             if ranks is not None:
                 _keep_factors(wrapper, ranks)
-    if any(_ranks(module) for module in model.modules()):
+                adapters.watch(wrapper, running=False)
+    if is_placed(model):
         saving.gathers(PeftModel)
         roots = [model]
         if isinstance(model, PeftModel):
             roots += [model.base_model, model.get_base_model()]
         for root in roots:
             before = set(getattr(root, "_ddp_params_and_buffers_to_ignore", ()))
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(root, sorted(before | _names(root)))
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                root, sorted(before | _names(root))
+            )
 
 
 def _keep_factors(wrapper: ParamWrapper, ranks: Ranks) -> None:
