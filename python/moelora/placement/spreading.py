@@ -187,7 +187,13 @@ def local_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _names(model: nn.Module) -> set[str]:
-    return {f"{where}.{name}" for where, name, _ in _local(model)}
+    """What DDP has no business with: what is here alone, and the frozen packed weights of linear layers."""
+    packed = {
+        f"{where}.{name}{end}"
+        for where, _, name, beside in standin.installed(model)
+        for end in ("", *(f"{standin.BESIDE}.{part}" for part, _ in beside.named_buffers()))
+    }
+    return packed | {f"{where}.{name}" for where, name, _ in _local(model)}
 
 
 def _local(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
