@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,24 @@ import moelora
 import pytest
 import torch
 import torch.distributed as dist
-from model_tiny import adapt, build, difference, fill, tokens
+from model_tiny import CONFIGS, adapt, build, difference, fill, tokens
 from moelora.errors import MoeloraError
 from moelora.placement.ranks import Ranks
 from packed_files import LAYOUTS, write
 from peft import PeftModel
+from placed_failures import (  # noqa: F401  (checks, too)
+    failing,
+    failing_backward,
+    keeps_nothing,
+    killed,
+    memory,
+)
 from placed_trainers import sft_trainer, trainer, trainer_elsewhere  # noqa: F401  (checks, too)
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "mixtral_gelu")
 PACKED = ("ours nf4 nested", "gpt-oss mxfp4", "bitsandbytes fp4")
@@ -37,6 +46,24 @@ def prepare(directory: Path) -> None:
         build(kind).save_pretrained(directory / kind)
     single = adapted("qwen3_moe")
     single.save_pretrained(directory / "adapter")
+
+
+def prepare_large(directory: Path) -> None:
+    """Some 60 MB of experts, dense in float32 and packed."""
+    torch.manual_seed(0)
+    sizes = {"num_experts": 16, "hidden_size": 256, "moe_intermediate_size": 1024, "num_hidden_layers": 1}
+    config = CONFIGS["qwen3_moe"]()
+    config.update(sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory / "large")
+    more = {"num_experts": 64, "moe_intermediate_size": 1024}
+    write(replace(LAYOUTS["ours nf4 nested"], matrix=drawn), directory / "large packed", **more)
+
+
+def drawn(rows: int, columns: int, gen: torch.Generator, experts: int = 1) -> tuple[dict[str, Tensor], Tensor]:
+    """NF4 in our own layout, of random bytes: quickly made."""
+    codes = torch.randint(0, 256, (experts, rows, columns // 2), generator=gen, dtype=torch.uint8)
+    scale = torch.rand(experts, rows, columns // 64, generator=gen) * 0.01
+    return {".codes": codes, ".scale": scale}, torch.empty(0)
 
 
 def adapted(kind: str, dtype: torch.dtype = torch.float32, **keywords: Any) -> PeftModel:
