@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,22 @@ class Factors(NamedTuple):
     scaling: float
 
 
+Compute = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
+
+
+class Placement(Protocol):
+    """Experts in several places: a layer's sum, made of what each place computes on the rows it is given."""
+
+    def sum(
+        self, x: Tensor, ids: Tensor, gates: Tensor, parameters: dict[str, Any], compute: Compute
+    ) -> Tensor:
+        """[T, H] in x's dtype, or in float32 for a half x if `parameters` say `sum_fp32`.
+
+        x [T, H], ids and gates [T, top_k], parameters: `moe_mlp`'s other arguments; with the same four,
+        `compute` is the next placement's `sum`, or `moe_mlp` itself.
+        """
+
+
 @dataclass
 class Binding:
     """What `enable` knows of an experts module: lives on it as `_moelora`, outside its state dict."""
@@ -65,6 +81,7 @@ class Binding:
     settled: bool = True  # False: the gate holds tensors without values so far, and is to be tried again
     by_peft: set[str] = field(default_factory=set)  # parameters whose wrapper leaves its LoRA to PEFT
     watches: dict[tuple[str, str], Watch] = field(default_factory=dict)  # by (parameter, adapter)
+    placements: tuple[Placement, ...] = ()  # where its experts are, ranks before devices; ids become local
 
 
 def register(interface: ExpertsInterface = ALL_EXPERTS_FUNCTIONS) -> None:
@@ -140,6 +157,8 @@ def _unsupported(weight: Any) -> str | None:
 def _count(module: nn.Module) -> int:
     """How many experts it has, 0 where that cannot be seen."""
     name = projections(module)[1]
+    if weights.is_spread(module, name):
+        return module._parameters[name].shape[0]
     try:
         shape = weights.weight_of(module, name).shape
     except (ValueError, AttributeError):
@@ -251,11 +270,25 @@ def experts_forward(
     ids = top_k_index.reshape(-1, top_k_index.shape[-1])
     gates = top_k_weights.reshape(ids.shape)
     gates = gates if gates.dtype in (x.dtype, torch.float32) else gates.to(x.dtype)
-    if getattr(self, "has_post_expert_norm", False):
-        out = _normalised(self, x, ids, gates, _parameters(self, binding, lora or {}))
-    else:
-        out = moe_mlp(x, ids, gates, **_parameters(self, binding, lora or {}))
+    parameters = _parameters(self, binding, lora or {})
+    out = _placed(self, binding.placements, x, ids, gates, parameters)
     return out.to(hidden_states.dtype).reshape(hidden_states.shape)
+
+
+def _placed(
+    module: nn.Module,
+    placements: tuple[Placement, ...],
+    x: Tensor,
+    ids: Tensor,
+    gates: Tensor,
+    parameters: dict,
+) -> Tensor:
+    """The layer's sum [T, H]: by the first of the placements, which calls this for what is inside of it."""
+    if placements:
+        return placements[0].sum(x, ids, gates, parameters, partial(_placed, module, placements[1:]))
+    if getattr(module, "has_post_expert_norm", False):
+        return _normalised(module, x, ids, gates, parameters)
+    return moe_mlp(x, ids, gates, **parameters)
 
 
 def _warn_of_late_adapters(module: nn.Module, binding: Binding) -> None:
@@ -282,7 +315,9 @@ def _parameters(module: nn.Module, binding: Binding, lora: dict[str, Factors]) -
 
 def _normalised(module: nn.Module, x: Tensor, ids: Tensor, gates: Tensor, parameters: dict) -> Tensor:
     """The experts' outputs, normalised one by one and then weighted: [T, H]."""
+    sum_fp32 = parameters.pop("sum_fp32", False)
     rows = getattr(module, POST_NORM)(moe_mlp(x, ids, None, **parameters))
+    rows = rows.float() if sum_fp32 and rows.dtype.itemsize == 2 else rows
     local = (ids >= 0) & (ids < parameters["gate_up_weight"].shape[0])
     gates = gates.where(local, 0)  # a norm may make something of the zeros of other ranks' experts
     return (rows.view(*ids.shape, -1) * gates.unsqueeze(-1)).sum(1)

@@ -1,0 +1,63 @@
+"""Experts spread over 1 to 4 processes against one process that has them all; the checks are placed_checks.py's."""
+
+import json
+import subprocess
+import sys
+
+import placed_processes
+import pytest
+
+CHECKS = [
+    *((1, name) for name in ("trainer", "sft_trainer")),
+    *(
+        (2, name)
+        for name in (
+            "families", "packed_families", "accumulated_and_clipped", "sharded", "recomputed", "autocast",
+            "several_forwards", "compiled", "loaded", "trainer", "sft_trainer",
+        )
+    ),
+    *(
+        (3, name)
+        for name in (
+            "families", "packed_families", "half", "unequal", "before_adapters", "recomputed", "ordered",
+            "wrong_arguments", "trainer_elsewhere", "lonely_save",
+        )
+    ),
+    *((4, name) for name in ("families", "packed_families", "unequal", "loaded", "memory")),
+    *((3, name) for name in ("failing", "failing_backward", "killed")),
+]  # fmt: skip
+
+
+def _run(directory, checks):
+    names = [f"{world}.{name}" for world, name in checks]
+    command = [sys.executable, placed_processes.__file__, str(directory), *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return directory
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Where each process has left what it found."""
+    return _run(tmp_path_factory.mktemp("placed"), CHECKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "name"), CHECKS, ids=str)
+def test_placed(runs, world, name):
+    _passed(runs, world, name)
+
+
+@pytest.mark.long
+def test_500_steps_keep_nothing(tmp_path):
+    _passed(_run(tmp_path, [(2, "keeps_nothing")]), 2, "keeps_nothing")
+
+
+def _passed(directory, world, name):
+    for rank in range(world):
+        if name == "killed" and rank == 1:
+            continue
+        file = directory / f"{world}.{name}.{rank}.json"
+        assert file.exists(), f"rank {rank} did not come to it"
+        told = json.loads(file.read_text())["told"]
+        assert not told, f"rank {rank}: {told}"
