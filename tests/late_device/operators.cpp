@@ -13,7 +13,7 @@
 #include <ATen/ops/view_native.h>
 #include <torch/library.h>
 
-#include <cstring>
+#include <algorithm>
 
 #include "queues.h"
 
@@ -167,6 +167,24 @@ std::optional<Stack> results_by_meta(const c10::OperatorHandle& op, const Stack&
     return std::nullopt;  // what is wrong with the arguments the CPU's kernel will tell
   }
   return mapped(meta, [](const at::Tensor& t) { return t.defined() ? empty_like_meta(t) : t; });
+}
+
+// An empty `out` takes the shape of what it is to hold.
+void shape(const c10::OperatorHandle& op, const Stack& arguments, const Stack& out) {
+  std::vector<at::Tensor> to, like;
+  Stack results = out;
+  take_results(results, to);
+  if (std::none_of(to.begin(), to.end(), [](const at::Tensor& t) { return is_late(t) && !t.numel(); })) {
+    return;
+  }
+  Stack meta = mapped(arguments, on_meta);
+  set_devices(meta, c10::Device(c10::kMeta));
+  c10::impl::ExcludeDispatchKeyGuard no_gradients(c10::autograd_dispatch_keyset);
+  op.callBoxed(&meta);
+  take_results(meta, like);
+  for (size_t i = 0; i < to.size(); ++i) {
+    if (to[i].sizes() != like[i].sizes()) at::native::resize_(to[i], like[i].sizes());
+  }
 }
 
 void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
