@@ -57,6 +57,8 @@ class ParamWrapper(PeftParamWrapper):
 def _refuse_copy(wrapper: PeftParamWrapper, why: str) -> None:
     """Where experts are packed PEFT's own code makes a dense copy of all, or silently trains nothing."""
     module, name = wrapper.get_base_layer(), wrapper.parameter_name
+    if weights.is_spread(module, name):
+        raise MoeloraError(f"{name} is spread over ranks, and PEFT cannot add LoRA to it: {why}")
     if weights.is_packed(module, name):
         raise MoeloraError(f"{name} is packed, and PEFT cannot add LoRA to packed weights: {why}")
 
@@ -94,10 +96,11 @@ def served(wrapper: PeftParamWrapper, adapters: list[str]) -> list[tuple[Tensor,
 
 def factors(wrapper: PeftParamWrapper, adapter: str, a: Tensor, b: Tensor) -> Factors:
     """One adapter's factors as views. PEFT keeps A as [E·R, K] and B as [N, R·E], the expert fastest."""
-    experts = wrapper.num_experts
+    rank = wrapper.r[adapter]
+    experts = a.shape[0] // rank  # those that are here
     return Factors(
-        a.unflatten(0, (experts, -1)),
-        b.unflatten(1, (-1, experts)).permute(2, 0, 1),
+        a.unflatten(0, (experts, rank)),
+        b.unflatten(1, (rank, experts)).permute(2, 0, 1),
         float(wrapper.scaling[adapter]),
     )
 

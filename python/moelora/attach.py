@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
@@ -61,11 +62,21 @@ def enable(model: nn.Module, linears: bool | None = None) -> Report:
     for module in found.values():
         module.config._experts_implementation_internal = experts.IMPLEMENTATION
     hook(model, linears)
+    if any(module._moelora.placements for module in found.values()):
+        import_module("moelora.placement.spreading").adopt(model)
     return report(model)
 
 
 def disable(model: nn.Module) -> None:
-    """Undo `enable`: every module and configuration is as it was. A model that is not enabled stays so."""
+    """Undo `enable`: every module and configuration is as it was. A model that is not enabled stays so.
+
+    Raises: MoeloraError for a placed model, which has a part of its experts only.
+    """
+    for name, module in model.named_modules():
+        if experts.is_experts(module) and any(
+            weights.is_spread(module, weight) for weight in experts.projections(module)
+        ):
+            raise MoeloraError(f"{name} is spread over ranks, which cannot be undone: load the model anew")
     unhook(model)
     for module in model.modules():
         if isinstance(module, PeftParamWrapper):
@@ -110,6 +121,7 @@ def _layer(name: str, module: nn.Module, wrappers: list[PeftParamWrapper]) -> La
         **_stored(module),
         weights="trainable" if any(p.requires_grad for p in module.parameters()) else "frozen",
         adapters=tuple(_adapter(w, name) for w in reversed(wrappers) for name in w.lora_A),
+        places=tuple(map(str, binding.placements)),
     )
 
 
@@ -145,7 +157,7 @@ def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
         path="PEFT" if reason else "operators",
         reason=reason or "",
         active=adapter in active and not wrapper.disable_adapters,
-        trainable=any(tensor.requires_grad for tensor in tensors),
+        trainable=any(tensor.requires_grad and tensor.numel() > 0 for tensor in tensors),
         gradient=any(bool(nonzero(t.grad)) for t in parameters if t.grad is not None and has_values(t.grad))
         or (watch.seen if watch is not None else None),
         zero=_is_zero(wrapper.lora_B[adapter].weight),

@@ -157,6 +157,8 @@ def _unsupported(weight: Any) -> str | None:
 def _count(module: nn.Module) -> int:
     """How many experts it has, 0 where that cannot be seen."""
     name = projections(module)[1]
+    if weights.is_spread(module, name):
+        return module._parameters[name].shape[0]
     try:
         shape = weights.weight_of(module, name).shape
     except (ValueError, AttributeError):

@@ -183,6 +183,7 @@ class MoeloraQuantizer(HfQuantizer):
 
         state = model.state_dict()
         kept = list(standin.installed(model))
+        _refuse_parts(kept)
         for field in ("experts", "linears"):
             formats = {
                 beside.format for _, _, name, beside in kept if (name == "weight") == (field == "linears")
@@ -204,6 +205,7 @@ class MoeloraQuantizer(HfQuantizer):
         from moelora import standin
         from moelora.linears import PackedLinear
 
+        _refuse_parts(standin.installed(model))
         for _, module, name, packed in standin.installed(model):
             weight = packed.weight.dequantize(dtype).contiguous()
             if isinstance(module, PackedLinear):
@@ -221,3 +223,11 @@ class MoeloraQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _refuse_parts(kept: Any) -> None:
+    for where, _, name, packed in kept:
+        if not packed.whole:
+            raise MoeloraError(
+                f"{where}.{name} is spread over ranks: a model is whole before moelora.place only"
+            )

@@ -62,6 +62,7 @@ class LayerReport:
     format: str  # of the weights: "dense", or a name of torch_moelora.formats
     nbytes: int  # of the weights, scales included
     adapters: tuple[AdapterReport, ...]
+    places: tuple[str, ...] = ()  # of a placed layer: which of its experts are where
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Report:
             if layer.format != "dense":
                 kind += f", {layer.format}, {_bytes(layer.nbytes)}"
             adapters = ", ".join(map(str, layer.adapters)) or "none"
-            table.add_row(names, kind, str(layer.experts), path, adapters)
+            table.add_row(names, kind, ", ".join((str(layer.experts), *layer.places)), path, adapters)
         console = Console(file=StringIO(), width=200, color_system=None)
         console.print(table)
         console.print(*self._summary(), sep="\n", markup=False, highlight=False, soft_wrap=True)

@@ -18,6 +18,7 @@ from moelora.packed_layout import PARTS
 from torch_moelora.formats import PackedWeight
 
 BESIDE = "_packed"  # behind the weight's name: the module that has its tensors
+SPREAD = "spread"  # what is told of a weight that ranks share
 # What only moves, casts or copies a tensor: done to the one element.
 _LIKE = {
     "to", "float", "half", "bfloat16", "double", "cpu", "cuda", "type", "clone", "contiguous", "empty_like",
@@ -116,19 +117,24 @@ def _stand_ins(values: Any) -> Iterator[StandIn]:
 
 
 def _refusal(stand_in: StandIn, why: str) -> MoeloraError:
+    dense = "" if SPREAD in stand_in.told else "; model.dequantize() makes it dense"
     return MoeloraError(
         f"{stand_in.told}, and {why}: only moelora's experts implementation reads it (moelora.enable(model), "
-        "after every change of adapters); model.dequantize() makes it dense"
+        f"after every change of adapters){dense}"
     )
 
 
 class Packed(nn.Module):
-    """The tensors of a packed weight, as buffers. A change of dtype leaves them as they are."""
+    """The tensors of a packed weight, as buffers. A change of dtype leaves them as they are.
 
-    def __init__(self, weight: PackedWeight) -> None:
+    whole: False for those of some experts only, which no state dict has.
+    """
+
+    def __init__(self, weight: PackedWeight, whole: bool = True) -> None:
         super().__init__()
         for part, tensor in zip(PARTS, weight[:4], strict=True):
-            self.register_buffer(part, tensor)
+            self.register_buffer(part, tensor, persistent=whole)
+        self.whole = whole
         self.format, self.transposed = weight.format, weight.transposed
 
     @property
@@ -152,6 +158,14 @@ class Packed(nn.Module):
         return f"{self.format}, {list(self.weight.shape)}"
 
 
+class Part(nn.Module):
+    """The dense weight of some experts, as a buffer that no state dict has."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+
+
 def install(
     module: nn.Module, name: str, weight: PackedWeight, dtype: torch.dtype, where: str, matrix: bool = False
 ) -> None:
@@ -163,6 +177,28 @@ def install(
     shape = weight.shape[1:] if matrix else weight.shape
     module.register_parameter(name, StandIn.of(shape, dtype, weight.device, told))
     module.add_module(name + BESIDE, Packed(weight))
+
+
+def spread(
+    module: nn.Module,
+    name: str,
+    weight: Tensor | PackedWeight,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    told: str,
+) -> None:
+    """Make `weight`, of some experts, what is here of the module's weight `name`, which is of `shape`."""
+    if hasattr(module, name + BESIDE):
+        delattr(module, name + BESIDE)
+    module.register_parameter(name, StandIn.of(shape, dtype, weight.device, told))
+    part = Packed(weight, whole=False) if isinstance(weight, PackedWeight) else Part(weight)
+    module.add_module(name + BESIDE, part)
+
+
+def beside(module: nn.Module, name: str) -> Packed | Part | None:
+    """What has the numbers of the module's weight `name`, if its parameter is a stand-in."""
+    found = getattr(module, name + BESIDE, None)
+    return found if isinstance(found, Packed | Part) else None
 
 
 def packed(module: nn.Module, name: str) -> Packed | None:

@@ -26,9 +26,9 @@ def weight_of(module: nn.Module, name: str) -> Tensor | PackedWeight:
     Raises: ValueError that ends a sentence on the weight, where it is packed in a way that no format has;
     AttributeError where there is none.
     """
-    packed = standin.packed(module, name)
-    if packed is not None:
-        return packed.weight
+    beside = standin.beside(module, name)
+    if beside is not None:
+        return beside.weight
     if is_parametrized(module, name):
         state = getattr(module.parametrizations[name][0], "quant_state", None)
         if state is not None:
@@ -37,6 +37,12 @@ def weight_of(module: nn.Module, name: str) -> Tensor | PackedWeight:
     if isinstance(weight, Tensor) and weight.dtype in PACKED_DTYPES:
         return _of_transformers(weight, getattr(module, name + SCALE, None))
     return weight
+
+
+def is_spread(module: nn.Module, name: str) -> bool:
+    """Whether only some experts of the module's weight `name` are here."""
+    beside = standin.beside(module, name)
+    return isinstance(beside, standin.Part) or (beside is not None and not beside.whole)
 
 
 def with_peft(module: nn.Module) -> set[str]:
