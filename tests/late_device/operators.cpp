@@ -193,6 +193,7 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) 
   const bool in_place = writes(schema);
   if (in_place) {
     results = written(schema, arguments);
+    shape(op, arguments, results);
   } else {
     auto found = only_tensors(schema) ? results_by_meta(op, arguments) : std::nullopt;
     if (!found) {
