@@ -1,4 +1,4 @@
-"""Page-locked host memory that copies to and from an accelerator go through: reused, bounded, never shared."""
+"""Page-locked host memory that copies to and from an accelerator go through: reused and bounded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import threading
 
 import torch
 from torch import Tensor
+
+from moelora.placement.beside.order import wait
 
 LIMIT = 256 << 20  # bytes that are kept for the next who asks
 LEAST = 4096
@@ -37,7 +39,7 @@ class Buffers:
                 self._make_room(size)
                 self.allocated += size
         if found is not None:
-            found[1].synchronize()
+            wait(found[1])
             return found[0]
         return _page_locked(size)
 
@@ -51,7 +53,7 @@ class Buffers:
         for other, idle in self._idle.items():
             while other != size and idle and self.allocated + size > self.limit:
                 _, event = idle.pop(0)
-                event.synchronize()
+                wait(event)
                 self.allocated -= other
 
 

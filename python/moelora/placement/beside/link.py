@@ -1,4 +1,4 @@
-"""The way between an accelerator and host memory, in order of its streams and without waiting for all of it."""
+"""The way between an accelerator and host memory, which waits for what it carries and for nothing else."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moelora.placement.beside.buffers import Buffers, typed
+from moelora.placement.beside.order import after, mark, wait
 
 _LINKS: dict[torch.device, Link] = {}
 _LOCK = threading.Lock()
@@ -20,14 +21,11 @@ class Arrival:
     def __init__(self, link: Link, sources: list[Tensor]) -> None:
         self._link, self._sources = link, sources  # kept until their copies are made
         self._buffers = [link.buffers.take(t.nbytes) for t in sources]
-        self._event = torch.Event(link.device)
-        here = torch.Event(link.device)
-        here.record(torch.accelerator.current_stream(link.device))
-        link.outward.wait_event(here)
+        after(link.outward, mark(link.device))
         with link.outward:
             for buffer, t in zip(self._buffers, sources, strict=True):
                 typed(buffer, t).copy_(t, non_blocking=True)
-            self._event.record(link.outward)
+            self._event = mark(link.device, link.outward)
 
     def __enter__(self) -> Arrival:
         return self
@@ -39,33 +37,31 @@ class Arrival:
 
     def wait(self) -> list[Tensor]:
         """The tensors, in page-locked memory that is theirs until `with` ends."""
-        self._event.synchronize()
+        wait(self._event)
         return [typed(buffer, t) for buffer, t in zip(self._buffers, self._sources, strict=True)]
 
 
 class Link:
-    """Of one device. Rows go out on a stream of their own, and come in on the stream that computes with them."""
+    """Of one device. Rows go out on a stream of their own, and come in on that which computes with them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.buffers = device, Buffers()
         self.outward, self.inward = torch.Stream(device), torch.Stream(device)
 
     def fetch(self, *tensors: Tensor) -> Arrival:
-        """Sends tensors to the host, behind what the current stream has been given so far; use with `with`."""
+        """Sends tensors to the host, behind what the current stream was given so far; use with `with`."""
         return Arrival(self, [t.detach().contiguous() for t in tensors])
 
     def send(self, tensor: Tensor) -> Tensor:
         """`tensor`, of the host, on the device: in the order of the current stream, and nobody waits."""
         out = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
         buffer = self.buffers.take(tensor.nbytes)
-        event = torch.Event(self.device)
         try:
             staged = typed(buffer, tensor)
             staged.copy_(tensor.detach())
             out.copy_(staged, non_blocking=True)
         finally:
-            event.record(torch.accelerator.current_stream(self.device))
-            self.buffers.give(buffer, event)
+            self.buffers.give(buffer, mark(self.device))
         return out
 
 

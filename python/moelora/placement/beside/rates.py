@@ -13,6 +13,7 @@ from torch import Tensor
 from moelora.experts import Compute
 from moelora.placement.beside.hot import BIASES, WEIGHTS
 from moelora.placement.beside.link import Link
+from moelora.placement.beside.order import mark, wait
 from moelora.placement.spreading import of_experts
 from torch_moelora.formats import PackedWeight
 
@@ -66,7 +67,7 @@ def bring_seconds(tokens: int, top_k: int, size: Size, rates: Rates) -> float:
 
 
 def better(tokens: int, top_k: int, size: Size, rates: Rates) -> str:
-    """ "bring" or "compute"; the same for the same arguments, so a recomputed layer goes its forward's way."""
+    """`bring` or `compute`: for the same arguments the same, so a recomputed layer goes its forward's way."""
     brought = bring_seconds(tokens, top_k, size, rates)
     return "bring" if brought < host_seconds(tokens, top_k, size, rates) else "compute"
 
@@ -122,8 +123,6 @@ def _seconds(run: Callable[[], Tensor | PackedWeight], link: Link | None = None)
         start = time.perf_counter()
         run()
         if link is not None:
-            event = torch.Event(link.device)
-            event.record(torch.accelerator.current_stream(link.device))
-            event.synchronize()
+            wait(mark(link.device))
         found.append(time.perf_counter() - start)
     return max(min(found[1:]), 1e-9)

@@ -1,7 +1,7 @@
-"""Whole layers brought over: two resident buffers on the accelerator, one computed with, the next one filling.
+"""Whole layers brought over: two resident buffers on the accelerator, one in use and the next one filling.
 
-Weights travel as they are stored, codes packed. Forward the next layer is on its way while one computes, in the
-backward (recomputed layers too) the one before.
+Weights travel as they are stored, codes packed. Forward the next layer is on its way while one computes, in
+the backward (recomputed layers too) the one before.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moelora.placement.beside.buffers import typed
 from moelora.placement.beside.link import Link
+from moelora.placement.beside.order import after, mark
 from torch_moelora.formats import PackedWeight
 
 CHUNK = 16 << 20  # bytes that are staged at a time
@@ -32,7 +33,7 @@ class Part(NamedTuple):
 
 
 class Load(NamedTuple):
-    """All that is to be brought of one layer: argument of `moe_mlp` → its parts, None for those it has not."""
+    """All that is to be brought of one layer: argument of `moe_mlp` → its parts, None for what it lacks."""
 
     parts: dict[str, tuple[Part | None, ...]]
     kinds: dict[str, tuple | None]  # of a packed weight: format and transposed
@@ -106,16 +107,14 @@ class Resident:
             slot = self._claim(index, wait=True)
             slot.users += 1
         try:
-            here = torch.accelerator.current_stream(self.link.device)
-            here.wait_event(slot.arrived.result())
+            after(torch.accelerator.current_stream(self.link.device), slot.arrived.result())
             with self._changed:
                 following = self._following(index)
                 if following is not None:
                     self._claim(following, wait=False, beside=slot)
             yield self.loads[index].views(slot.buffer)
         finally:
-            event = torch.Event(self.link.device)
-            event.record(torch.accelerator.current_stream(self.link.device))
+            event = mark(self.link.device)
             with self._changed:
                 slot.used.append(event)
                 slot.users -= 1
@@ -140,7 +139,7 @@ class Resident:
         return None if torch.is_grad_enabled() else 0
 
     def _claim(self, index: int, wait: bool, beside: Slot | None = None) -> Slot | None:
-        """The slot that has the layer or will have it; None if there is none to take and nobody would wait."""
+        """The slot that has the layer or will have it; None if there is none to take and not to `wait`."""
         self._allocate()
         while True:
             for slot in self._slots:
@@ -164,9 +163,7 @@ class Resident:
         for _ in range(2):
             buffer = torch.empty(size, dtype=torch.uint8, device=self.link.device)
             slot = Slot(buffer)
-            event = torch.Event(self.link.device)  # whoever had this memory before is done with it
-            event.record(torch.accelerator.current_stream(self.link.device))
-            slot.used.append(event)
+            slot.used.append(mark(self.link.device))  # whoever had this memory before is done with it
             self._slots.append(slot)
 
     def _fill(self, slot: Slot, index: int) -> None:
@@ -178,7 +175,7 @@ class Resident:
         """Sends the copies of a layer; on a thread of its own, since staging them takes the host's time."""
         inward = self.link.inward
         for event in used:
-            inward.wait_event(event)
+            after(inward, event)
         for several in load.parts.values():
             for part in several:
                 if part is None:
@@ -187,10 +184,8 @@ class Resident:
                 target = buffer[part.start : part.start + source.numel()]
                 for start in range(0, source.numel(), CHUNK):
                     self._copy(target[start : start + CHUNK], source[start : start + CHUNK])
-        arrived = torch.Event(self.link.device)
-        arrived.record(inward)
         self.bytes_brought += load.nbytes
-        return arrived
+        return mark(self.link.device, inward)
 
     def _copy(self, to: Tensor, source: Tensor) -> None:
         inward = self.link.inward
@@ -199,13 +194,12 @@ class Resident:
                 to.copy_(source, non_blocking=True)
                 return
             buffers = self.link.buffers
-            staged, event = buffers.take(source.nbytes), torch.Event(self.link.device)
+            staged = buffers.take(source.nbytes)
             try:
                 typed(staged, source).copy_(source)
                 to.copy_(typed(staged, source), non_blocking=True)
             finally:
-                event.record(inward)
-                buffers.give(staged, event)
+                buffers.give(staged, mark(self.link.device, inward))
 
     def saved(self, index: int) -> Any:
         """Within `with`, what autograd saves of a layer's weights is where they stand, not what is there now:
