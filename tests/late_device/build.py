@@ -39,7 +39,8 @@ def library() -> Path:
         for source in SOURCES:
             objects.append(OUTPUT / f"{source}.o")
             _run(*compiler, *flags, *included, "-c", HERE / source, "-o", objects[-1])
-        linked = [part for path in cpp_extension.library_paths() for part in (f"-L{path}", f"-Wl,-rpath,{path}")]
+        folders = cpp_extension.library_paths()
+        linked = [flag for path in folders for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
         partial = OUTPUT / "partial.so"
         _run(*compiler, "-shared", *objects, *linked, "-ltorch_cpu", "-lc10", "-o", partial)
         partial.replace(made)

@@ -28,16 +28,16 @@ def place(
     """Say where an enabled model's experts are; over ranks first, then beside an accelerator.
 
     Over ranks: as `spreading.place` says, unless only the arguments behind `group` are given.
-    Beside an accelerator that has the rest of the model, experts in host memory are found by `enable`. What can
-    be said about them holds until it is said again, and costs their copies on the accelerator:
+    Beside an accelerator that has the rest of the model, experts in host memory are found by `enable`. What
+    is said about them here holds until it is said again:
 
     Args:
         owners: "spread", "rank0", or the rank in `group` of each expert.
         group: the ranks that share the experts; None for all.
         hot: how many experts of each layer have their frozen weights on the accelerator too, or which, by the
             layer's name. Their LoRA factors stay with the others', and travel.
-        batches: keyword arguments of some forwards, over which the most used experts are counted; without them
-            the first ones of a layer are taken.
+        batches: keyword arguments of some forwards, over which the most used experts are counted; without
+            them the first ones of a layer are taken.
         way: "compute" where the weights are, "bring" them over a layer ahead, or "auto", a rule from rates
             that are measured in the first forward.
         rates: instead of those.

@@ -17,7 +17,7 @@ FACTORS = tuple(f"{name}_lora_{side}" for name in ("gate_up", "down") for side i
 
 
 class Hot:
-    """Experts `ids` of a layer on `device`: frozen weights and biases there, LoRA factors with all others."""
+    """Experts `ids` of a layer on `device`: frozen weights and biases there, LoRA with that of all others."""
 
     def __init__(
         self, ids: list[int], experts: int, parameters: dict[str, Any], device: torch.device
@@ -81,7 +81,7 @@ def choose(
 
 @torch.no_grad()
 def count(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Any]) -> dict[str, Tensor]:
-    """How often each expert of each layer is chosen when the model runs on `batches`: its keyword arguments."""
+    """How often each expert of each layer is chosen as the model runs on `batches`: keyword arguments."""
     run: Callable[..., Any] = model
     training = model.training
     for layer in layers.values():

@@ -47,8 +47,8 @@ class Neighbours:
 class Beside:
     """The placement of one layer: its experts on the host, some of them perhaps on the accelerator too.
 
-    A token's sum is made of the accelerator's share and the host's, added in this order in float32 and rounded
-    once. With tokens on the host it does nothing.
+    A token's sum is made of the accelerator's share and the host's, added in this order in float32 and
+    rounded once. With tokens on the host it does nothing.
     """
 
     def __init__(self, module: nn.Module, experts: int, together: Neighbours) -> None:

@@ -82,7 +82,7 @@ class Slot:
     def __init__(self, buffer: Tensor) -> None:
         self.buffer = buffer
         self.layer: int | None = None  # what is in it, or on its way
-        self.users = 0  # calls that compute with it just now
+        self.users: list[int] = []  # threads whose calls compute with it just now
         self.used: list[torch.Event] = []  # what computes with it on the device
         self.arrived: Future | None = None  # → the event of its last copy
 
@@ -98,18 +98,19 @@ class Resident:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="moelora-bring")
 
     @contextlib.contextmanager
-    def layer(self, index: int) -> Iterator[dict[str, Tensor | PackedWeight]]:
+    def layer(self, index: int, returns: bool) -> Iterator[dict[str, Tensor | PackedWeight]]:
         """The weights of a layer on the device, for launches within `with` on the current stream.
 
-        The layer that will be asked for next is then on its way. Raises what a copy raised.
+        The layer that will be asked for next is then on its way. returns: a backward follows.
+        Raises what a copy raised.
         """
         with self._changed:
             slot = self._claim(index, wait=True)
-            slot.users += 1
+            slot.users.append(threading.get_ident())
         try:
             after(torch.accelerator.current_stream(self.link.device), slot.arrived.result())
             with self._changed:
-                following = self._following(index)
+                following = self._following(index, returns)
                 if following is not None:
                     self._claim(following, wait=False, beside=slot)
             yield self.loads[index].views(slot.buffer)
@@ -117,7 +118,7 @@ class Resident:
             event = mark(self.link.device)
             with self._changed:
                 slot.used.append(event)
-                slot.users -= 1
+                slot.users.remove(threading.get_ident())
                 if slot.arrived.done() and slot.arrived.exception() is not None and not slot.users:
                     slot.layer = None  # to be tried again
                 self._changed.notify_all()
@@ -130,13 +131,13 @@ class Resident:
                 if slot.layer == index:
                     slot.layer = None
 
-    def _following(self, index: int) -> int | None:
+    def _following(self, index: int, returns: bool) -> int | None:
         """Which layer comes next: the one before in a backward, and round again where there is none."""
         if torch._C._current_graph_task_id() != -1:
             return index - 1 if index else None
         if index + 1 < len(self.loads):
             return index + 1
-        return None if torch.is_grad_enabled() else 0
+        return None if returns else 0
 
     def _claim(self, index: int, wait: bool, beside: Slot | None = None) -> Slot | None:
         """The slot that has the layer or will have it; None if there is none to take and not to `wait`."""
@@ -148,6 +149,10 @@ class Resident:
             free = [slot for slot in self._slots if not slot.users and slot is not beside]
             if free or not wait:
                 break
+            if any(threading.get_ident() in slot.users for slot in self._slots):
+                # A device's autograd thread may take up another thread's backward within one: none to wait for.
+                free = [self._allocate_one()]
+                break
             self._changed.wait()
         if not free:
             return None
@@ -157,14 +162,15 @@ class Resident:
         return slot
 
     def _allocate(self) -> None:
-        if self._slots:
-            return
+        while len(self._slots) < 2:
+            self._allocate_one()
+
+    def _allocate_one(self) -> Slot:
         size = max(load.nbytes for load in self.loads)
-        for _ in range(2):
-            buffer = torch.empty(size, dtype=torch.uint8, device=self.link.device)
-            slot = Slot(buffer)
-            slot.used.append(mark(self.link.device))  # whoever had this memory before is done with it
-            self._slots.append(slot)
+        slot = Slot(torch.empty(size, dtype=torch.uint8, device=self.link.device))
+        slot.used.append(mark(self.link.device))  # whoever had this memory before is done with it
+        self._slots.append(slot)
+        return slot
 
     def _fill(self, slot: Slot, index: int) -> None:
         slot.layer, used, slot.used = index, slot.used, []

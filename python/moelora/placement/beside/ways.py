@@ -80,7 +80,7 @@ class Call:
     ) -> Tensor:
         sent = {n: self.link.send(given[n]) for n in FACTORS + BIASES if n in given}
         inputs = {"x": x, "gates": gates} | sent
-        with self.resident.layer(self.index) as weights:
+        with self.resident.layer(self.index, bool(needed)) as weights:
             rest = {n: v for n, v in self.rest.items() if n not in WEIGHTS} | weights
             with self.resident.saved(self.index) if needed else nullcontext():
                 share = Share(self.compute, inputs, ids, rest, needed)
@@ -92,8 +92,8 @@ class Call:
         """By the names of what needs one: of x and gates on the accelerator, of all else on the host."""
         if not self.shares:
             raise RuntimeError(
-                "experts beside an accelerator: this backward is a second one, and the first has freed what it "
-                "needs (retain_graph=True keeps it)"
+                "experts beside an accelerator: this backward is a second one, and the first has freed what "
+                "it needs (retain_graph=True keeps it)"
             )
         retain = torch._C._autograd._get_current_graph_task_keep_graph()
         shares, self.shares = self.shares, self.shares if retain else ()
@@ -118,7 +118,7 @@ class Call:
         return found
 
     def _bring_backward(self, dy: Tensor, share: Share, retain: bool) -> Gradients:
-        with self.resident.layer(self.index):
+        with self.resident.layer(self.index, True):
             found = share.gradients(dy, retain)
         names = [name for name, t in found.items() if t is not None and name not in ("x", "gates")]
         with self.link.fetch(*(found[name] for name in names)) as arrival:
@@ -138,8 +138,8 @@ def _result_dtype(x: Tensor) -> torch.dtype:
 
 
 class _Placed(torch.autograd.Function):
-    """A call as one step of autograd, whose backward runs on the accelerator's thread: it launches what is the
-    accelerator's, then computes what is the host's. So sums have one order, whoever is ready first.
+    """A call as one step of autograd, whose backward runs on the accelerator's thread: it launches what is
+    the accelerator's, then computes what is the host's. So sums have one order, whoever is ready first.
     """
 
     @staticmethod
