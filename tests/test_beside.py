@@ -8,18 +8,18 @@ from pathlib import Path
 
 import late_device
 import model_tiny
+import moelora
 import pytest
 import torch
 from accelerate.hooks import attach_align_device_hook_on_blocks
 from model_tiny import one_thread  # noqa: F401
-from torch import Tensor
-
-import moelora
 from moelora import experts
 from moelora.errors import MoeloraError
 from moelora.placement import beside
 from moelora.placement.beside import buffers, layer, link, rates, resident, settling, ways
 from moelora.placement.beside.hot import Hot
+from torch import Tensor
+
 from torch_moelora.formats import quantize
 from torch_moelora.functional import moe_mlp
 
@@ -381,13 +381,11 @@ def test_what_is_brought(kind, own_link, monkeypatch):
 
 
 def test_threads(own_link):
+    """Each with a stream of its own, all with the same two buffers."""
     problems = [problem(BF16, "dense", seed=seed) for seed in range(3)]
-    expected = {
-        way: run(problems, [Here(hot, E)] * 3, "cpu") for way, hot in (("compute", [1]), ("bring", []))
-    }
     for way, hot in (("compute", [1]), ("bring", [])):
-        placements = placed(problems, way, hot)
-        results = [None] * 4
+        expected = run(problems, [Here(hot, E)] * 3, "cpu")
+        placements, results = placed(problems, way, hot), [None] * 4
 
         def work(i, placements=placements, results=results):
             with torch.Stream(LATE):
@@ -414,7 +412,7 @@ def test_the_rule():
     assert rates.better(point, 8, SIZE, MACHINE) == "bring"
     assert 10 < point < 1000
     assert rates.bring_seconds(4096, 8, SIZE, MACHINE) == pytest.approx(SIZE.nbytes / 24e9)
-    assert rates.turning_point(8, SIZE, MACHINE._replace(link=1e6)) is None
+    assert rates.turning_point(8, SIZE, MACHINE._replace(device_flops=1e11)) is None
 
 
 def test_rates_are_measured():
@@ -605,5 +603,5 @@ def test_accelerate_offloads(served_there):
 
 
 def test_no_device_is_named():
-    for path in Path(beside.__file__).parents[1].rglob("*.py"):
+    for path in Path(beside.__file__).parent.rglob("*.py"):
         assert "cuda" not in path.read_text().lower(), path.name

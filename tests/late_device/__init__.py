@@ -1,8 +1,8 @@
 """A device that is late on purpose, so that what waits for it is tested without an accelerator.
 
 `start()` makes "late" a device of this process: host memory, the CPU's kernels, and streams whose work is
-done when somebody waits for it and not before. A copy that was not waited for has not happened, and memory that
-is taken again too early is seen to have changed, in every run alike.
+done when somebody waits for it and not before. A copy that was not waited for has not happened, and memory
+that is taken again too early is seen to have changed, in every run alike.
 """
 
 from __future__ import annotations

@@ -140,6 +140,12 @@ class Beside:
                 self._hot = Hot(self.ids, self.experts, parameters, device)
             return self._hot
 
+    def forget(self) -> None:
+        """Makes copies anew: the weights have changed in a way that tensors do not tell."""
+        with self._lock:
+            self._hot = None
+        self.together.changed(self)
+
     def keep(self, ids: list[int], device: torch.device | None) -> None:
         """Lets these experts be on `device`, and no others."""
         with self._lock:

@@ -150,7 +150,7 @@ class Resident:
             if free or not wait:
                 break
             if any(threading.get_ident() in slot.users for slot in self._slots):
-                # A device's autograd thread may take up another thread's backward within one: none to wait for.
+                # A device's autograd thread takes up another thread's backward within one: no waiting.
                 free = [self._allocate_one()]
                 break
             self._changed.wait()

@@ -27,7 +27,8 @@ def take_over(model: nn.Module) -> None:
             continue
         found = [(inner, inner._hf_hook) for inner in module.modules() if hasattr(inner, "_hf_hook")]
         if any(_in_memory(hook) for _, hook in found):
-            for inner, _ in found:
+            for inner, hook in found:
+                _stay_here(hook)
                 remove_hook_from_module(inner)
             vars(module)[HOOKS] = found
 
@@ -41,6 +42,13 @@ def _in_memory(hook: Any) -> bool:
             if not getattr(kept, "index", None):  # of files
                 return True
     return False
+
+
+def _stay_here(hook: Any) -> None:
+    """Where a hook puts weights when it goes: it may have found them on the accelerator."""
+    for one in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
+        if isinstance(one, AlignDevicesHook) and one.offload:
+            one.original_devices = dict.fromkeys(one.original_devices, torch.device("cpu"))
 
 
 def settle(model: nn.Module) -> None:
