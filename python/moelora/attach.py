@@ -168,9 +168,9 @@ def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
         path="PEFT" if reason else "operators",
         reason=reason or "",
         active=adapter in active and not wrapper.disable_adapters,
-        trainable=any(tensor.requires_grad and tensor.numel() > 0 for tensor in tensors),
+        trainable=any(tensor.requires_grad for tensor in tensors),
         gradient=any(bool(nonzero(t.grad)) for t in parameters if t.grad is not None and has_values(t.grad))
-        or (watch.seen if watch is not None else None),
+        or (watch.seen if watch is not None and any(t.numel() for t in tensors) else None),
         zero=_is_zero(wrapper.lora_B[adapter].weight),
     )
 

@@ -33,7 +33,7 @@ class Callback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         logger.info("%s", enable(model))
-        self._keeping = Keeping(model, optimizer) if is_placed(model) else None
+        self._keeping = Keeping(model, optimizer, not args.save_only_model) if is_placed(model) else None
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._keeping is not None and control.should_save:

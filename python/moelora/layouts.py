@@ -143,6 +143,10 @@ class Files:
     def __getitem__(self, name: str) -> Tensor:
         return self._where[name].get_tensor(name)
 
+    def part(self, name: str, index: int) -> Tensor:
+        """One of a tensor's first dimension; no other is read."""
+        return self._where[name].get_slice(name)[index : index + 1][0]
+
     def metadata(self, path: Path) -> dict[str, str]:
         """What the file says of itself."""
         with safe_open(path, framework="pt") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ MODELOPT = "hf_quant_config.json"  # where older ModelOpt says it, instead of in
 
 
 def from_pretrained(
-    directory: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None, **kwargs: Any
+    directory: str | os.PathLike,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    owners: str | Sequence[int] | None = None,
+    group: Any = None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """A causal language model whose experts stay packed, if they are packed in the files; else as ever.
 
@@ -32,6 +38,8 @@ def from_pretrained(
     Args:
         directory: a local checkpoint, or a name on the hub.
         cache_dir: for stacked experts; None for `moelora` below Hugging Face's home (HF_HOME).
+        owners, group: those of `moelora.place`, on all ranks: the model comes enabled and placed, and no expert
+            of another rank has been read. None: the model is whole.
         kwargs: transformers' `from_pretrained`'s. device_map must be one device for packed experts.
 
     Raises: MoeloraError for a checkpoint that cannot be kept packed, with the way out, and for tensors that
@@ -43,6 +51,18 @@ def from_pretrained(
     if not isinstance(config, PreTrainedConfig):
         config, kwargs = _config(config or directory, kwargs)
     section = _section(config, Path(directory))
+    if owners is not None:
+        return _own(directory, config, section, cache_dir, owners, group, kwargs)
+    return _whole(directory, config, section, cache_dir, kwargs)
+
+
+def _whole(
+    directory: str | os.PathLike,
+    config: PreTrainedConfig,
+    section: dict[str, Any] | None,
+    cache_dir: str | os.PathLike | None,
+    kwargs: dict[str, Any],
+) -> PreTrainedModel:
     if section is None:
         with LOADING:
             return AutoModelForCausalLM.from_pretrained(directory, config=config, **kwargs)
@@ -53,6 +73,40 @@ def from_pretrained(
         own["source"] = section
     config.quantization_config = own
     return _load(directory, config, kwargs)
+
+
+def _own(
+    directory: str | os.PathLike,
+    config: PreTrainedConfig,
+    section: dict[str, Any] | None,
+    cache_dir: str | os.PathLike | None,
+    owners: str | Sequence[int],
+    group: Any,
+    kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    """A placed model. Packed experts are mapped, so that copying this rank's out of them reads no other."""
+    from moelora.attach import enable
+    from moelora.placement import reading
+    from moelora.placement.group import Group
+    from moelora.placement.spreading import place_on
+
+    together = Group(group)
+    if section is None:
+        config.quantization_config = {"quant_method": reading.METHOD}
+        token = reading.SHARE.set((together, owners))
+        try:
+            with LOADING:
+                found = AutoModelForCausalLM.from_pretrained(directory, config=config, **kwargs)
+        finally:
+            reading.SHARE.reset(token)
+    else:
+        found = _whole(directory, config, section, cache_dir, kwargs)
+    model = found[0] if isinstance(found, tuple) else found
+    if section is None:
+        model.hf_quantizer.remove_quantization_config(model)
+    enable(model)
+    place_on(model, owners, together)
+    return found
 
 
 def _load(directory: str | os.PathLike, config: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedModel:

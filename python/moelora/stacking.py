@@ -62,9 +62,9 @@ def plan(model: nn.Module, files: Files, layout: Layout) -> Plan:
 
     Raises: MoeloraError for an experts' weight that is incomplete, or built as codes cannot be.
     """
-    stacks = _experts(model)
+    stacks = expert_stacks(model)
     state = model.state_dict()
-    names = _Names(model, state)
+    names = Names(model, state)
     linears: dict[str, Source] = {}
     packed = sources(files, layout)
     found: dict[str, dict[tuple[int, int], Source]] = {}
@@ -75,14 +75,14 @@ def plan(model: nn.Module, files: Files, layout: Layout) -> Plan:
         if target in stacks and layout.stacked and converter is None:
             stacks[target].sources, stacks[target].stacked = [[source]], True
         elif target in stacks:
-            place = (_number(source.name), _order(target, converter, at, source))
+            place = (_number(source.name), order(target, converter, at, source))
             found.setdefault(target, {})[place] = source
         elif target in state:
             if converter is not None:
                 raise MoeloraError(f"{source.name} is packed, and {target} is built of several: {OTHER_WAY}")
             linears[target] = source
     for target, places in found.items():
-        stacks[target].sources = _complete(stacks[target], places)
+        stacks[target].sources = complete(stacks[target], places)
     taken = {tensor for source in packed for tensor in source.tensors.values()}
     dense = {names.of(tensor)[0] for tensor in files.names if tensor not in taken}
     for stack in stacks.values():
@@ -93,7 +93,7 @@ def plan(model: nn.Module, files: Files, layout: Layout) -> Plan:
     return Plan([stack for stack in stacks.values() if stack.sources], linears)
 
 
-def _experts(model: nn.Module) -> dict[str, Stack]:
+def expert_stacks(model: nn.Module) -> dict[str, Stack]:
     """The weights of all experts, by their names."""
     stacks = {}
     for where, module in model.named_modules():
@@ -111,7 +111,7 @@ def _experts(model: nn.Module) -> dict[str, Stack]:
     return stacks
 
 
-class _Names:
+class Names:
     """transformers' map from a checkpoint's names to those of a model's parameters."""
 
     def __init__(self, model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -132,7 +132,7 @@ class _Names:
         return target, converter, converter.source_patterns.index(pattern) if converter else 0
 
 
-def _order(target: str, converter: WeightConverter | None, at: int, source: Source) -> int:
+def order(target: str, converter: WeightConverter | None, at: int, source: Source) -> int:
     """Which block of rows a matrix is. What is stacked and then put one below the other can stay packed."""
     if converter is None:
         raise MoeloraError(
@@ -152,7 +152,7 @@ def _number(name: str) -> int:
     return int(next(part for part in reversed(name.split(".")) if part.isdecimal()))
 
 
-def _complete(stack: Stack, places: dict[tuple[int, int], Source]) -> list[list[Source]]:
+def complete(stack: Stack, places: dict[tuple[int, int], Source]) -> list[list[Source]]:
     experts = stack.size[0]
     several = max(order for _, order in places) + 1
     example = next(iter(places.values())).name

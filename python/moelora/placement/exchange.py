@@ -60,12 +60,13 @@ def plan(group: Group, where: str, number: int, owners: Tensor) -> Plan:
     told = torch.stack((counts, torch.full_like(counts, number)), 1)
     ones = [1] * group.size
     heard = group.exchange(told, ones, ones, f"{where}, forward").tolist()
-    for rank, (_, other) in enumerate(heard):
-        if other != number:
-            raise MoeloraError(
-                f"{where}: rank {rank} is in the model's expert layer {other}, rank {group.rank} in {number}: "
-                "all ranks must call the same layers in the same order"
-            )
+    with group.telling(f"{where}, forward"):
+        for rank, (_, other) in enumerate(heard):
+            if other != number:
+                raise MoeloraError(
+                    f"{where}: rank {rank} is in the model's expert layer {other}, rank {group.rank} in "
+                    f"{number}: all ranks must call the same layers in the same order"
+                )
     return Plan(group, where, tokens, counts.tolist(), [count for count, _ in heard])
 
 
@@ -114,10 +115,10 @@ class Send(Function):
 
 
 class Mark(Function):
-    """Saves something on every rank before the way back.
+    """Saves something on every rank before the way back, and asks for it.
 
-    torch's checkpoint stops recomputing when it has all that was saved. With this it is at the same place on
-    all ranks, however little a rank without experts or rows has computed.
+    torch's checkpoint recomputes when the first of what was saved is asked for, and stops when it has all. With
+    this both are at the same place on all ranks, however little a rank without experts or rows has computed.
     """
 
     @staticmethod
@@ -127,6 +128,7 @@ class Mark(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
+        _ = ctx.saved_tensors
         return dy, None, None
 
 

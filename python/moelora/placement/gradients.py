@@ -40,12 +40,11 @@ def averaged(factor: Tensor | None, ranks: int) -> Tensor | None:
 def own(layer: nn.Module, group: Group) -> None:
     """Let norms of gradients know that the layer's weight is this rank's alone."""
     _OWN[layer] = group
-    name = "_get_total_norm"
-    if not hasattr(getattr(clip_grad, name), "_moelora"):
-        together = _of_all_ranks(getattr(clip_grad, name))
-        for module, names in ((clip_grad, (name, "get_total_norm")), (nn.utils, ("get_total_norm",))):
-            for one in names:
-                setattr(module, one, together)
+    if not hasattr(clip_grad._get_total_norm, "_moelora"):
+        norm, clip = _of_all_ranks(clip_grad._get_total_norm), _of_both_kinds(clip_grad._clip_grads_with_norm_)
+        clip_grad._get_total_norm = clip_grad.get_total_norm = nn.utils.get_total_norm = norm
+        clip_grad._clip_grads_with_norm_ = clip_grad.clip_grads_with_norm_ = clip
+        nn.utils.clip_grads_with_norm_ = clip
 
 
 def _of_all_ranks(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -81,3 +80,22 @@ def _of_all_ranks(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     total_norm._moelora = True
     return total_norm
+
+
+def _of_both_kinds(plain: Callable[..., None]) -> Callable[..., None]:
+    """torch's scaling of gradients, also where FSDP2 shards some and leaves those of experts alone."""
+
+    @functools.wraps(plain)
+    def clip(parameters: Any, max_norm: float, total_norm: Tensor, foreach: bool | None = None) -> None:
+        several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        meshes: dict[Any, list[Tensor]] = {}
+        for one in several:
+            meshes.setdefault(getattr(one.grad, "device_mesh", None), []).append(one)
+        if len(meshes) == 1 or isinstance(total_norm, DTensor):
+            return plain(several, max_norm, total_norm, foreach)
+        for mesh, alike in meshes.items():
+            norm = total_norm if mesh is None else DTensor.from_local(total_norm, mesh)
+            plain(alike, max_norm, norm, foreach)
+        return None
+
+    return clip

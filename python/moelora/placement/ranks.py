@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from moelora.errors import MoeloraError
 from moelora.experts import Compute
 from moelora.placement import exchange
 from moelora.placement.gradients import averaged
@@ -67,11 +65,6 @@ class Ranks:
 
     def _mine(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """`moe_mlp`'s arguments for the experts of this rank."""
-        if any(isinstance(parameters.get(name), DTensor) for name in _LORA):
-            raise MoeloraError(
-                f"the LoRA of {self.where} is sharded: pass ignored_params=moelora.local_parameters(model) to "
-                "fully_shard, for it is this rank's alone"
-            )
         own = {name: averaged(parameters[name], self.group.size) for name in _LORA if name in parameters}
         for name in _BIASES:
             if parameters[name] is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moelora.errors import MoeloraError
 from moelora.placement.ranks import Ranks
 
 
@@ -110,7 +111,7 @@ class Keeping:
     `save_pretrained` and the optimizer's `state_dict` then need no other rank.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, states: bool = True) -> None:
         self._model = model
         self._optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         self._states: dict[int, dict[str, Tensor]] = {}
@@ -121,7 +122,7 @@ class Keeping:
         groups = self._optimizer.param_groups
         # As state dicts number parameters.
         numbered = enumerate(p for group in groups for p in group["params"])
-        self._placed = [(number, p, parts[p]) for number, p in numbered if p in parts]
+        self._placed = [(number, p, parts[p]) for number, p in numbered if p in parts and states]
         for _, parameter, part in self._placed:  # loaded from a file, which has them whole
             state = self._optimizer.state.get(parameter, {})
             for name, value in state.items():

@@ -43,8 +43,12 @@ def place(
     Raises: MoeloraError without process group, for a model that is not enabled, wrapped or placed already, for
         layers that the operators do not serve, merged adapters and owners that are none.
     """
+    return place_on(model, owners, Group(group))
+
+
+def place_on(model: nn.Module, owners: str | Sequence[int], together: Group) -> Report:
+    """`place`, for a model of which a load may have left this rank's experts only."""
     found = _to_place(model)
-    together = Group(group)
     plans = {}
     for number, (where, module) in enumerate(found.items()):
         whose = owners_of(owners, module._moelora.experts, together.size, where)
@@ -94,10 +98,17 @@ def _to_place(model: nn.Module) -> dict[str, nn.Module]:
 def keep(module: nn.Module, where: str, ranks: Ranks) -> None:
     """Let an experts module hold the weights of this rank's experts only."""
     for name in projections(module):
+        if weights.is_spread(module, name):
+            continue
         weight = weights.weight_of(module, name)
-        told = f"{where}.{name} is {standin.SPREAD} over {ranks.group.size} ranks"
+        text = told(f"{where}.{name}", ranks.group)
         shape, dtype = (len(ranks.owners), *weight.shape[1:]), module._parameters[name].dtype
-        standin.spread(module, name, of_experts(weight, ranks.own), shape, dtype, told)
+        standin.spread(module, name, of_experts(weight, ranks.own), shape, dtype, text)
+
+
+def told(name: str, group: Group) -> str:
+    """What errors say of a weight that is no longer whole."""
+    return f"{name} is {standin.SPREAD} over {group.size} ranks"
 
 
 @torch.no_grad()
@@ -176,7 +187,13 @@ def local_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _names(model: nn.Module) -> set[str]:
-    return {f"{where}.{name}" for where, name, _ in _local(model)}
+    """What DDP has no business with: what is here alone, and the frozen packed weights of linear layers."""
+    packed = {
+        f"{where}.{name}{end}"
+        for where, _, name, beside in standin.installed(model)
+        for end in ("", *(f"{standin.BESIDE}.{part}" for part, _ in beside.named_buffers()))
+    }
+    return packed | {f"{where}.{name}" for where, name, _ in _local(model)}
 
 
 def _local(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

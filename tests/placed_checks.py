@@ -1,0 +1,391 @@
+"""What tests/test_placement.py checks in each of several processes: a placed model against a single one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import moelora
+import pytest
+import torch
+import torch.distributed as dist
+from model_tiny import adapt, build, difference, fill, tokens
+from moelora.errors import MoeloraError
+from moelora.placement.ranks import Ranks
+from packed_files import LAYOUTS, write
+from peft import PeftModel
+from placed_trainers import sft_trainer, trainer, trainer_elsewhere  # noqa: F401  (checks, too)
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+FAMILIES = ("qwen3_moe", "gpt_oss", "mixtral_gelu")
+PACKED = ("ours nf4 nested", "gpt-oss mxfp4", "bitsandbytes fp4")
+LIMIT = 4e-6
+
+
+def prepare(directory: Path) -> None:
+    """Files that all processes read."""
+    for name in PACKED:
+        write(LAYOUTS[name], directory / name)
+        moelora.from_pretrained(directory / name, cache_dir=directory / "cache")  # is stacked once
+    for kind in FAMILIES:
+        build(kind).save_pretrained(directory / kind)
+    single = adapted("qwen3_moe")
+    single.save_pretrained(directory / "adapter")
+
+
+def adapted(kind: str, dtype: torch.dtype = torch.float32, **keywords: Any) -> PeftModel:
+    """LoRA on experts and attention."""
+    torch.manual_seed(4)
+    model = adapt(build(kind, dtype), targets=["o_proj"], **keywords)
+    moelora.enable(model)
+    return model
+
+
+def packed(directory: Path, name: str) -> PeftModel:
+    """In float32, so that sums in another order are all that differs."""
+    base = moelora.from_pretrained(directory / name, cache_dir=directory / "cache", dtype=torch.float32)
+    torch.manual_seed(4)
+    model = adapt(base, targets=["o_proj"])
+    moelora.enable(model)
+    return model
+
+
+def owners(here: Any) -> list[Any]:
+    """Spread, all on one, and a map by which rank 1 has no expert, and others not their neighbours."""
+    last = here.world - 1
+    return ["spread", "rank0", [last, 0, last, 0, 0] if last > 1 else [1, 0, 1, 0, 0]]
+
+
+def mine(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Of a tensor like the parameter `name` of a single process, what this rank of a placed model has."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    part = getattr(layer, "_moelora_part", None)
+    return tensor if part is None else part.own(tensor)
+
+
+def compare(
+    model: nn.Module, single: nn.Module, of: Callable[[Tensor], Tensor], limit: float = LIMIT
+) -> None:
+    """`of` every trained parameter, this rank's part of it."""
+    theirs = dict(single.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            expected, found = mine(model, name, of(theirs[name])), of(parameter)
+            found = found.full_tensor() if isinstance(found, DTensor) else found
+            assert found.shape == expected.shape, name
+            assert not expected.numel() or difference(found, expected) < limit, name
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    return parameter.grad
+
+
+def mean(value: Tensor, here: Any) -> Tensor:
+    """Over ranks."""
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    return value / here.world
+
+
+def step(model: nn.Module, rows: Tensor) -> Tensor:
+    """Forward and backward; the loss."""
+    loss = model(input_ids=rows, labels=rows).loss
+    loss.backward()
+    return loss
+
+
+def same_files(one: Path, other: Path) -> None:
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    assert all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def like_one_process(
+    here: Any, make: Callable[[], PeftModel], whose: Any, name: str, parts: bool = True
+) -> None:
+    """Losses and all gradients under DDP, the norm of them, and the saved file."""
+    rows = tokens(2 * here.world)
+    single, model = make(), make()
+    report = moelora.place(model, whose if len(whose) != 5 or parts else "spread")
+    assert all(layer.places and layer.path == "operators" for layer in report.layers)
+    expected = step(single, rows)
+    loss = step(DistributedDataParallel(model), rows.chunk(here.world)[here.rank])
+    assert mean(loss, here).item() == pytest.approx(expected.item(), rel=1e-6)
+    compare(model, single, gradient)
+    norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), 1e9) for m in (single, model)]
+    assert norms[0].item() == pytest.approx(norms[1].item(), rel=1e-5)
+    found = here.directory / f"{name}{here.world}"
+    model.save_pretrained(found)
+    if here.rank == 0:
+        single.save_pretrained(here.directory / f"{name}{here.world}.one")
+        same_files(found, here.directory / f"{name}{here.world}.one")
+
+
+def families(here: Any) -> None:
+    for kind in FAMILIES:
+        for number, whose in enumerate(owners(here)):
+            like_one_process(here, lambda kind=kind: adapted(kind), whose, f"{kind}{number}")
+
+
+def packed_families(here: Any) -> None:
+    """Four experts each."""
+    for name in PACKED:
+        for number, whose in enumerate(["spread", "rank0", [0, here.world - 1, 0, here.world - 1]]):
+            make = lambda name=name: packed(here.directory, name)  # noqa: E731
+            like_one_process(here, make, whose, f"{name}{number}")
+
+
+def half(here: Any) -> None:
+    """bfloat16: as far from float32 as one process is, with LoRA in float32 or in bfloat16."""
+    rows = tokens(2 * here.world)
+    for fp32 in (True, False):
+        exact = adapted("qwen3_moe")
+        for p, q in zip(
+            exact.parameters(), adapted("qwen3_moe", torch.bfloat16, fp32=fp32).parameters(), strict=True
+        ):
+            p.data.copy_(q.data)
+        single = adapted("qwen3_moe", torch.bfloat16, fp32=fp32)
+        model = adapted("qwen3_moe", torch.bfloat16, fp32=fp32)
+        moelora.place(model)
+        step(exact, rows), step(single, rows)
+        loss = step(DistributedDataParallel(model), rows.chunk(here.world)[here.rank])
+        assert loss.isfinite()
+        theirs, ones = dict(exact.named_parameters()), dict(single.named_parameters())
+        for name, p in model.named_parameters():
+            if p.requires_grad and p.numel():
+                expected, one = (mine(model, name, m[name].grad) for m in (theirs, ones))
+                assert difference(p.grad, expected) < max(2 * difference(one, expected), 2e-2), name
+
+
+def unequal(here: Any) -> None:
+    """A token-weighted loss over batches of different sizes; the last rank has none."""
+    rows = tokens(here.world * (here.world - 1) // 2, 8)
+    sizes = [here.world - 1 - rank for rank in range(here.world)]
+
+    def loss(model: nn.Module, part: Tensor) -> Tensor:
+        logits = model(input_ids=part).logits[:, :-1].flatten(0, 1)
+        return (
+            nn.functional.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum") / rows[:, 1:].numel()
+        )
+
+    for whose in ("spread", "rank0"):
+        single, model = adapted("qwen3_moe"), adapted("qwen3_moe")
+        moelora.place(model, whose)
+        loss(single, rows).backward()
+        (loss(DistributedDataParallel(model), rows.split(sizes)[here.rank]) * here.world).backward()
+        compare(model, single, gradient)
+
+
+def accumulated_and_clipped(here: Any) -> None:
+    """Two steps of two micro-batches each, clipped to a tenth of their norm."""
+    rows = tokens(4 * here.world)
+    single, model = adapted("qwen3_moe"), adapted("qwen3_moe")
+    moelora.place(model)
+    ddp = DistributedDataParallel(model)
+    for whole, batches in (
+        (single, rows.chunk(2)),
+        (ddp, [r.chunk(here.world)[here.rank] for r in rows.chunk(2)]),
+    ):
+        optimizer = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            for number, batch in enumerate(batches):
+                with ddp.no_sync() if whole is ddp and number == 0 else nullcontext():
+                    (whole(input_ids=batch, labels=batch).loss / 2).backward()
+            norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.1)
+            assert norm > 1
+            optimizer.step()
+    compare(model, single, lambda p: p.detach(), 1e-4)
+
+
+def sharded(here: Any) -> None:
+    """FSDP2 leaves alone what it is told to; clipping sees the one and the other."""
+    rows = tokens(2 * here.world)
+    single, model, wrong = (adapted("qwen3_moe") for _ in range(3))
+    moelora.place(model)
+    own = moelora.local_parameters(model)
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, ignored_params=own)
+    fully_shard(model, ignored_params=own)
+    step(single, rows)
+    step(model, rows.chunk(here.world)[here.rank])
+    norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5) for m in (single, model)]
+    assert norms[0].item() == pytest.approx(norms[1].item(), rel=1e-5)
+    compare(model, single, gradient)
+    moelora.place(wrong, "rank0")
+    with pytest.raises(NotImplementedError, match="FSDP does not support"):
+        fully_shard(wrong)
+
+
+def recomputed(here: Any) -> None:
+    """Gradient checkpointing, of both kinds, where a rank without experts saves less than the others."""
+    rows = tokens(2 * here.world)
+    single = adapted("qwen3_moe").train()
+    step(single, rows)
+    for reentrant in (False, True):
+        for whose in ("spread", "rank0"):
+            model = adapted("qwen3_moe").train()
+            moelora.place(model, whose)
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+            step(DistributedDataParallel(model), rows.chunk(here.world)[here.rank])
+            compare(model, single, gradient)
+
+
+def autocast(here: Any) -> None:
+    rows = tokens(2 * here.world)
+    exact, single, model = (adapted("qwen3_moe") for _ in range(3))
+    moelora.place(model)
+    step(exact, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        step(single, rows)
+        step(DistributedDataParallel(model), rows.chunk(here.world)[here.rank])
+    theirs, ones = dict(exact.named_parameters()), dict(single.named_parameters())
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.numel():
+            expected, one = (mine(model, name, m[name].grad) for m in (theirs, ones))
+            assert difference(p.grad, expected) < max(2 * difference(one, expected), 2e-2), name
+
+
+def several_forwards(here: Any) -> None:
+    """Two forwards before one backward, and one that is never differentiated between them."""
+    rows = tokens(4 * here.world)
+    single, model = adapted("qwen3_moe"), adapted("qwen3_moe")
+    moelora.place(model)
+    for whole, first, second in (
+        (single, *rows.chunk(2)),
+        (model, *(part.chunk(here.world)[here.rank] for part in rows.chunk(2))),
+    ):
+        one = whole(input_ids=first, labels=first).loss
+        with torch.no_grad():
+            whole(input_ids=first)
+        two = whole(input_ids=second, labels=second).loss
+        (one + 3 * two).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not hasattr(
+            model.get_submodule(name.rpartition(".")[0]), "_moelora_part"
+        ):
+            parameter.grad = mean(parameter.grad, here)
+    compare(model, single, gradient)
+
+
+def compiled(here: Any) -> None:
+    """The exchange is a graph break; with fullgraph=True the error says why."""
+    rows = tokens(2 * here.world)
+    single, model = adapted("qwen3_moe"), adapted("qwen3_moe")
+    moelora.place(model)
+    ddp = DistributedDataParallel(model)
+    step(single, rows)
+    with torch._dynamo.config.patch(optimize_ddp=False):
+        step(torch.compile(ddp, backend="aot_eager"), rows.chunk(here.world)[here.rank])
+    compare(model, single, gradient)
+    with pytest.raises(Exception, match="experts are spread over ranks"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=rows)
+
+
+def before_adapters(here: Any) -> None:
+    """Placed first, adapted then: the same values as if the whole had been adapted; a second adapter, too."""
+    rows = tokens(2 * here.world)
+    for whose in ("spread", "rank0", [0] * 4 + [here.world - 1]):
+        base = build("qwen3_moe")
+        moelora.enable(base)
+        moelora.place(base, whose)
+        torch.manual_seed(4)
+        model = adapt(base, targets=["o_proj"])
+        moelora.enable(model)
+        single = adapted("qwen3_moe")
+        for each in (model, single):
+            torch.manual_seed(5)
+            each.add_adapter("more", copy.deepcopy(each.peft_config["default"]))
+            fill(each, 6)
+            each.base_model.set_adapter(["default", "more"])
+            moelora.enable(each)
+        step(single, rows)
+        step(DistributedDataParallel(model), rows.chunk(here.world)[here.rank])
+        compare(model, single, gradient)
+        assert sum(layer.experts for layer in moelora.report(model).layers) == 10
+    with pytest.raises(MoeloraError, match="load the model anew"):
+        moelora.disable(model)
+    with pytest.raises(MoeloraError, match="cannot be placed twice"):
+        moelora.place(model)
+    with pytest.raises(MoeloraError, match="is spread over ranks"):
+        model.merge_adapter()
+
+
+def loaded(here: Any) -> None:
+    """`from_pretrained` with owners, dense and packed; a file of one process, spread again, and over a placed one."""
+    rows = tokens(2)
+    whole = {kind: build(kind) for kind in FAMILIES}
+    whole |= {
+        name: moelora.from_pretrained(here.directory / name, dtype=torch.float32) for name in PACKED[:2]
+    }
+    for name, single in whole.items():
+        model = moelora.from_pretrained(here.directory / name, owners="spread", dtype=torch.float32)
+        assert not getattr(model.config, "quantization_config", None) or name in PACKED
+        with torch.no_grad():
+            found, expected = (m(input_ids=rows).logits for m in (model, single))
+        assert difference(found, expected) < LIMIT, name
+    single = adapted("qwen3_moe")
+    model = moelora.from_pretrained(here.directory / "qwen3_moe", owners="spread")
+    model = PeftModel.from_pretrained(model, here.directory / "adapter", is_trainable=True)
+    moelora.enable(model)
+    compare(model, single, lambda p: p.detach(), 1e-12)
+    moelora.check_adapter(model, here.directory / "adapter")
+    fill(model, 9)
+    model.load_adapter(here.directory / "adapter", "default", is_trainable=True)
+    compare(model, single, lambda p: p.detach(), 1e-12)
+
+
+def wrong_arguments(here: Any) -> None:
+    model = adapted("qwen3_moe")
+    for whose, told in (
+        ("all", "owners must be"),
+        ([0] * 4, "name 5 ranks"),
+        ([here.world] + [0] * 4, "ranks from 0 to"),
+    ):
+        with pytest.raises(MoeloraError, match=told):
+            moelora.place(model, whose)
+    with pytest.raises(MoeloraError, match="before it is wrapped"):
+        moelora.place(DistributedDataParallel(adapted("qwen3_moe")))
+    with pytest.raises(MoeloraError, match="call moelora.enable"):
+        moelora.place(build("qwen3_moe"))
+    model.merge_adapter()
+    with pytest.raises(MoeloraError, match="unmerge"):
+        moelora.place(model)
+
+
+def ordered(here: Any) -> None:
+    """The same bits from run to run, and rows only to the ranks that have one of the token's experts."""
+    model = adapted("qwen3_moe")
+    moelora.place(model)
+    rows = tokens(2)
+    sent = []
+    layer = next(m for m in model.modules() if type(m).__name__ == "Qwen3MoeExperts")
+    ranks = layer._moelora.placements[0]
+    exchange = ranks.group.exchange
+    ranks.group.exchange = lambda t, out, back, where: (
+        sent.append((out, where)) or exchange(t, out, back, where)
+    )
+    with torch.no_grad():
+        logits = [model(input_ids=rows).logits for _ in range(2)]
+    assert torch.equal(*logits)
+    assert isinstance(ranks, Ranks)
+    out = sum(sent[1][0])  # counts, then rows there, then back
+    assert rows.numel() <= out <= 2 * rows.numel() and len(sent) == 3 * 2 * 2
+
+
+def lonely_save(here: Any) -> None:
+    """One rank alone cannot save, and says so instead of waiting for half an hour."""
+    model = adapted("qwen3_moe")
+    moelora.place(model)
+    group = model.get_base_model().model.layers[0].mlp.experts.get_base_layer()._moelora.placements[0].group
+    if here.rank == 0:
+        group.timeout /= 60
+        with pytest.raises(MoeloraError, match="save_pretrained must be called on all ranks, and rank"):
+            model.save_pretrained(here.directory / "lonely")
+    dist.barrier()

@@ -1,0 +1,97 @@
+"""Processes over gloo for tests/test_placement.py: imports once, then forks as many as each check needs.
+
+python placed_processes.py DIRECTORY CHECK...     a CHECK is `world.name`; writes DIRECTORY/outcomes.json
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from datetime import timedelta
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import placed_checks
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate.state import AcceleratorState, GradientState
+
+LIMIT = 240.0  # seconds for the checks of one number of processes
+
+
+class Here(NamedTuple):
+    """One process of a check."""
+
+    rank: int
+    world: int
+    directory: Path
+
+
+def process(here: Here, names: list[str]) -> None:
+    """All checks of one number of processes; what each of them raised goes to a file."""
+    torch.set_num_threads(1)
+    start = {"init_method": f"file://{here.directory}/store{here.world}", "rank": here.rank}
+    timeout = timedelta(seconds=60)
+    if here.world > 1:  # as torchrun does
+        os.environ |= {"RANK": str(here.rank), "LOCAL_RANK": str(here.rank), "ACCELERATE_USE_CPU": "1"}
+        os.environ |= {"WORLD_SIZE": str(here.world), "LOCAL_WORLD_SIZE": str(here.world)}
+        dist.init_process_group("gloo", **start, world_size=here.world, timeout=timeout)
+    for name in names:
+        begun = time.monotonic()
+        try:
+            getattr(placed_checks, name)(here)
+            told = ""
+        except Exception:
+            told = traceback.format_exc()
+        outcome = {"told": told, "seconds": time.monotonic() - begun}
+        (here.directory / f"{here.world}.{name}.{here.rank}.json").write_text(json.dumps(outcome))
+        if told:  # the others may be waiting for this one
+            break
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        gc.collect()
+
+
+def run(world: int, directory: Path, names: list[str]) -> list[int]:
+    """The exit status of each process; negative: the signal that ended it."""
+    found = {}
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                process(Here(rank, world, directory), names)
+                status = 0
+            finally:
+                os._exit(status)
+        found[pid] = rank
+    status, limit = [-1] * world, time.monotonic() + LIMIT
+    while found and time.monotonic() < limit:
+        for pid in list(found):
+            done, code = os.waitpid(pid, os.WNOHANG)
+            if done:
+                status[found.pop(pid)] = os.waitstatus_to_exitcode(code)
+        time.sleep(0.02)
+    for pid in found:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    return status
+
+
+def main(directory: Path, names: list[str]) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    placed_checks.prepare(directory)
+    for world, group in groupby(names, key=lambda name: int(name.partition(".")[0])):
+        status = run(world, directory, [name.partition(".")[2] for name in group])
+        print(world, status, flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

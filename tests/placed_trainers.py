@@ -1,0 +1,97 @@
+"""transformers' and TRL's trainers on placed models: the part of tests/placed_checks.py that takes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import moelora
+import torch
+from moelora.commands.default_model import byte_tokenizer
+from datasets import Dataset
+from model_tiny import adapt, build, difference, tokens
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+ROWS = 6  # of a global batch: that of 1, 2 and 3 processes
+STEPS = 4
+
+
+def _arguments(out: Path, here: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(out), "per_device_train_batch_size": ROWS // here.world, "max_steps": STEPS,
+        "save_steps": 2, "logging_steps": 1, "learning_rate": 0.01, "report_to": [], "use_cpu": True,
+        "max_grad_norm": 0.5, "disable_tqdm": True, "dataloader_pin_memory": False,
+    }  # fmt: skip
+
+
+def _trainer(here: Any, out: Path) -> Trainer:
+    torch.manual_seed(4)
+    model = adapt(build("qwen3_moe"), targets=["o_proj"])
+    moelora.enable(model)
+    if here.world > 1:
+        moelora.place(model)
+    rows = [{"input_ids": row, "labels": row} for row in tokens(STEPS * ROWS)]
+    return Trainer(
+        model, TrainingArguments(**_arguments(out, here)), train_dataset=rows, callbacks=[moelora.Callback()]
+    )
+
+
+def _like(one: Path, other: Path) -> None:
+    found, expected = (load_file(path / "adapter_model.safetensors") for path in (one, other))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert difference(found[name], tensor) < 1e-4, name
+
+
+def trainer(here: Any) -> None:
+    """transformers' Trainer trains and saves as one process does, and goes on from its checkpoint to the same bytes."""
+    out = here.directory / f"trainer{here.world}"
+    run = _trainer(here, out)
+    run.train()
+    run.save_model(str(out / "end"))
+    if here.world > 1:
+        again = _trainer(here, out)
+        again.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+        again.model.save_pretrained(out / "again")
+        last = (out / "checkpoint-4" / "adapter_model.safetensors").read_bytes()
+        assert (out / "again" / "adapter_model.safetensors").read_bytes() == last
+        assert (out / "end" / "adapter_model.safetensors").read_bytes() == last
+        _like(out / "end", here.directory / "trainer1" / "end")
+
+
+def trainer_elsewhere(here: Any) -> None:
+    """A checkpoint of two processes, continued on another number."""
+    run = _trainer(here, here.directory / f"elsewhere{here.world}")
+    run.train(resume_from_checkpoint=str(here.directory / "trainer2" / "checkpoint-2"))
+    run.save_model(str(here.directory / "elsewhere"))
+    if here.rank == 0:
+        _like(here.directory / "elsewhere", here.directory / "trainer1" / "end")
+
+
+def sft_trainer(here: Any) -> None:
+    """TRL's, which attaches the adapter to a placed model itself."""
+    torch.manual_seed(0)
+    base = build("qwen3_moe")
+    base.resize_token_embeddings(257, mean_resizing=False)
+    moelora.enable(base)
+    if here.world > 1:
+        moelora.place(base)
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    lora = LoraConfig(r=3, target_modules=[], target_parameters=names, task_type="CAUSAL_LM")
+    texts = Dataset.from_dict({"text": [f"{i} and {i} is {2 * i}" for i in range(STEPS * ROWS)]})
+    out = here.directory / f"sft{here.world}"
+    arguments = SFTConfig(**_arguments(out, here), max_length=32, bf16=False, gradient_checkpointing=False)
+    torch.manual_seed(5)
+    run = SFTTrainer(
+        base, arguments, train_dataset=texts, processing_class=byte_tokenizer(), peft_config=lora,
+        callbacks=[moelora.Callback()],
+    )  # fmt: skip
+    moelora.enable(run.model)
+    run.train()
+    assert not moelora.report(run.model).untrained
+    run.model.save_pretrained(out / "end") if here.world > 1 else run.save_model(str(out / "end"))
+    if here.world > 1 and here.rank == 0:
+        _like(out / "end", here.directory / "sft1" / "end")
