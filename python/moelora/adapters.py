@@ -52,6 +52,18 @@ class ParamWrapper(PeftParamWrapper):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         _refuse_copy(self, "merging would write into them")
         super().merge(safe_merge, adapter_names)
+        _changed(self)
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        _changed(self)
+
+
+def _changed(wrapper: PeftParamWrapper) -> None:
+    """Tells placements that have copies of weights: PEFT writes into them behind their version's back."""
+    binding = getattr(wrapper.get_base_layer(), "_moelora", None)
+    for placement in () if binding is None else binding.placements:
+        getattr(placement, "forget", lambda: None)()
 
 
 def _refuse_copy(wrapper: PeftParamWrapper, why: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -41,8 +42,10 @@ def enable(model: nn.Module, linears: bool | None = None) -> Report:
             f"{_kind(model)} has no expert layers that follow transformers' experts interface"
             + experts.outside(model)
         )
+    _beside("take_over", model)
     bindings = {name: experts.bind(module) for name, module in found.items()}
     if all(binding.reason for binding in bindings.values()):
+        _beside("release", model)
         name, binding = next(iter(bindings.items()))
         raise MoeloraError(
             f"no expert layer of {_kind(model)} can use the operators: {name} {binding.reason}"
@@ -62,6 +65,7 @@ def enable(model: nn.Module, linears: bool | None = None) -> Report:
     for module in found.values():
         module.config._experts_implementation_internal = experts.IMPLEMENTATION
     hook(model, linears)
+    _beside("settle", model)
     if any(module._moelora.placements for module in found.values()):
         import_module("moelora.placement.spreading").adopt(model)
     return report(model)
@@ -78,6 +82,7 @@ def disable(model: nn.Module) -> None:
         ):
             raise MoeloraError(f"{name} is spread over ranks, which cannot be undone: load the model anew")
     unhook(model)
+    _beside("release", model)
     for module in model.modules():
         if isinstance(module, PeftParamWrapper):
             adapters.unhook(module)
@@ -87,6 +92,12 @@ def disable(model: nn.Module) -> None:
                 watch.stop()
             module.config._experts_implementation_internal = binding.previous
             del module._moelora
+
+
+def _beside(step: str, model: nn.Module) -> None:
+    """Experts in host memory, where there is an accelerator that they can be beside."""
+    if torch.accelerator.is_available():
+        getattr(import_module("moelora.placement.beside.settling"), step)(model)
 
 
 def report(model: nn.Module) -> Report:

@@ -1,0 +1,22 @@
+"""What comes before what, on streams and on the host: the only places where somebody waits."""
+
+from __future__ import annotations
+
+import torch
+
+
+def mark(device: torch.device, stream: torch.Stream | None = None) -> torch.Event:
+    """An event behind all that a stream, or the device's current one, has been given so far."""
+    event = torch.Event(device)
+    event.record(torch.accelerator.current_stream(device) if stream is None else stream)
+    return event
+
+
+def after(stream: torch.Stream, event: torch.Event) -> None:
+    """What the stream is given from now on comes after `event`; the host goes on."""
+    stream.wait_event(event)
+
+
+def wait(event: torch.Event) -> None:
+    """The host waits for `event`, and for nothing that was given to the device behind it."""
+    event.synchronize()

@@ -1,0 +1,167 @@
+"""The two ways of a call: rows go to the weights, or the weights come to the rows. Forward and backward."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moelora.experts import Compute
+from moelora.placement.beside.hot import BIASES, FACTORS, WEIGHTS, Hot
+from moelora.placement.beside.link import Link
+from moelora.placement.beside.resident import Resident
+from moelora.placement.beside.shares import Share, as_on
+
+Gradients = dict[str | int, Tensor | None]
+
+
+@dataclass
+class Call:
+    """One forward of a layer."""
+
+    link: Link
+    compute: Compute
+    rest: dict[str, Any]  # `moe_mlp`'s arguments that are no tensors
+    names: list[str]  # of those that are, all on the host
+    others: list[Tensor]  # leaves that `compute` reads itself
+    hot: Hot | None  # experts that are on the accelerator too
+    resident: Resident | None  # where the weights are brought; None: rows go to the host
+    index: int  # of the layer there
+    shares: tuple[Share, ...] = ()  # what the backward follows
+
+    def forward(
+        self, x: Tensor, ids: Tensor, gates: Tensor, tensors: list[Tensor], needed: set[str]
+    ) -> Tensor:
+        """[T, H] on x's device."""
+        given = dict(zip(self.names, tensors, strict=True))
+        if self.resident is not None:
+            return self._bring(x, ids, gates, given, needed)
+        return self._visit(x, ids, gates, given, needed)
+
+    def _visit(
+        self, x: Tensor, ids: Tensor, gates: Tensor, given: dict[str, Tensor], needed: set[str]
+    ) -> Tensor:
+        """The accelerator's experts are launched, then the host computes the others."""
+        hot, link, kept = self.hot, self.link, bool(needed or self.others)
+        rest = self.rest | ({"sum_fp32": True} if hot else {})
+        with link.fetch(x, gates, ids) as arrival:
+            first = self._hot(x, ids, gates, given, needed) if hot else None
+            # Page-locked memory is soon somebody else's; what the backward reads is not.
+            x_here, gates_here, ids_here = (t.clone() if kept else t for t in arrival.wait())
+            ids_here = hot.elsewhere(ids_here) if hot else ids_here
+            inputs = {"x": x_here, "gates": gates_here} | given
+            share = as_on(x.device, lambda: Share(self.compute, inputs, ids_here, rest, needed, self.others))
+            out = link.send(share.out)
+        if kept:
+            self.shares = (share,) if first is None else (first, share)
+        if first is None:
+            return out
+        total = first.out + out
+        return total if self.rest.get("sum_fp32") else total.to(_result_dtype(x))
+
+    def _hot(
+        self, x: Tensor, ids: Tensor, gates: Tensor, given: dict[str, Tensor], needed: set[str]
+    ) -> Share:
+        factors = {
+            name: self.link.send(given[name].detach()[self.hot.rows]) for name in FACTORS if name in given
+        }
+        rest = (
+            {n: v for n, v in self.rest.items() if n not in WEIGHTS} | self.hot.weights | {"sum_fp32": True}
+        )
+        inputs = {"x": x, "gates": gates} | factors
+        return Share(self.compute, inputs, self.hot.here(ids), rest, needed & set(inputs))
+
+    def _bring(
+        self, x: Tensor, ids: Tensor, gates: Tensor, given: dict[str, Tensor], needed: set[str]
+    ) -> Tensor:
+        sent = {n: self.link.send(given[n]) for n in FACTORS + BIASES if n in given}
+        inputs = {"x": x, "gates": gates} | sent
+        with self.resident.layer(self.index, bool(needed)) as weights:
+            rest = {n: v for n, v in self.rest.items() if n not in WEIGHTS} | weights
+            with self.resident.saved(self.index) if needed else nullcontext():
+                share = Share(self.compute, inputs, ids, rest, needed)
+        if needed:
+            self.shares = (share,)
+        return share.out
+
+    def backward(self, dy: Tensor) -> Gradients:
+        """By the names of what needs one: of x and gates on the accelerator, of all else on the host."""
+        if not self.shares:
+            raise RuntimeError(
+                "experts beside an accelerator: this backward is a second one, and the first has freed what "
+                "it needs (retain_graph=True keeps it)"
+            )
+        retain = torch._C._autograd._get_current_graph_task_keep_graph()
+        shares, self.shares = self.shares, self.shares if retain else ()
+        if self.resident is not None:
+            return self._bring_backward(dy, shares[0], retain)
+        return self._visit_backward(dy, shares, retain)
+
+    def _visit_backward(self, dy: Tensor, shares: tuple[Share, ...], retain: bool) -> Gradients:
+        link, host = self.link, shares[-1]
+        with ExitStack() as stack:
+            arrival = stack.enter_context(link.fetch(dy))
+            there = shares[0].gradients(dy, retain) if self.hot else {}
+            factors = [name for name in FACTORS if there.get(name) is not None]
+            late = stack.enter_context(link.fetch(*(there[name] for name in factors)))
+            found = host.gradients(arrival.wait()[0], retain)
+            for name, rows in zip(factors, late.wait(), strict=True):
+                found[name][self.hot.rows] = rows
+        for name in ("x", "gates"):
+            if found.get(name) is not None:
+                here = link.send(found[name])
+                found[name] = _sum(there[name], here) if self.hot else here
+        return found
+
+    def _bring_backward(self, dy: Tensor, share: Share, retain: bool) -> Gradients:
+        with self.resident.layer(self.index, True):
+            found = share.gradients(dy, retain)
+        names = [name for name, t in found.items() if t is not None and name not in ("x", "gates")]
+        with self.link.fetch(*(found[name] for name in names)) as arrival:
+            return found | {name: t.clone() for name, t in zip(names, arrival.wait(), strict=True)}
+
+
+def _sum(first: Tensor, second: Tensor) -> Tensor:
+    if first.dtype.itemsize > 2:
+        return first + second
+    return (first.float() + second.float()).to(first.dtype)
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    """A single place's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _Placed(torch.autograd.Function):
+    """A call as one step of autograd, whose backward runs on the accelerator's thread: it launches what is
+    the accelerator's, then computes what is the host's. So sums have one order, whoever is ready first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, x: Tensor, ids: Tensor, gates: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.call = call
+        ctx.names = ["", "x", "", "gates", *call.names, *range(len(call.others))]
+        needed = {n for n, need in zip(ctx.names, ctx.needs_input_grad, strict=True) if need}
+        own = {n for n in needed if isinstance(n, str)}
+        return call.forward(x, ids, gates, list(tensors[: len(call.names)]), own)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.call.backward(dy)
+        wanted = zip(ctx.names, ctx.needs_input_grad, strict=True)
+        return tuple(found.get(name) if need else None for name, need in wanted)
+
+
+def run(call: Call, x: Tensor, ids: Tensor, gates: Tensor, tensors: list[Tensor]) -> Tensor:
+    """[T, H], with gradients for whoever needs one."""
+    inputs = (x, gates, *tensors, *call.others)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return _Placed.apply(call, x, ids, gates, *tensors, *call.others)
+    call.others = []
+    return call.forward(x, ids, gates, tensors, set())
