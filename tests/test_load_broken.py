@@ -7,6 +7,7 @@ import moelora
 import pytest
 import torch
 from model_tiny import one_thread  # noqa: F401  (autouse)
+from moelora.__main__ import main
 from moelora.errors import MoeloraError
 from packed_files import save
 from packed_models import checkpoints  # noqa: F401  (a fixture)
@@ -164,6 +165,18 @@ def test_an_expert_too_many(checkpoints, tmp_path):  # noqa: F811
     (directory / "config.json").write_text(json.dumps(config | {name: 3}))
     with pytest.raises(MoeloraError, match=rf"{FIRST}\.3\..* is of expert 3, expected 0 to 2"):
         moelora.from_pretrained(directory, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("layout", "told"),
+    [
+        ("awq", "72 tensors of single experts, F16, I32: the first load stacks them in a cache"),
+        ("gpt-oss mxfp4", "12 tensors of all experts, BF16, U8: loading them in their dtype maps the files"),
+    ],
+)
+def test_inspect_says_how_packed_experts_lie(layout, told, checkpoints, capsys):  # noqa: F811
+    assert main(["inspect", str(checkpoints(layout).packed), "--no-measure"]) == 0
+    assert told in capsys.readouterr().out
 
 
 def test_other_sizes_than_the_configuration_says(checkpoints, tmp_path):  # noqa: F811

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from moelora import cache, loading
 from moelora.errors import MoeloraError
 from packed_files import LAYOUTS, write
 from packed_models import checkpoints  # noqa: F401  (a fixture)
+from safetensors.torch import load_file, save_file
 
 MEGABYTE = 2**20
 # Resident bytes of a process that no file backs, and those that one does; the most of the former on the way.
@@ -121,6 +123,23 @@ def test_a_changed_checkpoint_has_another_cache(checkpoints):  # noqa: F811
     os.utime(shard, ns=(1, 1))
     checkpoint.model()
     assert len({path.parent for path in files(checkpoint)} - before) == 1
+
+
+def test_another_checkpoint_of_the_same_sizes_and_times_has_another_cache(checkpoints, tmp_path):  # noqa: F811
+    """As in images and archives whose files all have one time."""
+    checkpoint = checkpoints("awq")
+    directories = [shutil.copytree(checkpoint.packed, tmp_path / name / "model") for name in "ab"]
+    found = []
+    for directory, turned in zip(directories, (False, True), strict=True):
+        for path in directory.glob("*.safetensors"):
+            tensors = load_file(path)
+            if turned:
+                tensors = {n: t.flip(0).contiguous() if "qweight" in n else t for n, t in tensors.items()}
+            save_file(tensors, path, {"format": "pt"})
+            os.utime(path, ns=(1, 1))
+        model = moelora.from_pretrained(directory, cache_dir=tmp_path / "cache")
+        found.append(model.model.layers[0].mlp.experts.down_proj_packed.codes)
+    assert not torch.equal(*found)
 
 
 def test_tensors_in_the_cache_are_aligned(checkpoints):  # noqa: F811

@@ -1,9 +1,10 @@
 """Files with a matrix for each expert, stacked once into files that are mapped from then on.
 
 One file for each experts module, in our own layout: `MODULE.safetensors` with `MODULE.gate_up_proj.codes` and
-so on, in a directory whose name is a digest of the checkpoint's files (names, sizes, times, headers). A file
-is written expert by expert under another name and renamed when it is complete: what is there is whole,
-whoever else writes it or was interrupted.
+so on, in a directory whose name is a digest of the checkpoint's files: names, sizes, times, headers and some
+of what they hold, for archives that are built reproducibly give all files one time. A file is written expert
+by expert under another name and renamed when it is complete: what is there is whole, whoever else writes it
+or was interrupted.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _DTYPES = {
     torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16",
     torch.float16: "F16", torch.float32: "F32",
 }  # fmt: skip
+_SAMPLES, _SAMPLE = 16, 4096  # how many pieces of a file's content tell it from another, and their bytes
 FORMAT = "moelora"  # in a file's metadata: the formats of its weights
 
 
@@ -76,6 +78,9 @@ def _digest(files: Files, settings: dict) -> str:
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns} ".encode())
         with path.open("rb") as file:
             digest.update(file.read(int.from_bytes(file.read(8), "little")))
+            for part in range(1, _SAMPLES + 1):
+                file.seek(max(0, stat.st_size * part // _SAMPLES - _SAMPLE))
+                digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:32]
 
 

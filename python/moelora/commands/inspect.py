@@ -101,7 +101,7 @@ def main(explicit: dict) -> None:
     rank, which, tokens = explicit["rank"], explicit["projections"], explicit["tokens"]
     total, dtype = checkpoints.count(outline), groups[0].dtype
     print(f"{directory}: {type(outline).__name__}, {_count(total)} parameters, {_name(dtype)}")
-    print(f"stored   {stored(directory)}\n")
+    print(f"stored   {stored(directory, hasattr(config, 'quantization_config'))}\n")
     print(_table(groups, rank, which))
     found = Cost(groups, total, config.get_text_config().hidden_size, rank, which, tokens)
     plan = memory.Plan(
@@ -257,12 +257,14 @@ def _maps(directory: Path) -> bool:
     return bool(fused and not single)
 
 
-def stored(directory: Path) -> str:
+def stored(directory: Path, packed: bool = False) -> str:
     """How the experts lie in the weight files, from their headers."""
     single, fused, dtypes = _experts(directory)
     if not single and not fused:
         return "no expert weights in *.safetensors here"
     kinds = ", ".join(sorted(dtypes))
+    if single and packed:
+        return f"{single} tensors of single experts, {kinds}: the first load stacks them in a cache, for good"
     if single:
         return f"{single} matrices of single experts, {kinds}: transformers merges them while loading"
     return f"{fused} tensors of all experts, {kinds}: loading them in their dtype maps the files"
