@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -59,6 +60,9 @@ def enable(model: nn.Module, linears: bool | None = None) -> Report:
             adapters.hook(wrapper)
     for module in found.values():
         module.config._experts_implementation_internal = experts.IMPLEMENTATION
+    for module in model.modules():
+        if isinstance(module, LoraModel):
+            adapters.hook_tuner(module)
     hook(model, linears)
     return report(model)
 
@@ -67,6 +71,8 @@ def disable(model: nn.Module) -> None:
     """Undo `enable`: every module and configuration is as it was. A model that is not enabled stays so."""
     unhook(model)
     for module in model.modules():
+        if isinstance(module, LoraModel):
+            adapters.unhook_tuner(module)
         if isinstance(module, PeftParamWrapper):
             adapters.unhook(module)
         binding = vars(module).get("_moelora")
