@@ -12,7 +12,9 @@ PERIOD = 0.5  # seconds between two looks
 
 @dataclass
 class Watched:
-    """What was seen of a process: seconds since its start, with resident bytes of its own and of files."""
+    """What was seen of a process: seconds since its start, with resident bytes of its own and of files, where a
+    page that is mapped several times counts once.
+    """
 
     seconds: list[float] = field(default_factory=list)
     private: list[int] = field(default_factory=list)
@@ -41,9 +43,9 @@ def watch(command: list[str], period: float = PERIOD, **popen: object) -> Watche
 
 def _look(process: psutil.Popen, now: float, seen: Watched) -> None:
     try:
-        memory = process.memory_info()
-    except psutil.NoSuchProcess:
+        memory = process.memory_full_info()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
         return
     seen.seconds.append(now)
     seen.private.append(memory.rss - memory.shared)
-    seen.mapped.append(memory.shared)
+    seen.mapped.append(max(0, memory.pss - seen.private[-1]))

@@ -11,7 +11,7 @@ from moelora import packed_layout, standin, weights
 from moelora.errors import MoeloraError
 from moelora.linears import PackedLinear
 from packed_models import adapted, checkpoints, experts  # noqa: F401  (checkpoints: a fixture)
-from peft import PeftModel, prepare_model_for_kbit_training
+from peft import LoraModel, PeftModel, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -98,6 +98,23 @@ def test_merging_is_refused(model):
         with pytest.raises(MoeloraError, match="is packed"):
             merge()
     assert torch.equal(logits(model), expected)
+
+
+def test_merging_is_refused_before_dense_layers_are_merged(model):
+    model = adapt(model, targets=["q_proj", "o_proj"])
+    moelora.enable(model)
+    dense = [n for n, p in model.named_parameters() if "lora_" not in n and type(p) is torch.nn.Parameter]
+    before = {name: model.get_parameter(name).clone() for name in dense}
+    wrapped = [name for name in dense if name.endswith("proj.base_layer.weight")]
+    assert len(wrapped) == (0 if any(isinstance(m, PackedLinear) for m in model.modules()) else 4)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MoeloraError, match="is packed"):
+            merge()
+    found = dict(model.named_parameters())
+    assert all(torch.equal(found[name], weight) for name, weight in before.items())
+    assert not any(getattr(module, "merged", False) for module in model.modules())
+    moelora.disable(model)
+    assert type(model.base_model) is LoraModel
 
 
 def test_a_second_adapter_is_applied_too(checkpoints):  # noqa: F811

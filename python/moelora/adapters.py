@@ -13,7 +13,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moelora import weights
@@ -64,6 +66,18 @@ def _changed(wrapper: PeftParamWrapper) -> None:
     binding = getattr(wrapper.get_base_layer(), "_moelora", None)
     for placement in () if binding is None else binding.placements:
         getattr(placement, "forget", lambda: None)()
+
+
+class Tuner(LoraModel):
+    """PEFT's `LoraModel` that refuses to merge into packed weights before it has merged into dense ones."""
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name, module in self.model.named_modules():
+            if isinstance(module, PeftParamWrapper):
+                _refuse_copy(module, "merging would write into them")
+            elif isinstance(module, BaseTunerLayer) and weights.is_packed(module.get_base_layer(), "weight"):
+                raise MoeloraError(f"{name} is packed: merging would write into its weight")
 
 
 def _refuse_copy(wrapper: PeftParamWrapper, why: str) -> None:
@@ -185,6 +199,18 @@ def watch(wrapper: PeftParamWrapper, running: bool) -> None:
             watches.setdefault(key, Watch()).follow(*factors, running)
         elif key in watches and any(map(replaced, factors)):
             watches[key].blind = True  # no hooks in a graph
+
+
+def hook_tuner(tuner: LoraModel) -> None:
+    """Let a tuner tell what is packed before it merges."""
+    if type(tuner) is LoraModel:
+        tuner.__class__ = Tuner
+
+
+def unhook_tuner(tuner: LoraModel) -> None:
+    """Give a tuner its class back."""
+    if type(tuner) is Tuner:
+        tuner.__class__ = LoraModel
 
 
 def unhook(wrapper: PeftParamWrapper) -> None:

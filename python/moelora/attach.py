@@ -5,7 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+<<<<<<< HEAD
 import torch
+=======
+from peft.tuners.lora import LoraModel
+>>>>>>> h-full
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -64,6 +68,9 @@ def enable(model: nn.Module, linears: bool | None = None) -> Report:
             adapters.hook(wrapper)
     for module in found.values():
         module.config._experts_implementation_internal = experts.IMPLEMENTATION
+    for module in model.modules():
+        if isinstance(module, LoraModel):
+            adapters.hook_tuner(module)
     hook(model, linears)
     _beside("settle", model)
     if any(module._moelora.placements for module in found.values()):
@@ -84,6 +91,8 @@ def disable(model: nn.Module) -> None:
     unhook(model)
     _beside("release", model)
     for module in model.modules():
+        if isinstance(module, LoraModel):
+            adapters.unhook_tuner(module)
         if isinstance(module, PeftParamWrapper):
             adapters.unhook(module)
         binding = vars(module).get("_moelora")
