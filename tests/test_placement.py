@@ -19,11 +19,11 @@ CHECKS = [
     *(
         (3, name)
         for name in (
-            "families", "packed_families", "half", "unequal", "before_adapters", "recomputed", "ordered",
+            "families", "packed_families", "half", "unequal", "without_tokens", "before_adapters", "recomputed", "ordered",
             "wrong_arguments", "trainer_elsewhere", "lonely_save",
         )
     ),
-    *((4, name) for name in ("families", "packed_families", "unequal", "loaded", "memory")),
+    *((4, name) for name in ("families", "packed_families", "without_tokens", "loaded", "memory")),
     *((3, name) for name in ("failing", "failing_backward", "killed")),
 ]  # fmt: skip
 

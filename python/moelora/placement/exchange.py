@@ -124,12 +124,13 @@ class Mark(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, needed: Tensor | None, tokens: Tensor) -> Tensor:
         ctx.save_for_backward(tokens)
+        ctx.needed = None if needed is None else needed.shape
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         _ = ctx.saved_tensors
-        return dy, None, None
+        return dy, dy.new_zeros(ctx.needed) if ctx.needs_input_grad[1] else None, None
 
 
 class Return(Function):

@@ -21,6 +21,8 @@ from moelora.placement.ranks import Ranks
 from moelora.reporting import Report
 from torch_moelora.formats import PackedWeight, stack
 
+ANCHOR = "moelora_anchor"
+
 
 def place(
     model: nn.Module, owners: str | Sequence[int] = "spread", group: dist.ProcessGroup | None = None
@@ -150,6 +152,7 @@ def adopt(model: nn.Module) -> None:
                 _keep_factors(wrapper, ranks)
                 adapters.watch(wrapper, running=False)
     if is_placed(model):
+        _anchor(model)
         saving.gathers(PeftModel)
         roots = [model]
         if isinstance(model, PeftModel):
@@ -159,6 +162,21 @@ def adopt(model: nn.Module) -> None:
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 root, sorted(before | _names(root))
             )
+
+
+def _anchor(model: nn.Module) -> None:
+    """DDP refuses a model in which it has nothing to reduce, as one with LoRA on experts alone would be."""
+    local = _names(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained & local or trained - local:
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not hasattr(base, ANCHOR):
+        device = next(base.parameters()).device
+        base.register_parameter(ANCHOR, nn.Parameter(torch.zeros(1, device=device)))
+    getattr(base, ANCHOR).requires_grad_(True)  # PEFT freezes what is not its own
+    first = next(ranks for ranks in map(_ranks, model.modules()) if ranks is not None)
+    first.anchor = getattr(base, ANCHOR)
 
 
 def _keep_factors(wrapper: ParamWrapper, ranks: Ranks) -> None:
