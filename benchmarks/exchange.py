@@ -1,6 +1,6 @@
-"""What it costs to have a layer's experts on several ranks: measured here, and on paper for faster networks.
+"""What it costs to have a layer's experts on several ranks: measured, and on paper for faster networks.
 
-python -m benchmarks.exchange --ranks 2 --tokens 512       an expert layer on processes over gloo, one thread each
+python -m benchmarks.exchange --ranks 2 --tokens 512       a layer on processes over gloo, of one thread each
 python -m benchmarks.exchange --paper                      from bytes and FLOPs alone
 """
 
@@ -35,10 +35,10 @@ class Layer(NamedTuple):
         return tokens * self.top_k * 3 * self.hidden * self.inner * 2 * 2
 
     def bytes(self, tokens: int, ranks: int) -> float:
-        """What a rank sends (and receives), forward and backward, where every expert is as likely as any other.
+        """What a rank sends (and receives), forward and backward, if every expert is equally likely.
 
-        A token goes to each of the others that has one of its experts. There: x in 16 bits, gates, ids; back: a sum in
-        32 bits. In the backward 16 bits each way, and the gates' gradients.
+        A token goes to each of the others that has one of its experts. There: x in 16 bits, gates, ids;
+        back: a sum in 32 bits. In the backward 16 bits each way, and the gates' gradients.
         """
         others = (ranks - 1) * (1 - (1 - 1 / ranks) ** self.top_k)
         there = 2 * self.hidden + 8 * self.top_k
@@ -110,6 +110,7 @@ def process(rank: int, ranks: int, name: str, tokens: int, repeats: int, directo
     from moelora.placement.group import Group
     from moelora.placement.owners import owners_of
     from moelora.placement.ranks import Ranks
+
     from torch_moelora.functional import moe_mlp
 
     torch.set_num_threads(1)
@@ -159,7 +160,7 @@ def process(rank: int, ranks: int, name: str, tokens: int, repeats: int, directo
     if rank == 0:
         whole, exchange, sent = told["placed"]
         print(
-            f"{name}, {tokens} tokens a rank, {ranks} ranks of 1 thread: layer alone {told['alone'][0] * 1e3:.0f} ms, "
+            f"{name}, {tokens} tokens a rank, {ranks} ranks: alone {told['alone'][0] * 1e3:.0f} ms, "
             f"placed {whole * 1e3:.0f} ms, of which exchange {exchange * 1e3:.1f} ms of {sent / 1e6:.0f} MB"
         )
     dist.destroy_process_group()

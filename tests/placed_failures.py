@@ -101,7 +101,7 @@ def _resident(*names: str) -> int:
 
 
 def memory(here: Any) -> None:
-    """`from_pretrained` with owners never has more in memory than its experts, those and what it reads at a time."""
+    """`from_pretrained` with owners never has more in memory than its experts and what it reads at once."""
     for name, private in (("large", 1.25), ("large packed", 1.25)):
         gc.collect()
         most, done = [0], threading.Event()

@@ -29,21 +29,21 @@ def place(
 ) -> Report:
     """Keep on each rank the experts that it owns, and send tokens to where their experts are.
 
-    Called on all ranks, after `enable` and before DDP, `fully_shard` and the optimizer; before PEFT's adapters are
-    added, or after (then `enable` again, as ever). Every rank has the same model at that time; from then on it
-    has its own experts' frozen weights, dense or packed, and its own experts' LoRA factors, and what it frees
-    cannot be had back. Everything else stays as it is, to be replicated or sharded by whatever does that.
+    Called on all ranks, after `enable` and before DDP, `fully_shard` and the optimizer, and before or after
+    PEFT's adapters are added (then `enable` again, as ever). Every rank has the same model at that time; from
+    then on it has its own experts' frozen weights, dense or packed, and its own experts' LoRA factors. What it
+    frees cannot be had back. Everything else stays as it is, to be replicated or sharded by others.
 
-    Every rank calls the same layers equally often, if need be on a batch without tokens. Ranks' losses are taken to
-    be averaged, as DDP does it: a factor's gradient is the sum over all ranks' tokens divided by their number.
+    Every rank calls the same layers equally often, if need be without tokens. Ranks' losses are taken to be
+    averaged, as DDP does it: a factor's gradient is the sum over all ranks' tokens divided by their number.
 
     Args:
         model: an enabled model.
         owners: "spread", "rank0", or the rank in `group` of each expert, the same for all layers.
         group: the ranks that share the experts, which see each other's tokens; None for all.
     Returns: the report, which tells what is here.
-    Raises: MoeloraError without process group, for a model that is not enabled, wrapped or placed already, for
-        layers that the operators do not serve, merged adapters and owners that are none.
+    Raises: MoeloraError without process group, for a model that is not enabled, or wrapped or placed already,
+        for layers that the operators do not serve, merged adapters and owners that are none.
     """
     return place_on(model, owners, Group(group))
 
