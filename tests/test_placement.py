@@ -19,8 +19,8 @@ CHECKS = [
     *(
         (3, name)
         for name in (
-            "families", "packed_families", "half", "unequal", "without_tokens", "before_adapters", "recomputed",
-            "ordered", "wrong_arguments", "trainer_elsewhere", "lonely_save",
+            "families", "packed_families", "half", "unequal", "without_tokens", "before_adapters",
+            "recomputed", "ordered", "wrong_arguments", "trainer_elsewhere", "lonely_save",
         )
     ),
     *((4, name) for name in ("families", "packed_families", "without_tokens", "loaded", "memory")),

@@ -31,8 +31,8 @@ def place(
 
     Called on all ranks, after `enable` and before DDP, `fully_shard` and the optimizer, and before or after
     PEFT's adapters are added (then `enable` again, as ever). Every rank has the same model at that time; from
-    then on it has its own experts' frozen weights, dense or packed, and its own experts' LoRA factors. What it
-    frees cannot be had back. Everything else stays as it is, to be replicated or sharded by others.
+    then on it has its own experts' frozen weights, dense or packed, and its own experts' LoRA factors. What
+    it frees cannot be had back. Everything else stays as it is, to be replicated or sharded by others.
 
     Every rank calls the same layers equally often, if need be without tokens. Ranks' losses are taken to be
     averaged, as DDP does it: a factor's gradient is the sum over all ranks' tokens divided by their number.
