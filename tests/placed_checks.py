@@ -357,7 +357,6 @@ def before_adapters(here: Any) -> None:
         base = build("qwen3_moe")
         moelora.enable(base)
         moelora.place(base, whose)
-        torch.manual_seed(4)
         model = adapt(base, targets=["o_proj"])
         moelora.enable(model)
         single = adapted("qwen3_moe")
