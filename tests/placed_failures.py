@@ -44,7 +44,11 @@ def killed(here: Any) -> None:
     model(input_ids=tokens(2))
     if here.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    _told(here, model, r"rank 1 did not come to the exchange.* Rank \d was in model\.layers\.0\.mlp\.experts, forward")
+    _told(
+        here,
+        model,
+        r"rank 1 did not come to the exchange.* Rank \d was in model\.layers\.0\.mlp\.experts, forward",
+    )
 
 
 def failing(here: Any) -> None:
@@ -67,7 +71,12 @@ def failing(here: Any) -> None:
 def failing_backward(here: Any) -> None:
     model = _model()
     if here.rank != 1:
-        _told(here, model, r"rank 1 did not come to the exchange.*model\.layers\.0\.mlp\.experts, backward", True)
+        _told(
+            here,
+            model,
+            r"rank 1 did not come to the exchange.*model\.layers\.0\.mlp\.experts, backward",
+            True,
+        )
         return
 
     class Failing(torch.autograd.Function):
@@ -92,7 +101,7 @@ def _resident(*names: str) -> int:
 
 
 def memory(here: Any) -> None:
-    """`from_pretrained` with owners never has more in memory than its experts, those and what it reads at a time."""
+    """`from_pretrained` with owners never has more in memory than its experts and what it reads at once."""
     for name, private in (("large", 1.25), ("large packed", 1.25)):
         gc.collect()
         most, done = [0], threading.Event()

@@ -1,4 +1,4 @@
-"""Experts spread over 1 to 4 processes against one process that has them all; the checks are placed_checks.py's."""
+"""Experts spread over 2 to 4 processes against one that has them all; placed_checks.py has the checks."""
 
 import json
 import subprocess
@@ -19,11 +19,11 @@ CHECKS = [
     *(
         (3, name)
         for name in (
-            "families", "packed_families", "half", "unequal", "before_adapters", "recomputed", "ordered",
-            "wrong_arguments", "trainer_elsewhere", "lonely_save",
+            "families", "packed_families", "half", "unequal", "without_tokens", "before_adapters",
+            "recomputed", "ordered", "wrong_arguments", "trainer_elsewhere", "lonely_save",
         )
     ),
-    *((4, name) for name in ("families", "packed_families", "unequal", "loaded", "memory")),
+    *((4, name) for name in ("families", "packed_families", "without_tokens", "loaded", "memory")),
     *((3, name) for name in ("failing", "failing_backward", "killed")),
 ]  # fmt: skip
 
