@@ -5,11 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-<<<<<<< HEAD
 import torch
-=======
 from peft.tuners.lora import LoraModel
->>>>>>> h-full
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -54,6 +51,23 @@ def enable(model: nn.Module, linears: bool | None = None) -> Report:
         raise MoeloraError(
             f"no expert layer of {_kind(model)} can use the operators: {name} {binding.reason}"
         )
+    _bind(found, bindings, by_module)
+    for module in model.modules():
+        if isinstance(module, LoraModel):
+            adapters.hook_tuner(module)
+    hook(model, linears)
+    _beside("settle", model)
+    if any(module._moelora.placements for module in found.values()):
+        import_module("moelora.placement.spreading").adopt(model)
+    return report(model)
+
+
+def _bind(
+    found: dict[str, nn.Module],
+    bindings: dict[str, experts.Binding],
+    by_module: dict[int, list[PeftParamWrapper]],
+) -> None:
+    """Gives the modules, by name, their bindings; their wrappers then hand factors to the operators."""
     for binding in bindings.values():  # layers share configurations, so every interface must know the name
         experts.register(binding.interface)
     # Layers share configurations, so what an enabled layer goes back to holds for a new one beside it.
@@ -68,14 +82,6 @@ def enable(model: nn.Module, linears: bool | None = None) -> Report:
             adapters.hook(wrapper)
     for module in found.values():
         module.config._experts_implementation_internal = experts.IMPLEMENTATION
-    for module in model.modules():
-        if isinstance(module, LoraModel):
-            adapters.hook_tuner(module)
-    hook(model, linears)
-    _beside("settle", model)
-    if any(module._moelora.placements for module in found.values()):
-        import_module("moelora.placement.spreading").adopt(model)
-    return report(model)
 
 
 def disable(model: nn.Module) -> None:
