@@ -20,6 +20,7 @@ from moelora.placement.beside import buffers, layer, link, rates, resident, sett
 from moelora.placement.beside.hot import Hot
 from torch import Tensor
 
+from benchmarks import beside as bench
 from torch_moelora.formats import quantize
 from torch_moelora.functional import moe_mlp
 
@@ -600,6 +601,19 @@ def test_accelerate_offloads(served_there):
         assert torch.equal(model(input_ids=tokens).logits.cpu(), there(input_ids=tokens).logits.cpu())
     moelora.disable(model)
     assert module.down_proj.device.type == "meta" and hasattr(module, "_hf_hook")
+
+
+def test_benchmark():
+    """All that `make gpu` measures runs here too."""
+    kinds = {}
+    for kind in ("dense", "nf4"):
+        layers = [bench.build(8, 64, 64, 4, kind, BF16, seed) for seed in range(bench.LAYERS)]
+        found = bench.run(bench.Bench(LATE, layers, 20, 2, [0, 1]), 2, None)
+        kinds[kind] = {result["name"]: result for result in found["results"]}
+        assert found["against_the_slower_half"] > 0
+    for results in kinds.values():
+        assert all(result["milliseconds"] > 0 for result in results.values())
+        assert {"both at work", "brought over", "everything there", "everything on the CPU"} <= set(results)
 
 
 def test_no_device_is_named():
