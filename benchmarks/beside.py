@@ -1,8 +1,8 @@
 """`python -m benchmarks.beside`: a layer whose experts are in host memory beside an accelerator.
 
 Forward + backward with LoRA: everything on the accelerator, everything on the CPU, both at work (a part of
-the experts hot), weights brought over. With the two halves alone, the share of the accelerator's time in which
-the CPU was at work too, and peak memory. Any accelerator of torch's will do.
+the experts hot), weights brought over. With the two halves alone, the share of the accelerator's time in
+which the CPU was at work too, and peak memory. Any accelerator of torch's will do.
 """
 
 from __future__ import annotations

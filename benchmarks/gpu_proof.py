@@ -2,8 +2,8 @@
 
 Tests (tests/test_cuda.py: real shapes, 20 equal runs, beyond 2³¹ elements, CUDA graphs, torch.compile;
 tests/test_cuda_beside.py: experts in host memory), the small ones again under compute-sanitizer, and the
-benchmarks. Each step is a process with a log; what the time did not suffice for is named as such. summary.json
-has it all, beside the benchmarks' own JSON and PNG.
+benchmarks. Each step is a process with a log; what the time did not suffice for is named as such.
+summary.json has it all, beside the benchmarks' own JSON and PNG.
 """
 
 from __future__ import annotations
