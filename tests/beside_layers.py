@@ -1,12 +1,11 @@
-"""Layers whose experts are in host memory, on a device that is late on purpose, and the same on the CPU alone."""
+"""Layers whose experts are in host memory, on a device that is late on purpose, and on the CPU alone."""
 
 from dataclasses import dataclass
 
 import late_device
-import pytest
 import torch
 from moelora.placement import beside
-from moelora.placement.beside import layer, link, rates
+from moelora.placement.beside import layer, rates
 from moelora.placement.beside.hot import Hot
 from torch import Tensor
 
@@ -128,11 +127,3 @@ def same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
     return all(
         torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True)
     )
-
-
-@pytest.fixture
-def own_link(monkeypatch):
-    """A link of the test's own, so that what it breaks is not met again."""
-    monkeypatch.setattr(link, "_LINKS", {})
-    yield
-    torch.accelerator.synchronize()

@@ -8,25 +8,20 @@ from pathlib import Path
 import late_device
 import pytest
 import torch
-from beside_layers import (  # noqa: F401
-    BF16,
-    LATE,
-    STREAMS,
-    WIDE,
-    E,
-    H,
-    Here,
-    compute,
-    own_link,
-    placed,
-    problem,
-    run,
-    same,
-)
+from beside_layers import BF16, LATE, STREAMS, WIDE, E, H, Here, compute, placed, problem, run, same
 from moelora.placement import beside
 from moelora.placement.beside import buffers, link, rates, resident, ways
 
 from benchmarks import beside as bench
+
+
+@pytest.fixture
+def own_link(monkeypatch):
+    """A link of the test's own, so that what it breaks is not met again."""
+    monkeypatch.setattr(link, "_LINKS", {})
+    yield
+    torch.accelerator.synchronize()
+
 
 WAYS = {"compute": ("compute", []), "hot": ("compute", [1, 4]), "bring": ("bring", []), "rule": ("auto", [0])}
 
@@ -303,6 +298,18 @@ def test_rates_are_measured():
     assert rates.Size.of(p.parameters) == (E, 3 * H * WIDE, sum(
         p.parameters[n].nbytes for n in ("gate_up_weight", "down_weight")
     ), H)  # fmt: skip
+
+
+def test_autocast():
+    """The host's part follows the device's."""
+    p = problem(torch.float32, "dense")
+    (placement,) = placed([p], "compute", [])
+    with torch.no_grad():
+        with torch.autocast("cpu", BF16):
+            expected = compute(p.x, p.ids, p.gates, p.parameters)
+        with torch.autocast(LATE.type, BF16):
+            found = placement.sum(p.x.to(LATE), p.ids.to(LATE), p.gates.to(LATE), p.parameters, compute)
+    assert found.dtype == BF16 and torch.equal(found.cpu(), expected)
 
 
 def test_backward_twice():
