@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,24 @@ import moelora
 import pytest
 import torch
 import torch.distributed as dist
-from model_tiny import adapt, build, difference, fill, tokens
+from model_tiny import CONFIGS, adapt, build, difference, fill, tokens
 from moelora.errors import MoeloraError
 from moelora.placement.ranks import Ranks
 from packed_files import LAYOUTS, write
 from peft import PeftModel
+from placed_failures import (  # noqa: F401  (checks, too)
+    failing,
+    failing_backward,
+    keeps_nothing,
+    killed,
+    memory,
+)
 from placed_trainers import sft_trainer, trainer, trainer_elsewhere  # noqa: F401  (checks, too)
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "mixtral_gelu")
 PACKED = ("ours nf4 nested", "gpt-oss mxfp4", "bitsandbytes fp4")
@@ -37,6 +46,26 @@ def prepare(directory: Path) -> None:
         build(kind).save_pretrained(directory / kind)
     single = adapted("qwen3_moe")
     single.save_pretrained(directory / "adapter")
+
+
+def prepare_large(directory: Path) -> None:
+    """Some 60 MB of experts, dense in float32 and packed."""
+    torch.manual_seed(0)
+    sizes = {"num_experts": 16, "hidden_size": 256, "moe_intermediate_size": 1024, "num_hidden_layers": 1}
+    config = CONFIGS["qwen3_moe"]()
+    config.update(sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory / "large")
+    more = {"num_experts": 64, "moe_intermediate_size": 1024}
+    write(replace(LAYOUTS["ours nf4 nested"], matrix=drawn), directory / "large packed", **more)
+
+
+def drawn(
+    rows: int, columns: int, gen: torch.Generator, experts: int = 1
+) -> tuple[dict[str, Tensor], Tensor]:
+    """NF4 in our own layout, of random bytes: quickly made."""
+    codes = torch.randint(0, 256, (experts, rows, columns // 2), generator=gen, dtype=torch.uint8)
+    scale = torch.rand(experts, rows, columns // 64, generator=gen) * 0.01
+    return {".codes": codes, ".scale": scale}, torch.empty(0)
 
 
 def adapted(kind: str, dtype: torch.dtype = torch.float32, **keywords: Any) -> PeftModel:
@@ -79,7 +108,8 @@ def compare(
             expected, found = mine(model, name, of(theirs[name])), of(parameter)
             found = found.full_tensor() if isinstance(found, DTensor) else found
             assert found.shape == expected.shape, name
-            assert not expected.numel() or difference(found, expected) < limit, name
+            apart = difference(found, expected) if expected.numel() else 0.0
+            assert apart < limit, f"{name}: {apart}"
 
 
 def gradient(parameter: Tensor) -> Tensor:
@@ -163,22 +193,54 @@ def half(here: Any) -> None:
 
 
 def unequal(here: Any) -> None:
-    """A token-weighted loss over batches of different sizes; the last rank has none."""
-    rows = tokens(here.world * (here.world - 1) // 2, 8)
-    sizes = [here.world - 1 - rank for rank in range(here.world)]
+    """A token-weighted loss over batches of different sizes; the last rank's counts nothing."""
+    rows = tokens(here.world * (here.world + 1) // 2, 8)
+    sizes = [here.world - rank for rank in range(here.world)]
+    count = rows[: -sizes[-1], 1:].numel()
 
     def loss(model: nn.Module, part: Tensor) -> Tensor:
         logits = model(input_ids=part).logits[:, :-1].flatten(0, 1)
-        return (
-            nn.functional.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum") / rows[:, 1:].numel()
-        )
+        return nn.functional.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum") / count
 
     for whose in ("spread", "rank0"):
         single, model = adapted("qwen3_moe"), adapted("qwen3_moe")
         moelora.place(model, whose)
-        loss(single, rows).backward()
-        (loss(DistributedDataParallel(model), rows.split(sizes)[here.rank]) * here.world).backward()
+        loss(single, rows[: -sizes[-1]]).backward()
+        weight = 0 if here.rank == here.world - 1 else here.world
+        ddp = DistributedDataParallel(model)
+        (loss(ddp, rows.split(sizes)[here.rank]) * weight).backward()
         compare(model, single, gradient)
+
+
+def without_tokens(here: Any) -> None:
+    """A layer by itself, in which the first rank has no token, and ids of no expert are left out."""
+    generator = torch.Generator().manual_seed(7)
+    sizes = [5 * rank for rank in range(here.world)]
+    x, dy = (torch.randn(sum(sizes), 24, generator=generator) for _ in range(2))
+    ids = torch.randint(-1, 6, (sum(sizes), 2), generator=generator)
+    gates = torch.rand(sum(sizes), 2, generator=generator)
+
+    def run(model: nn.Module, several: list[Tensor]) -> list[Tensor]:
+        x, ids, gates, dy = (t.clone() for t in several)
+        layer = model.get_base_model().model.layers[1].mlp.experts
+        y = layer(x.requires_grad_(), ids, gates.requires_grad_())
+        y.backward(dy)
+        return [y, x.grad, gates.grad]
+
+    for whose in owners(here):
+        single, model = adapted("qwen3_moe"), adapted("qwen3_moe")
+        moelora.place(model, whose)
+        expected = run(single, [x, ids, gates, dy])
+        found = run(model, [t.split(sizes)[here.rank] for t in (x, ids, gates, dy)])
+        for one, other in zip(found, expected, strict=True):
+            other = other.split(sizes)[here.rank]
+            assert one.shape == other.shape and (not other.numel() or difference(one, other) < LIMIT)
+        theirs = dict(single.named_parameters())
+        for name, parameter in model.named_parameters():
+            if theirs[name].grad is not None:
+                want = mine(model, name, theirs[name].grad) / here.world
+                assert parameter.grad.shape == want.shape, name
+                assert not want.numel() or difference(parameter.grad, want) < LIMIT, name
 
 
 def accumulated_and_clipped(here: Any) -> None:
@@ -318,7 +380,7 @@ def before_adapters(here: Any) -> None:
 
 
 def loaded(here: Any) -> None:
-    """`from_pretrained` with owners, dense and packed; a file of one process, spread again, and over a placed one."""
+    """`from_pretrained` with owners, dense and packed; a file of one process, spread again."""
     rows = tokens(2)
     whole = {kind: build(kind) for kind in FAMILIES}
     whole |= {
@@ -352,7 +414,7 @@ def wrong_arguments(here: Any) -> None:
             moelora.place(model, whose)
     with pytest.raises(MoeloraError, match="before it is wrapped"):
         moelora.place(DistributedDataParallel(adapted("qwen3_moe")))
-    with pytest.raises(MoeloraError, match="call moelora.enable"):
+    with pytest.raises(MoeloraError, match="is not enabled"):
         moelora.place(build("qwen3_moe"))
     model.merge_adapter()
     with pytest.raises(MoeloraError, match="unmerge"):

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 
+ALONE = ("killed", "failing", "failing_backward", "memory", "keeps_nothing")  # in processes of their own
 LIMIT = 240.0  # seconds for the checks of one number of processes
 
 
@@ -36,8 +37,8 @@ class Here(NamedTuple):
 def process(here: Here, names: list[str]) -> None:
     """All checks of one number of processes; what each of them raised goes to a file."""
     torch.set_num_threads(1)
-    start = {"init_method": f"file://{here.directory}/store{here.world}", "rank": here.rank}
-    timeout = timedelta(seconds=60)
+    start = {"init_method": f"file://{here.directory}/store{here.world}{names[0]}", "rank": here.rank}
+    timeout = timedelta(seconds=5 if names[0] in ALONE else 120)
     if here.world > 1:  # as torchrun does
         os.environ |= {"RANK": str(here.rank), "LOCAL_RANK": str(here.rank), "ACCELERATE_USE_CPU": "1"}
         os.environ |= {"WORLD_SIZE": str(here.world), "LOCAL_WORLD_SIZE": str(here.world)}
@@ -88,8 +89,11 @@ def main(directory: Path, names: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     placed_checks.prepare(directory)
-    for world, group in groupby(names, key=lambda name: int(name.partition(".")[0])):
-        status = run(world, directory, [name.partition(".")[2] for name in group])
+    if any(name.endswith(".memory") for name in names):
+        placed_checks.prepare_large(directory)
+    checks = [(int(world), name) for world, _, name in (name.partition(".") for name in names)]
+    for (world, _), group in groupby(checks, key=lambda check: (check[0], check[1] * (check[1] in ALONE))):
+        status = run(world, directory, [name for _, name in group])
         print(world, status, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Experts spread over 1 to 4 processes against one process that has them all; the checks are placed_checks.py's."""
+"""Experts spread over 2 to 4 processes against one that has them all; placed_checks.py has the checks."""
 
 import json
 import subprocess
@@ -19,30 +19,45 @@ CHECKS = [
     *(
         (3, name)
         for name in (
-            "families", "packed_families", "half", "unequal", "before_adapters", "recomputed", "ordered",
-            "wrong_arguments", "trainer_elsewhere", "lonely_save",
+            "families", "packed_families", "half", "unequal", "without_tokens", "before_adapters",
+            "recomputed", "ordered", "wrong_arguments", "trainer_elsewhere", "lonely_save",
         )
     ),
-    *((4, name) for name in ("families", "packed_families", "unequal", "loaded")),
+    *((4, name) for name in ("families", "packed_families", "without_tokens", "loaded", "memory")),
+    *((3, name) for name in ("failing", "failing_backward", "killed")),
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """What each process found."""
-    directory = tmp_path_factory.mktemp("placed")
-    names = [f"{world}.{name}" for world, name in CHECKS]
+def _run(directory, checks):
+    names = [f"{world}.{name}" for world, name in checks]
     command = [sys.executable, placed_processes.__file__, str(directory), *names]
     done = subprocess.run(command, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr[-5000:]
     return directory
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Where each process has left what it found."""
+    return _run(tmp_path_factory.mktemp("placed"), CHECKS)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "name"), CHECKS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("world", "name"), CHECKS, ids=str)
 def test_placed(runs, world, name):
+    _passed(runs, world, name)
+
+
+@pytest.mark.long
+def test_500_steps_keep_nothing(tmp_path):
+    _passed(_run(tmp_path, [(2, "keeps_nothing")]), 2, "keeps_nothing")
+
+
+def _passed(directory, world, name):
     for rank in range(world):
-        file = runs / f"{world}.{name}.{rank}.json"
+        if name == "killed" and rank == 1:
+            continue
+        file = directory / f"{world}.{name}.{rank}.json"
         assert file.exists(), f"rank {rank} did not come to it"
         told = json.loads(file.read_text())["told"]
         assert not told, f"rank {rank}: {told}"

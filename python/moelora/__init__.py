@@ -5,8 +5,8 @@ reports what it did; `moelora.disable(model)` undoes it; `moelora.report(model)`
 `moelora.from_pretrained(directory)` loads a checkpoint whose experts are packed and keeps them so; importing
 moelora makes our own packed layout known to transformers.
 `moelora.check_adapter(model, directory)` tells whether an adapter that was loaded fits the model.
-`moelora.place(model)` spreads the experts over the ranks of torch.distributed, and `moelora.local_parameters(model)`
-are what each of them has of its own.
+`moelora.place(model)` spreads the experts over the ranks of torch.distributed, and
+`moelora.local_parameters(model)` are what each of them has of its own.
 `moelora.Callback()` does it in trainers that others build.
 `python -m moelora` is the command line.
 """

@@ -38,8 +38,8 @@ def from_pretrained(
     Args:
         directory: a local checkpoint, or a name on the hub.
         cache_dir: for stacked experts; None for `moelora` below Hugging Face's home (HF_HOME).
-        owners, group: those of `moelora.place`, on all ranks: the model comes enabled and placed, and no expert
-            of another rank has been read. None: the model is whole.
+        owners, group: those of `moelora.place`, on all ranks: the model comes enabled and placed, and no
+            expert of another rank has been read. None: the model is whole.
         kwargs: transformers' `from_pretrained`'s. device_map must be one device for packed experts.
 
     Raises: MoeloraError for a checkpoint that cannot be kept packed, with the way out, and for tensors that

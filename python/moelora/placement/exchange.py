@@ -1,7 +1,7 @@
 """Tokens to the ranks that have their experts, and results back; in the backward the same way round.
 
-A token goes once to each rank that has one of its experts, with all its ids and gates. Partial sums come back in
-float32 (float64 for float64), are added in the order of ranks, and rounded once.
+A token goes once to each rank that has one of its experts, with all its ids and gates. Partial sums come back
+in float32 (float64 for float64), are added in the order of ranks, and rounded once.
 """
 
 from __future__ import annotations
@@ -117,19 +117,20 @@ class Send(Function):
 class Mark(Function):
     """Saves something on every rank before the way back, and asks for it.
 
-    torch's checkpoint recomputes when the first of what was saved is asked for, and stops when it has all. With
-    this both are at the same place on all ranks, however little a rank without experts or rows has computed.
+    torch's checkpoint recomputes when the first of what was saved is asked for, and stops when it has all.
+    With this both are at the same place on all ranks, however little one without experts has computed.
     """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, needed: Tensor | None, tokens: Tensor) -> Tensor:
         ctx.save_for_backward(tokens)
+        ctx.needed = None if needed is None else needed.shape
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         _ = ctx.saved_tensors
-        return dy, None, None
+        return dy, dy.new_zeros(ctx.needed) if ctx.needs_input_grad[1] else None, None
 
 
 class Return(Function):

@@ -41,7 +41,10 @@ def own(layer: nn.Module, group: Group) -> None:
     """Let norms of gradients know that the layer's weight is this rank's alone."""
     _OWN[layer] = group
     if not hasattr(clip_grad._get_total_norm, "_moelora"):
-        norm, clip = _of_all_ranks(clip_grad._get_total_norm), _of_both_kinds(clip_grad._clip_grads_with_norm_)
+        norm, clip = (
+            _of_all_ranks(clip_grad._get_total_norm),
+            _of_both_kinds(clip_grad._clip_grads_with_norm_),
+        )
         clip_grad._get_total_norm = clip_grad.get_total_norm = nn.utils.get_total_norm = norm
         clip_grad._clip_grads_with_norm_ = clip_grad.clip_grads_with_norm_ = clip
         nn.utils.clip_grads_with_norm_ = clip

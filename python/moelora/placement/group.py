@@ -27,7 +27,8 @@ _NUMBERS = itertools.count()  # the same on all ranks, since `place` is called b
 class Group:
     """The ranks that share experts. Copies of a model share it.
 
-    rank, size: of this process, in the group. calls: forwards that train and loads so far, the same on all ranks.
+    rank, size: of this process, in the group. calls: forwards that train and loads so far, which are the same
+    on all ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moelora.experts import Compute
 from moelora.placement import exchange
@@ -21,11 +21,13 @@ class Ranks:
 
     where, number: the layer, and which of the model's it is. owners: the rank of each expert.
     own: those of this rank, in order; they are its local experts 0, 1, ….
+    anchor: what DDP finds to train in a model of which nothing else is; its gradient is zero.
     """
 
     def __init__(self, group: Group, where: str, number: int, owners: list[int]) -> None:
         self.group, self.where, self.number, self.owners = group, where, number, owners
         self.own = [expert for expert, rank in enumerate(owners) if rank == group.rank]
+        self.anchor: nn.Parameter | None = None
         numbers = [0] * group.size
         local = []
         for rank in owners:
@@ -54,7 +56,9 @@ class Ranks:
             learned = [parameters[name] for name in _LORA if parameters.get(name) is not None]
             needed = None
             if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
-                needed = torch.empty(0, device=x.device, requires_grad=True)
+                needed = self.anchor
+                if needed is None or not needed.requires_grad:
+                    needed = torch.empty(0, device=x.device, requires_grad=True)
         self.group.calls += needed is not None
         plan, sent = self._plan(ids)
         rows, their_gates, their_ids = exchange.Send.apply(x, gates, sent, plan)

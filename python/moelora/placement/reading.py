@@ -1,7 +1,7 @@
 """Loading a placed model: of a dense checkpoint's experts, only those of this rank are ever read.
 
-transformers builds the model without its experts' weights, which a quantiser may take out of its hands, and loads
-the rest. The file's tensors are found by transformers' own map of names.
+transformers builds the model without its experts' weights, which a quantiser may take out of its hands, and
+loads the rest. The file's tensors are found by transformers' own map of names.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def located(model: nn.Module, files: Files) -> dict[str, Stack]:
 
 
 def read(stack: Stack, expert: int, files: Files, out: Tensor) -> None:
-    """Copy one expert's weight, from its rows of a stacked tensor or the matrices that it has in the files."""
+    """Copy one expert's weight, out of a stacked tensor or the matrices that it has in the files."""
     if stack.stacked:
         parts = [files.part(stack.sources[0][0].name, expert)]
     else:

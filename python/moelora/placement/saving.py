@@ -16,7 +16,10 @@ from moelora.placement.ranks import Ranks
 
 @dataclass(frozen=True)
 class Part:
-    """A rank's part of a LoRA factor as PEFT keeps it: A [E·R, K] (dim 0), or B [N, R·E], the expert fastest."""
+    """A rank's part of a factor as PEFT keeps it: A [E·R, K] (dim 0), or B [N, R·E] with the expert fastest.
+
+    rank: of LoRA.
+    """
 
     ranks: Ranks
     rank: int
@@ -105,7 +108,7 @@ def _of_all_ranks(plain: Callable[..., None]) -> Callable[..., None]:
 
 
 class Keeping:
-    """What a trainer that saves on one rank only is given: all ranks' factors and optimizer state, in advance.
+    """For a trainer that saves on one rank only: all ranks' factors and optimizer state, in advance.
 
     A callback calls `gather` on all ranks when a save is due. Until the next forward that trains,
     `save_pretrained` and the optimizer's `state_dict` then need no other rank.
@@ -136,10 +139,16 @@ class Keeping:
         self._states = {}
         for number, parameter, part in self._placed:
             state = self._optimizer.state.get(parameter, {})
-            # A rank whose experts have no elements has their state nonetheless: gradients reach all alike.
+            # A rank without experts has their state nonetheless: gradients of no elements reach it.
             same = {
                 name: v for name, v in state.items() if isinstance(v, Tensor) and v.shape == parameter.shape
             }
+            blocks = [n for n, v in state.items() if n not in same and isinstance(v, Tensor) and v.ndim]
+            if blocks:
+                raise MoeloraError(
+                    f"{type(self._optimizer).__name__} keeps {blocks[0]} in blocks, which ranks cannot put "
+                    "together: take an optimizer with a state for each element, or save_only_model=True"
+                )
             self._states[number] = {name: part.whole(same[name]) for name in sorted(same)}
         self._calls = self._group.calls
 

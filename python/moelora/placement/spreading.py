@@ -21,27 +21,29 @@ from moelora.placement.ranks import Ranks
 from moelora.reporting import Report
 from torch_moelora.formats import PackedWeight, stack
 
+ANCHOR = "moelora_anchor"
+
 
 def place(
     model: nn.Module, owners: str | Sequence[int] = "spread", group: dist.ProcessGroup | None = None
 ) -> Report:
     """Keep on each rank the experts that it owns, and send tokens to where their experts are.
 
-    Called on all ranks, after `enable` and before DDP, `fully_shard` and the optimizer; before PEFT's adapters are
-    added, or after (then `enable` again, as ever). Every rank has the same model at that time; from then on it
-    has its own experts' frozen weights, dense or packed, and its own experts' LoRA factors, and what it frees
-    cannot be had back. Everything else stays as it is, to be replicated or sharded by whatever does that.
+    Called on all ranks, after `enable` and before DDP, `fully_shard` and the optimizer, and before or after
+    PEFT's adapters are added (then `enable` again, as ever). Every rank has the same model at that time; from
+    then on it has its own experts' frozen weights, dense or packed, and its own experts' LoRA factors. What
+    it frees cannot be had back. Everything else stays as it is, to be replicated or sharded by others.
 
-    Every rank calls the same layers equally often, if need be on a batch without tokens. Ranks' losses are taken to
-    be averaged, as DDP does it: a factor's gradient is the sum over all ranks' tokens divided by their number.
+    Every rank calls the same layers equally often, if need be without tokens. Ranks' losses are taken to be
+    averaged, as DDP does it: a factor's gradient is the sum over all ranks' tokens divided by their number.
 
     Args:
         model: an enabled model.
         owners: "spread", "rank0", or the rank in `group` of each expert, the same for all layers.
         group: the ranks that share the experts, which see each other's tokens; None for all.
     Returns: the report, which tells what is here.
-    Raises: MoeloraError without process group, for a model that is not enabled, wrapped or placed already, for
-        layers that the operators do not serve, merged adapters and owners that are none.
+    Raises: MoeloraError without process group, for a model that is not enabled, or wrapped or placed already,
+        for layers that the operators do not serve, merged adapters and owners that are none.
     """
     return place_on(model, owners, Group(group))
 
@@ -150,6 +152,7 @@ def adopt(model: nn.Module) -> None:
                 _keep_factors(wrapper, ranks)
                 adapters.watch(wrapper, running=False)
     if is_placed(model):
+        _anchor(model)
         saving.gathers(PeftModel)
         roots = [model]
         if isinstance(model, PeftModel):
@@ -159,6 +162,21 @@ def adopt(model: nn.Module) -> None:
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 root, sorted(before | _names(root))
             )
+
+
+def _anchor(model: nn.Module) -> None:
+    """DDP refuses a model in which it has nothing to reduce, as one with LoRA on experts alone would be."""
+    local = _names(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained & local or trained - local:
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not hasattr(base, ANCHOR):
+        device = next(base.parameters()).device
+        base.register_parameter(ANCHOR, nn.Parameter(torch.zeros(1, device=device)))
+    getattr(base, ANCHOR).requires_grad_(True)  # PEFT freezes what is not its own
+    first = next(ranks for ranks in map(_ranks, model.modules()) if ranks is not None)
+    first.anchor = getattr(base, ANCHOR)
 
 
 def _keep_factors(wrapper: ParamWrapper, ranks: Ranks) -> None:
