@@ -1,8 +1,9 @@
 """`python -m benchmarks.gpu_proof`: all that only a GPU can show, in one command and under ten minutes.
 
-Tests (tests/test_cuda.py: real shapes, 20 equal runs, beyond 2³¹ elements, CUDA graphs, torch.compile), the
-small ones again under compute-sanitizer, and the benchmark. Each step is a process with a log; what the time
-did not suffice for is named as such. summary.json has it all, beside the benchmark's own JSON and PNG.
+Tests (tests/test_cuda.py: real shapes, 20 equal runs, beyond 2³¹ elements, CUDA graphs, torch.compile;
+tests/test_cuda_beside.py: experts in host memory), the small ones again under compute-sanitizer, and the
+benchmarks. Each step is a process with a log; what the time did not suffice for is named as such.
+summary.json has it all, beside the benchmarks' own JSON and PNG.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .registry import SHAPES
 ROOT = Path(__file__).parents[1]
 FIRST = "qwen3-30b-a3b"
 WITHOUT_SEARCH = "ours,peft,grouped-mm"
+TESTS = ("tests/test_cuda.py", "tests/test_cuda_beside.py")
 LEAST = 15  # seconds under which a step is not begun
 
 
@@ -55,7 +57,7 @@ class Outcome:
 
 
 def _pytest(*arguments: str) -> tuple[str, ...]:
-    return sys.executable, "-m", "pytest", "-o", "addopts=", "-ra", "tests/test_cuda.py", *arguments
+    return sys.executable, "-m", "pytest", "-o", "addopts=", "-ra", *TESTS, *arguments
 
 
 def _benchmark(folder: Path, shape: str, contestants: str, *arguments: str) -> tuple[str, ...]:
@@ -89,6 +91,17 @@ def make_steps(folder: Path) -> Iterator[Step]:
         if shape == FIRST:
             command = _benchmark(folder, shape, "ours", "--operators", "--tokens", "4096")
             yield Step(f"operators {shape}", command, 60)
+    for kind in ("dense", "nf4"):
+        command = (
+            sys.executable,
+            "-m",
+            "benchmarks.beside",
+            "--format",
+            kind,
+            "--output",
+            str(folder / f"beside-{kind}"),
+        )
+        yield Step(f"beside {kind}", command, 60)
     alone = ("--layer", "--rank", "16", "--repeats", "10")
     command = _benchmark(folder / "scattermoe", FIRST, "ours,scattermoe", *alone)
     yield Step(f"scattermoe {FIRST}", command, 300)

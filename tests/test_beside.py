@@ -3,141 +3,24 @@ bit, and that each wait is needed.
 """
 
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import late_device
-import model_tiny
-import moelora
 import pytest
 import torch
-from accelerate.hooks import attach_align_device_hook_on_blocks
-from model_tiny import one_thread  # noqa: F401
-from moelora import experts
-from moelora.errors import MoeloraError
+from beside_layers import BF16, LATE, STREAMS, WIDE, E, H, Here, compute, placed, problem, run, same
 from moelora.placement import beside
-from moelora.placement.beside import buffers, layer, link, rates, resident, settling, ways
-from moelora.placement.beside.hot import Hot
-from torch import Tensor
+from moelora.placement.beside import buffers, link, rates, resident, ways
 
-from torch_moelora.formats import quantize
-from torch_moelora.functional import moe_mlp
-
-LATE = late_device.start()
-RATES = rates.Rates(1e9, 1e9, 1e9, 1e12)
-BF16 = torch.bfloat16
-STREAMS = {"all late": 0, "copies ahead": 1, "all ahead": 2}
+from benchmarks import beside as bench
 
 
-class Here:
-    """A placement like the one beside an accelerator, with every place on the CPU."""
-
-    def __init__(self, ids: list[int], count: int) -> None:
-        self.ids, self.count = ids, count
-
-    def sum(self, x, ids, gates, parameters, compute):
-        if not self.ids:
-            return compute(x, ids, gates, parameters)
-        hot = Hot(self.ids, self.count, parameters, torch.device("cpu"))
-        factors = {n: t[hot.rows] for n, t in parameters.items() if "_lora_" in n}
-        own = parameters | hot.weights | factors | {"sum_fp32": True}
-        first = compute(x, hot.here(ids), gates, own)
-        return (first + compute(x, hot.elsewhere(ids), gates, parameters | {"sum_fp32": True})).to(x.dtype)
-
-
-@dataclass
-class Problem:
-    """One layer's arguments, for `moe_mlp`."""
-
-    x: Tensor
-    ids: Tensor
-    gates: Tensor
-    parameters: dict
-
-    def leaves(self) -> dict[str, Tensor]:
-        return {"x": self.x, "gates": self.gates} | {
-            n: t for n, t in self.parameters.items() if isinstance(t, Tensor) and t.requires_grad
-        }
-
-
-E, H, WIDE, K = 6, 64, 64, 2
-
-
-def problem(dtype: torch.dtype, kind: str, tokens: int = 33, seed: int = 0) -> Problem:
-    gen = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, as_: torch.dtype = dtype, scale: float = 0.3) -> Tensor:
-        return (torch.randn(*shape, generator=gen) * scale).to(as_)
-
-    up, down = normal(E, 2 * WIDE, H), normal(E, H, WIDE)
-    if kind == "transposed":
-        up, down = (w.transpose(1, 2).contiguous().transpose(1, 2) for w in (up, down))
-    if kind not in ("dense", "transposed"):
-        up, down = (quantize(w.float(), kind) for w in (up, down))
-    factors = {
-        "gate_up_lora_a": normal(E * 3, H, as_=torch.float32).view(E, 3, H),
-        "gate_up_lora_b": normal(2 * WIDE, 3 * E, as_=torch.float32).view(2 * WIDE, 3, E).permute(2, 0, 1),
-        "down_lora_a": normal(E * 3, WIDE, as_=torch.float32).view(E, 3, WIDE),
-        "down_lora_b": normal(H, 3 * E, as_=torch.float32).view(H, 3, E).permute(2, 0, 1),
-    }
-    gates, ids = torch.rand(tokens, E, generator=gen).topk(K)
-    ids[::7, 0] = E  # somebody else's
-    x = normal(tokens, H, scale=1.0)
-    for t in (x, gates, *factors.values()):
-        t.requires_grad_()
-    biases = {"gate_up_bias": normal(E, 2 * WIDE), "down_bias": normal(E, H)} if kind == "transposed" else {}
-    rest = {"gate_up_weight": up, "down_weight": down, "gate_up_scaling": 0.5, "down_scaling": 2.0}
-    return Problem(x, ids, gates, factors | biases | rest)
-
-
-def compute(x, ids, gates, parameters):
-    return moe_mlp(x, ids, gates, **parameters)
-
-
-class Module(torch.nn.Module):
-    """An experts module, as far as a placement looks at one."""
-
-    is_transposed, has_gate = False, True
-
-    def __init__(self, p: Problem) -> None:
-        super().__init__()
-        for name in ("gate_up", "down"):
-            weight = p.parameters[f"{name}_weight"]
-            if isinstance(weight, Tensor):
-                self.register_parameter(f"{name}_proj", torch.nn.Parameter(weight, requires_grad=False))
-            else:
-                setattr(self, f"{name}_proj", weight)
-
-
-def placed(problems: list[Problem], way: str, hot: list[int]) -> list[beside.Beside]:
-    together = layer.Neighbours()
-    together.way, together.rates = way, RATES
-    found = [beside.Beside(Module(p), E, together) for p in problems]
-    for one in found:
-        one.keep(hot, LATE)
-    return found
-
-
-def run(problems: list[Problem], placements: list, device) -> list[list[Tensor]]:
-    """Outputs and gradients of layers, each on its own input: forwards, then backwards."""
-    outs = []
-    for p, placement in zip(problems, placements, strict=True):
-        x, gates = (t.detach().to(device).requires_grad_() for t in (p.x, p.gates))
-        out = placement.sum(x, p.ids.to(device), gates, p.parameters, compute)
-        outs.append((out, x, gates))
-    results = []
-    for p, (out, x, gates) in reversed(list(zip(problems, outs, strict=True))):
-        wanted = p.leaves() | {"x": x, "gates": gates}
-        weight = torch.linspace(-1, 1, out.numel(), device=device).view(out.shape).to(out.dtype)
-        found = torch.autograd.grad(out, list(wanted.values()), weight)
-        results.append([t.detach().cpu() for t in (out, *found)])
-    return results
-
-
-def same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
-    return all(
-        torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True)
-    )
+@pytest.fixture
+def own_link(monkeypatch):
+    """A link of the test's own, so that what it breaks is not met again."""
+    monkeypatch.setattr(link, "_LINKS", {})
+    yield
+    torch.accelerator.synchronize()
 
 
 WAYS = {"compute": ("compute", []), "hot": ("compute", [1, 4]), "bring": ("bring", []), "rule": ("auto", [0])}
@@ -212,14 +95,6 @@ REMOVED = {
         lambda m: m.setattr(resident, "after", _only_other("inward", resident.after)),
     ),
 }
-
-
-@pytest.fixture
-def own_link(monkeypatch):
-    """A link of the test's own, so that what it breaks is not met again."""
-    monkeypatch.setattr(link, "_LINKS", {})
-    yield
-    torch.accelerator.synchronize()
 
 
 def _values(way: str, streams: int) -> bool:
@@ -425,76 +300,16 @@ def test_rates_are_measured():
     ), H)  # fmt: skip
 
 
-# Whole models.
-
-
-def put(model: torch.nn.Module) -> torch.nn.Module:
-    """Experts and their LoRA in host memory, all else on the device."""
-    model.to(LATE)
-    for module in model.modules():
-        if experts.is_experts(module):
-            module.to("cpu")
-        if type(module).__name__ == "ParamWrapper":
-            module.lora_A.to("cpu")
-            module.lora_B.to("cpu")
-    return model
-
-
-def step(model: torch.nn.Module, times: int = 1) -> list[Tensor]:
-    """The loss and all gradients, of `times` forwards before their backwards."""
-    model.zero_grad()
-    tokens = [model_tiny.tokens(length=12 + i).to(LATE) for i in range(times)]
-    losses = [model(input_ids=t, labels=t).loss for t in tokens]
-    sum(losses).backward()
-    return [t.detach().cpu() for t in (*losses, *(p.grad for p in model.parameters() if p.requires_grad))]
-
-
-@pytest.fixture
-def served_there(monkeypatch):
-    """Lets weights be on the late device itself."""
-    monkeypatch.setattr(experts, "DEVICES", (*experts.DEVICES, late_device.NAME))
-
-
-@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss", "mixtral_tanh"])
-def kind(request):
-    return request.param
-
-
-def test_models(kind, served_there):
-    """Beside to the bit what all on the accelerator gives; checkpointed and several forwards at once, too."""
-    there = model_tiny.adapt(model_tiny.build(kind, BF16)).to(LATE)
-    moelora.enable(there)
-    expected, three = step(there), step(there, 3)
-    model = put(model_tiny.adapt(model_tiny.build(kind, BF16)))
-    told = str(moelora.enable(model))
-    assert "on cpu beside late:0" in told and "not measured yet" in told
-    for way in ("compute", "bring"):
-        moelora.place(model, way=way)
-        assert same([step(model)], [expected])
-        assert same([step(model, 3)], [three])
-        for reentrant in (True, False):
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
-            model.train()
-            assert same([step(model)], [expected])
-            model.gradient_checkpointing_disable()
-        model.disable_input_require_grads()
-    moelora.place(model, way="auto")
-    assert same([step(model)], [expected])
-    assert "GF/s" in str(moelora.report(model))
-    places = {p.device.type for n, p in model.named_parameters() if p.requires_grad}
-    assert places == {"cpu"}
-
-
-def test_optimiser_state_stays():
-    model = put(model_tiny.adapt(model_tiny.build("qwen3_moe", BF16)))
-    moelora.enable(model)
-    moelora.place(model, hot=2, way="compute")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    before = step(model)[0]
-    optimizer.step()
-    assert {t.device.type for s in optimizer.state.values() for t in s.values()} == {"cpu"}
-    assert step(model)[0] < before
+def test_autocast():
+    """The host's part follows the device's."""
+    p = problem(torch.float32, "dense")
+    (placement,) = placed([p], "compute", [])
+    with torch.no_grad():
+        with torch.autocast("cpu", BF16):
+            expected = compute(p.x, p.ids, p.gates, p.parameters)
+        with torch.autocast(LATE.type, BF16):
+            found = placement.sum(p.x.to(LATE), p.ids.to(LATE), p.gates.to(LATE), p.parameters, compute)
+    assert found.dtype == BF16 and torch.equal(found.cpu(), expected)
 
 
 def test_backward_twice():
@@ -510,63 +325,6 @@ def test_backward_twice():
         torch.autograd.grad(out.float().sum(), x)
 
 
-def test_hot_experts_are_the_most_used():
-    model = put(model_tiny.adapt(model_tiny.build("qwen3_moe", BF16)))
-    moelora.enable(model)
-    batches = [{"input_ids": model_tiny.tokens().to(LATE)}]
-    chosen = []
-    for block in model.base_model.model.model.layers:
-        block.mlp.gate.register_forward_hook(lambda m, a, out: chosen.append(out[-1].cpu()))
-    report = moelora.place(model, hot=2, batches=batches)
-    assert "2 of them there" in str(report)
-    for module, ids in zip((m for m in model.modules() if experts.is_experts(m)), chosen[:2], strict=True):
-        counts = torch.bincount(ids.flatten(), minlength=5)
-        hot = settling.beside(module).ids
-        assert counts[hot].min() >= counts[[e for e in range(5) if e not in hot]].max()
-    names = {name: [3] for name in ("model.layers.0.mlp.experts",)}
-    moelora.place(model, hot=names)
-    found = [settling.beside(m).ids for m in model.modules() if experts.is_experts(m)]
-    assert found == [[3], []]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ({"hot": 6}, "expected 0 to 5 experts"),
-        ({"hot": {"model.layers.9": [0]}}, "expected names of expert layers"),
-        ({"hot": {"model.layers.0.mlp.experts": [5]}}, "expected experts 0 to 4"),
-        ({"way": "fly"}, "way: expected one of auto, compute, bring, got 'fly'"),
-    ],
-)
-def test_bad_arguments(arguments, told):
-    model = put(model_tiny.build("qwen3_moe", layers=1))
-    moelora.enable(model)
-    with pytest.raises(MoeloraError, match=told):
-        moelora.place(model, **arguments)
-
-
-def test_without_an_accelerator_in_the_model():
-    model = model_tiny.build("qwen3_moe", layers=1)
-    report = moelora.enable(model)
-    assert report.layers[0].places == ()
-    with pytest.raises(MoeloraError, match="no layer's are"):
-        moelora.place(model, hot=1)
-
-
-def test_weights_that_change_are_copied_anew():
-    model = put(model_tiny.adapt(model_tiny.build("qwen3_moe", torch.float32)))
-    moelora.enable(model)
-    tokens = model_tiny.tokens().to(LATE)
-    for arguments in ({"hot": 3, "way": "compute"}, {"hot": 0, "way": "bring"}):
-        moelora.place(model, **arguments)
-        with torch.no_grad():
-            adapted = model(input_ids=tokens).logits.cpu()
-            model.merge_adapter()
-            merged = model(input_ids=tokens).logits.cpu()
-            model.unmerge_adapter()
-        assert model_tiny.difference(merged, adapted) < 1e-5
-
-
 def test_trained_weights_stay(own_link):
     """Their gradients are the true ones, and no copy of them is used."""
     p = problem(torch.float32, "dense")
@@ -577,29 +335,17 @@ def test_trained_weights_stay(own_link):
     assert "its weights are trained" in str(placement)
 
 
-def test_accelerate_offloads(served_there):
-    """Its hooks, which would bring dense weights in every call, are away while enabled, and back then."""
-    model = model_tiny.build("qwen3_moe", BF16)
-    there = model_tiny.build("qwen3_moe", BF16).to(LATE)
-    tokens = model_tiny.tokens().to(LATE)
-    moelora.enable(there)
-    names = [n for n, m in model.named_modules() if experts.is_experts(m)]
-    state = {k: v for k, v in model.state_dict().items() if ".experts." in k}
-    attach_align_device_hook_on_blocks(
-        model,
-        execution_device={"": LATE} | dict.fromkeys(names, LATE),
-        offload={"": False} | dict.fromkeys(names, True),
-        weights_map=state,
-    )
-    module = model.get_submodule(names[0])
-    assert module.down_proj.device.type == "meta"
-    report = moelora.enable(model)
-    assert module.down_proj.device.type == "cpu" and all(layer.places for layer in report.layers)
-    moelora.place(model, way="compute")
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=tokens).logits.cpu(), there(input_ids=tokens).logits.cpu())
-    moelora.disable(model)
-    assert module.down_proj.device.type == "meta" and hasattr(module, "_hf_hook")
+def test_benchmark():
+    """All that `make gpu` measures runs here too."""
+    kinds = {}
+    for kind in ("dense", "nf4"):
+        layers = [bench.build(8, 64, 64, 4, kind, BF16, seed) for seed in range(bench.LAYERS)]
+        found = bench.run(bench.Bench(LATE, layers, 20, 2, [0, 1]), 2, None)
+        kinds[kind] = {result["name"]: result for result in found["results"]}
+        assert found["against_the_slower_half"] > 0
+    for results in kinds.values():
+        assert all(result["milliseconds"] > 0 for result in results.values())
+        assert {"both at work", "brought over", "everything there", "everything on the CPU"} <= set(results)
 
 
 def test_no_device_is_named():

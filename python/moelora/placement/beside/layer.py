@@ -29,6 +29,13 @@ class Neighbours:
         self._resident: dict[torch.device, Resident] = {}
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "way": self.way, "rates": self.rates}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has buffers of its own."""
+        vars(self).update(state, _resident={}, _lock=threading.Lock())
+
     def resident(self, link: Link) -> Resident:
         """The buffers on the link's device. Raises: ValueError for weights that cannot be brought."""
         with self._lock:
@@ -64,6 +71,13 @@ class Beside:
         self._hot: Hot | None = None
         self._key: tuple | None = None
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_hot", "_key")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's hot experts are copied anew, from its own weights."""
+        vars(self).update(state, _lock=threading.Lock(), _hot=None, _key=None)
 
     def sum(
         self, x: Tensor, ids: Tensor, gates: Tensor, parameters: dict[str, Any], compute: Compute

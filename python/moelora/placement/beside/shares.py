@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from moelora.experts import Compute
 
@@ -36,7 +37,8 @@ class Share:
         self._others, self.needed = list(others), [name for name in inputs if name in needed]
         x, gates = self._leaves["x"], self._leaves["gates"]
         parameters = {n: t for n, t in self._leaves.items() if n not in ("x", "gates")} | rest
-        with torch.set_grad_enabled(bool(needed or others)):
+        self._label = f"moelora share on {x.device.type}"  # in a profiler's trace
+        with torch.set_grad_enabled(bool(needed or others)), record_function(self._label):
             self._out = compute(x, ids, gates, parameters)
         self.out = self._out.detach()
 
@@ -45,9 +47,10 @@ class Share:
         inputs = [self._leaves[name] for name in self.needed] + self._others
         if not inputs or not self._out.requires_grad:
             return {}
-        found = torch.autograd.grad(
-            self._out, inputs, dy.to(self._out.dtype), retain_graph=retain, allow_unused=True
-        )
+        with record_function(f"{self._label}, backward"):
+            found = torch.autograd.grad(
+                self._out, inputs, dy.to(self._out.dtype), retain_graph=retain, allow_unused=True
+            )
         return dict(zip([*self.needed, *range(len(self._others))], found, strict=True))
 
 
