@@ -12,8 +12,8 @@ PERIOD = 0.5  # seconds between two looks
 
 @dataclass
 class Watched:
-    """What was seen of a process: seconds since its start, with resident bytes of its own and of files, where a
-    page that is mapped several times counts once.
+    """What was seen of a process: seconds since its start, with resident bytes of its own and of files, where
+    a page that is mapped several times counts once.
     """
 
     seconds: list[float] = field(default_factory=list)
