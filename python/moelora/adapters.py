@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraModel as PeftLoraModel
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class ParamWrapper(PeftParamWrapper):
         super().merge(safe_merge, adapter_names)
 
 
-class Tuner(LoraModel):
+class LoraModel(PeftLoraModel):
     """PEFT's `LoraModel` that refuses to merge into packed weights before it has merged into dense ones."""
 
     def _check_merge_allowed(self) -> None:
@@ -186,16 +186,16 @@ def watch(wrapper: PeftParamWrapper, running: bool) -> None:
             watches[key].blind = True  # no hooks in a graph
 
 
-def hook_tuner(tuner: LoraModel) -> None:
+def hook_tuner(tuner: PeftLoraModel) -> None:
     """Let a tuner tell what is packed before it merges."""
-    if type(tuner) is LoraModel:
-        tuner.__class__ = Tuner
-
-
-def unhook_tuner(tuner: LoraModel) -> None:
-    """Give a tuner its class back."""
-    if type(tuner) is Tuner:
+    if type(tuner) is PeftLoraModel:
         tuner.__class__ = LoraModel
+
+
+def unhook_tuner(tuner: PeftLoraModel) -> None:
+    """Give a tuner its class back."""
+    if type(tuner) is LoraModel:
+        tuner.__class__ = PeftLoraModel
 
 
 def unhook(wrapper: PeftParamWrapper) -> None:
