@@ -125,7 +125,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _anywhere(arguments: list[str], options: argparse.Namespace) -> str:
     """The command without where the checkpoint lay."""
-    return shlex.join(["python", *arguments]).replace(str(options.folder), "DIR")
+    folder = str(options.folder)
+    inside = (word == folder or word.startswith(f"{folder}/") for word in arguments)
+    words = ["DIR" + w.removeprefix(folder) if i else w for w, i in zip(arguments, inside, strict=True)]
+    return shlex.join(["python", *words])
 
 
 def _found(options, base: Path, out: Path, tune: list[str], seen: Watched, ceiling: tuple) -> dict:

@@ -35,7 +35,7 @@ STEP = ["--rank", "4", "--target-modules", "q_proj", "v_proj", "--seq-length", "
 
 @pytest.mark.slow
 def test_the_estimate_is_near_the_measured_peak(tmp_path):
-    """Some 0.2 GB of files and 1 GB of activations, beside what Python and its libraries take."""
+    """0.2 GB of files and 0.6 GB of activations, beside what Python and its libraries take."""
     Qwen3MoeConfig(vocab_size=257, **SIZES).save_pretrained(tmp_path / "config")
     base = tmp_path / "base"
     made = ["synthesize", str(tmp_path / "config"), str(base), "--format", "nf4", "--nested"]
