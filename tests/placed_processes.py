@@ -23,7 +23,7 @@ import transformers
 from accelerate.state import AcceleratorState, GradientState
 
 ALONE = ("killed", "failing", "failing_backward", "memory", "keeps_nothing")  # in processes of their own
-LIMIT = 240.0  # seconds for the checks of one number of processes
+LIMIT = 400.0  # seconds for the checks of one number of processes
 
 
 class Here(NamedTuple):

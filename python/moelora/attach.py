@@ -164,6 +164,8 @@ def _stored(module: nn.Module) -> dict[str, Any]:
 def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
     tensors = [*held(wrapper.lora_A[adapter]), *held(wrapper.lora_B[adapter])]
     parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+    # A rank without experts of a placed layer: what the others see cannot be told here.
+    elsewhere = hasattr(wrapper.lora_A[adapter], "_moelora_part") and not any(t.numel() for t in tensors)
     watch = wrapper.get_base_layer()._moelora.watches.get((wrapper.parameter_name, adapter))
     active = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
     if wrapper.merged:
@@ -185,7 +187,7 @@ def _adapter(wrapper: PeftParamWrapper, adapter: str) -> AdapterReport:
         active=adapter in active and not wrapper.disable_adapters,
         trainable=any(tensor.requires_grad for tensor in tensors),
         gradient=any(bool(nonzero(t.grad)) for t in parameters if t.grad is not None and has_values(t.grad))
-        or (watch.seen if watch is not None and any(t.numel() for t in tensors) else None),
+        or (watch.seen if watch is not None and not elsewhere else None),
         zero=_is_zero(wrapper.lora_B[adapter].weight),
     )
 
