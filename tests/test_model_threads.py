@@ -64,8 +64,8 @@ def test_concurrent_calls_equal_serial_ones(active, recompute):
     assert paths == {"PEFT" if by_peft else "operators"}
     for model in models:
         if recompute:
-            # torch 2.13 locks a generator and the interpreter in two orders where garbage is collected while its
-            # state is read: threads that keep it for their recomputation can wait for each other forever.
+            # torch 2.13 locks a generator and the interpreter in two orders where garbage is collected while
+            # its state is read: threads that keep it for recomputation can wait for each other forever.
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     # Listed before the calls: PEFT changes the tree of modules during one.
     trained = {id(model): [p for p in model.parameters() if p.requires_grad] for model in models}
