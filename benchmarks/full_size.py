@@ -29,7 +29,7 @@ from .watch import Watched, watch
 
 RESULTS = Path(__file__).parent / "results"
 GB = 1e9
-LOOKS = 2.0  # seconds between two looks at the memory: one takes 0.1 s for 20 GB of pages
+LOOKS = 2.0  # seconds between two looks at the memory
 
 
 def forget(directory: Path) -> None:
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     before = ceilings.measure("bf16", "cpu", threads, None, None)
     away = memory.keep_away(int(options.less * GB)) if options.less else None
     print(shlex.join(tune), flush=True)
-    seen = watch(tune, LOOKS)
+    seen = watch(tune, LOOKS, once=True)
     if seen.status:
         return seen.status
     after = ceilings.measure("bf16", "cpu", threads, None, None)
