@@ -104,19 +104,44 @@ class LoraLinear(PeftLinear):
         return name if plain and not drops and fits and _runs(x, self.base_layer.stored) else None
 
 
+# Products of activations, in attention.
+_ATTENTION = (
+    functional.scaled_dot_product_attention,
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__),
+    *(torch.bmm, Tensor.bmm),
+)
+
+
 class _Products(TorchFunctionMode):
-    """`functional.linear` by a frozen 16-bit weight, on the operators: what modules of other classes call."""
+    """`functional.linear` by a frozen 16-bit weight, on the operators: what modules of other classes call.
+    Products of 16-bit activations in float32.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is functional.linear and not kwargs and len(args) in (2, 3):
             x, weight = args[:2]
             if weight.ndim == 2 and slow_in_torch(weight) and _runs(x, weight):
                 return linear_lora(x, weight, bias=args[2] if len(args) == 3 else None)
+        if function in _ATTENTION and args and _slow_products(args[0]):
+            named = {name: _widened(value) for name, value in (kwargs or {}).items()}
+            return function(*map(_widened, args), **named).to(args[0].dtype)
         return function(*args, **(kwargs or {}))
 
 
+def _slow_products(value: Any) -> bool:
+    """Whether torch would multiply this in 16 bits, slowly."""
+    slow = isinstance(value, Tensor) and slow_in_torch(value)
+    return slow and not torch.is_autocast_enabled(value.device.type)
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+
+
 class OwnProducts(nn.Module):
-    """Comes before the class of a module, a router say, that multiplies by a frozen matrix of its own."""
+    """Comes before the class of a module with products of its own: of activations, as attention has, or by a
+    frozen matrix, as a router.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # torch 2.13 cannot trace autograd functions under a mode
@@ -148,7 +173,7 @@ def hook(model: nn.Module, every: bool | None) -> int:
         if isinstance(module, nn.Linear):
             if type(module) is nn.Linear and _wanted(module, every):
                 module.__class__ = FrozenLinear
-        elif not isinstance(module, nn.Embedding) and every is not False and _slow_matrix(module):
+        elif every is not False and (_slow_matrix(module) or _slow_attention(module)):
             module.__class__ = _with_own_products(type(module))
     for module in model.modules():  # its base layer may come after it
         if type(module) is PeftLinear and isinstance(module.base_layer, FrozenLinear):
@@ -165,8 +190,15 @@ def _wanted(linear: nn.Linear, every: bool | None) -> bool:
 
 
 def _slow_matrix(module: nn.Module) -> bool:
-    own = module._parameters.get("weight")
+    own = None if isinstance(module, nn.Embedding) else module._parameters.get("weight")
     return own is not None and own.ndim == 2 and not own.requires_grad and slow_in_torch(own)
+
+
+def _slow_attention(module: nn.Module) -> bool:
+    """Whether it is transformers' attention, of a model in a dtype that is slow in torch."""
+    if getattr(module, "is_causal", None) is None or not hasattr(module, "scaling"):
+        return False
+    return any(slow_in_torch(p) for p in module.parameters())
 
 
 def unhook(model: nn.Module) -> None:
