@@ -6,10 +6,10 @@ import pickle
 import moelora
 import pytest
 import torch
-from model_tiny import adapt, logits, one_thread, tokens  # noqa: F401  (one_thread: autouse)
+from model_tiny import adapt, difference, logits, one_thread, tokens  # noqa: F401  (one_thread: autouse)
 from moelora import packed_layout, standin, weights
 from moelora.errors import MoeloraError
-from moelora.linears import PackedLinear
+from moelora.linears import PackedLinear, slow_in_torch
 from packed_models import adapted, checkpoints, experts  # noqa: F401  (checkpoints: a fixture)
 from peft import LoraModel, PeftModel, prepare_model_for_kbit_training
 from safetensors.torch import load_file
@@ -71,13 +71,13 @@ def test_other_implementations_are_refused(model):
 def test_disable_leaves_the_operators_and_refuses_adapters(model):
     expected = logits(model)
     model = adapted(model)
-    moelora.enable(model)
+    moelora.enable(model, linears=False)
     trained = logits(model)
     assert not torch.equal(trained, expected)
     moelora.disable(model)
     with pytest.raises(MoeloraError, match=r"is packed .*only moelora's experts implementation reads it"):
         logits(model)
-    moelora.enable(model)
+    moelora.enable(model, linears=False)
     assert torch.equal(logits(model), trained)
     assert torch.equal(logits(model.unload()), expected)
 
@@ -228,11 +228,13 @@ def test_linear_layers_stay_packed(checkpoints):  # noqa: F811
     assert tuple(kept[0].weight.shape) == (kept[0].out_features, kept[0].in_features)
     moelora.enable(dense, linears=True)
     expected = logits(dense)
-    assert torch.equal(logits(packed), expected)
+    # Where torch is slow in 16 bits, routers and attention are on the operators, too, while enabled.
+    limit = 0.02 if slow_in_torch(dense.lm_head.weight) else 0.0
+    assert difference(logits(packed), expected) <= limit
     report = moelora.enable(packed)
-    assert report.linears == len(kept) and torch.equal(logits(packed), expected)
+    assert report.linears >= len(kept) and torch.equal(logits(packed), expected)
     moelora.disable(packed)
-    assert torch.equal(logits(packed), expected)
+    assert difference(logits(packed), expected) <= limit
 
 
 def test_preparing_for_training_in_few_bits(model):

@@ -6,7 +6,7 @@ import torch
 from model_tiny import one_thread, tokens  # noqa: F401  (one_thread: autouse)
 from moelora import weights
 from packed_files import TABLE
-from packed_models import adapted, checkpoints, experts  # noqa: F401  (checkpoints: a fixture)
+from packed_models import adapted, checkpoints, experts, one_family  # noqa: F401  (the last: fixtures)
 from torch import nn
 
 from torch_moelora.formats import PackedWeight
@@ -20,7 +20,7 @@ def step(model: nn.Module):
 
 
 @pytest.mark.parametrize("layout", TABLE, ids=str)
-def test_trains_as_the_dense_model_of_its_numbers(layout, checkpoints):  # noqa: F811
+def test_trains_as_the_dense_model_of_its_numbers(layout, checkpoints, one_family):  # noqa: F811
     """Logits, loss, every adapter's gradient and generated tokens to the bit; the report names the format."""
     packed, dense = checkpoints(layout.name).model(), checkpoints(layout.name).other()
     for module, beside in zip(experts(packed), experts(dense), strict=True):

@@ -8,22 +8,15 @@ import torch
 from datasets import Dataset
 from model_tiny import difference, one_thread, tokens  # noqa: F401  (one_thread: autouse)
 from moelora.linears import PackedLinear
-from packed_models import adapted, checkpoints  # noqa: F401  (checkpoints: a fixture)
+from packed_models import adapted, checkpoints, one_family  # noqa: F401  (the last: fixtures)
 from transformers import Trainer, TrainingArguments
-
-import torch_moelora
 
 NAMES = ["ours nf4 nested", "gpt-oss mxfp4", "fp8 blocks"]
 
 
 @pytest.fixture(params=NAMES)
-def both(request, checkpoints):  # noqa: F811
-    """The packed model and the dense one, adapted alike.
-
-    gpt-oss' dense weights lie the other way round than its codes, and few rows take other kernels there.
-    """
-    torch_moelora.set_batch_invariant(True)  # one family of kernels
-    request.addfinalizer(lambda: torch_moelora.set_batch_invariant(False))
+def both(request, checkpoints, one_family):  # noqa: F811
+    """The packed model and the dense one, adapted alike."""
     models = [adapted(checkpoints(request.param).model()), adapted(checkpoints(request.param).other())]
     for model in models:
         moelora.enable(model, linears=True)

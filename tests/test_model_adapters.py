@@ -92,7 +92,9 @@ def test_state_trains_as_in_peft(state):
     (expected_logits, expected), (found_logits, found) = gradients(plain), gradients(enabled)
     assert difference(found_logits, expected_logits) < 1e-5
     assert found.keys() == expected.keys() and len(found) >= 8
-    assert all(difference(found[name], gradient) < 1e-5 for name, gradient in expected.items())
+    for name, gradient in expected.items():
+        limit = 1e-2 if gradient.dtype is torch.bfloat16 else 1e-5  # of factors in 16 bits: one rounding
+        assert difference(found[name], gradient) < limit, name
     active = [a for layer in moelora.report(enabled).layers for a in layer.adapters if a.active]
     assert active and {adapter.path for adapter in active} == {path}
     assert all(adapter.gradient for adapter in active)
