@@ -170,6 +170,15 @@ def packed_families(here: Any) -> None:
             like_one_process(here, make, whose, f"{name}{number}")
 
 
+def as_near_as(single: nn.Module, model: nn.Module, exact: nn.Module) -> None:
+    """The placed model's gradients in 16 bits differ from the exact ones as a single process's do."""
+    theirs, ones = dict(exact.named_parameters()), dict(single.named_parameters())
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.numel():
+            expected, one = (mine(model, name, m[name].grad) for m in (theirs, ones))
+            assert difference(p.grad, expected) < max(2 * difference(one, expected), 2e-2), name
+
+
 def half(here: Any) -> None:
     """bfloat16: as far from float32 as one process is, with LoRA in float32 or in bfloat16."""
     rows = tokens(2 * here.world)
@@ -185,11 +194,7 @@ def half(here: Any) -> None:
         step(exact, rows), step(single, rows)
         loss = step(DistributedDataParallel(model), rows.chunk(here.world)[here.rank])
         assert loss.isfinite()
-        theirs, ones = dict(exact.named_parameters()), dict(single.named_parameters())
-        for name, p in model.named_parameters():
-            if p.requires_grad and p.numel():
-                expected, one = (mine(model, name, m[name].grad) for m in (theirs, ones))
-                assert difference(p.grad, expected) < max(2 * difference(one, expected), 2e-2), name
+        as_near_as(single, model, exact)
 
 
 def unequal(here: Any) -> None:
@@ -307,11 +312,7 @@ def autocast(here: Any) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         step(single, rows)
         step(DistributedDataParallel(model), rows.chunk(here.world)[here.rank])
-    theirs, ones = dict(exact.named_parameters()), dict(single.named_parameters())
-    for name, p in model.named_parameters():
-        if p.requires_grad and p.numel():
-            expected, one = (mine(model, name, m[name].grad) for m in (theirs, ones))
-            assert difference(p.grad, expected) < max(2 * difference(one, expected), 2e-2), name
+    as_near_as(single, model, exact)
 
 
 def several_forwards(here: Any) -> None:

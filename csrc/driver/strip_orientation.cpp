@@ -41,7 +41,7 @@ class StripBlock {
         pitch_(round_up(cut_.width, lanes_)),
         layout_(k_, w_.has_lines(), cut_.width, cut_.pass),
         b_layout_(k_, w_.has_lines(), cut_.width, rank_) {
-    if (cut_.all() < range.out1 - range.out0) x_ = x_rows(k_, op, range, 0, w_.depth(), arena);
+    if (cut_.all() < range.out1 - range.out0) x_ = x_rows(k_, op, range, arena);
     if (rank_) u_ = left_rows(k_, op.u, range.row0, rows_, 0, rank_, arena);
     widens_ = w_.widens_strip({0, 0, lanes_, 0, 0});
     for (char*& panels : panels_)
