@@ -10,7 +10,7 @@ import pytest
 import torch
 from beside_layers import BF16, LATE, STREAMS, WIDE, E, H, Here, compute, placed, problem, run, same
 from moelora.placement import beside
-from moelora.placement.beside import buffers, link, rates, resident, ways
+from moelora.placement.beside import buffers, link, order, rates, resident, ways
 
 from benchmarks import beside as bench
 
@@ -272,6 +272,41 @@ def test_threads(own_link):
         for thread in threads:
             thread.join()
         assert all(found is not None and same(found, expected) for found in results)
+
+
+def test_hot_experts_are_copied_on_another_stream(own_link):
+    problems = [problem(BF16, kind) for kind in ("dense", "nf4")]
+    expected = run(problems, [Here([1, 4], E)] * 2, "cpu")
+    placements = placed(problems, "compute", [1, 4])
+    with torch.Stream(LATE):
+        for one, p in zip(placements, problems, strict=True):
+            one._hot_on(LATE, p.parameters)
+    with torch.Stream(LATE):
+        assert same(run(problems, placements, LATE), expected)
+
+
+def test_streams_that_threads_share():
+    """Each thread goes back to its own stream, though the first that came goes first."""
+    shared, both_in, first_out, found = torch.Stream(LATE), threading.Barrier(2), threading.Event(), {}
+
+    def work(number):
+        with torch.Stream(LATE):
+            own = torch.accelerator.current_stream(LATE)
+            if number:
+                both_in.wait(20)
+            with order.on(shared):
+                assert torch.accelerator.current_stream(LATE) == shared
+                both_in.wait(20)
+                first_out.wait(20) if number else both_in.wait(20)
+            found[number] = torch.accelerator.current_stream(LATE) == own
+            first_out.set()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {0: True, 1: True}
 
 
 SIZE = rates.Size(experts=128, weights=3 * 2048 * 768, nbytes=128 * 3 * 2048 * 768 // 2, hidden=2048)

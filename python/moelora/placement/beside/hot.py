@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moelora.errors import MoeloraError
 from moelora.placement.spreading import of_experts
+from torch_moelora.formats import PackedWeight
 
 WEIGHTS = ("gate_up_weight", "down_weight")
 BIASES = ("gate_up_bias", "down_bias")
@@ -33,6 +34,12 @@ class Hot:
         local[self.rows] = torch.arange(len(self.ids))
         self._local, self._experts = local.to(device), experts
         self._elsewhere = torch.arange(experts + 1).index_fill(0, self.rows, experts)
+
+    def used_on(self, stream: torch.Stream) -> None:
+        """Keeps the copies' memory from others until what `stream` has been given is done, when they go."""
+        for weight in (self._local, *self.weights.values()):
+            for tensor in weight.tensors if isinstance(weight, PackedWeight) else (weight,):
+                tensor.record_stream(stream)
 
     @property
     def nbytes(self) -> int:

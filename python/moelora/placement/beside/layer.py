@@ -14,6 +14,7 @@ from moelora.placement.beside import rates as rule
 from moelora.placement.beside import ways
 from moelora.placement.beside.hot import BIASES, WEIGHTS, Hot
 from moelora.placement.beside.link import Link, link_of
+from moelora.placement.beside.order import after, mark
 from moelora.placement.beside.resident import Load, Resident
 from torch_moelora.formats import PackedWeight
 
@@ -69,15 +70,20 @@ class Beside:
         self.reason: str | None = None  # why all of it stays on the host
         self._top_k = 0
         self._hot: Hot | None = None
+        self._copied: torch.Event | None = None  # when its copies are there
         self._key: tuple | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_hot", "_key")}
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("_lock", "_hot", "_copied", "_key")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy's hot experts are copied anew, from its own weights."""
-        vars(self).update(state, _lock=threading.Lock(), _hot=None, _key=None)
+        vars(self).update(state, _lock=threading.Lock(), _hot=None, _copied=None, _key=None)
 
     def sum(
         self, x: Tensor, ids: Tensor, gates: Tensor, parameters: dict[str, Any], compute: Compute
@@ -152,6 +158,10 @@ class Beside:
         with self._lock:
             if self._hot is None:
                 self._hot = Hot(self.ids, self.experts, parameters, device)
+                self._copied = mark(device)
+            stream = torch.accelerator.current_stream(device)  # perhaps not the one of the copies
+            after(stream, self._copied)
+            self._hot.used_on(stream)
             return self._hot
 
     def forget(self) -> None:

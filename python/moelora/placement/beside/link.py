@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moelora.placement.beside.buffers import Buffers, typed
-from moelora.placement.beside.order import after, mark, wait
+from moelora.placement.beside.order import after, mark, on, wait
 
 _LINKS: dict[torch.device, Link] = {}
 _LOCK = threading.Lock()
@@ -22,7 +22,7 @@ class Arrival:
         self._link, self._sources = link, sources  # kept until their copies are made
         self._buffers = [link.buffers.take(t.nbytes) for t in sources]
         after(link.outward, mark(link.device))
-        with link.outward:
+        with on(link.outward):
             for buffer, t in zip(self._buffers, sources, strict=True):
                 typed(buffer, t).copy_(t, non_blocking=True)
             self._event = mark(link.device, link.outward)

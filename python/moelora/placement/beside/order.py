@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 
@@ -20,3 +23,15 @@ def after(stream: torch.Stream, event: torch.Event) -> None:
 def wait(event: torch.Event) -> None:
     """The host waits for `event`, and for nothing that was given to the device behind it."""
     event.synchronize()
+
+
+@contextlib.contextmanager
+def on(stream: torch.Stream) -> Iterator[None]:
+    """`with stream`, for one that threads share: torch keeps in the stream itself what was current before."""
+    index, own = torch.accelerator.current_device_index(), torch.accelerator.current_stream(stream.device)
+    torch.accelerator.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.accelerator.set_stream(own)
+        torch.accelerator.set_device_index(index)

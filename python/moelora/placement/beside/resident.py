@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moelora.placement.beside.buffers import typed
 from moelora.placement.beside.link import Link
-from moelora.placement.beside.order import after, mark
+from moelora.placement.beside.order import after, mark, on
 from torch_moelora.formats import PackedWeight
 
 CHUNK = 16 << 20  # bytes that are staged at a time
@@ -195,7 +195,7 @@ class Resident:
 
     def _copy(self, to: Tensor, source: Tensor) -> None:
         inward = self.link.inward
-        with inward:
+        with on(inward):
             if source.is_pinned():
                 to.copy_(source, non_blocking=True)
                 return
