@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -87,6 +89,26 @@ def test_reading_ends_with_the_run(model_dir):  # noqa: F811
     assert not vets._thread.is_alive()
     with pytest.raises(MoeloraError, match="have not been read through"):
         vets.digests()
+
+
+def test_threads_are_measured_while_nothing_is_read(arguments, monkeypatch):  # noqa: F811
+    pieces, measured, until = itertools.count(), [], time.monotonic() + 60
+
+    def read(name, tensor, where, over):
+        while not over() and not measured and time.monotonic() < until:
+            next(pieces)
+
+    def choose(step):
+        time.sleep(0.05)  # the piece that was begun
+        before = next(pieces)
+        time.sleep(0.1)
+        measured.append(next(pieces) - before)
+        step()
+
+    monkeypatch.setattr(finite, "check_weight", read)
+    monkeypatch.setattr(threads, "choose", choose)
+    assert main(changed(arguments, steps=1, threads=None)) == 0
+    assert measured == [1]
 
 
 def test_a_base_that_nobody_touched_is_not_read_again(arguments, model_dir, tmp_path, monkeypatch):  # noqa: F811

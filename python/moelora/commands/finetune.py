@@ -195,10 +195,11 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start, vets: vetting.Vet
     run = Run(chosen, out, start, source, tokenizer, tokens, adapted, started, fresh, vets, texts, stamps)
     if tokens.bordered:
         packing.check_borders(adapted, tokenizer)
-    _set_threads(run)
+    with vets.paused():
+        _set_threads(run)
     trainable = checkpoints.count(adapted, trainable=True) / 1e6
     print(f"adapter  rank {chosen.rank}, alpha {chosen.alpha:g}, {trainable:.2f} M trainable parameters")
-    print(f"plan     {plan.length(chosen, tokens)}")
+    print(f"plan     {plan.length(chosen, tokens)}; {chosen.threads} CPU threads")
     print(f"\n{report}\n")
     vets.check(vetting.PATIENCE)
     return run

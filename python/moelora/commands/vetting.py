@@ -6,7 +6,9 @@ where they are not, and the training need not wait for it: the first steps read 
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
@@ -22,7 +24,8 @@ class Vetting:
     """A thread that reads through a base. As a context it is over at the end, finished or not."""
 
     def __init__(self) -> None:
-        self._over = threading.Event()
+        self._over, self._may_read = threading.Event(), threading.Event()
+        self._may_read.set()
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
         self._digests: dict[str, str] = {}
@@ -43,10 +46,10 @@ class Vetting:
 
         def read() -> None:
             try:
-                while weights and not self._over.is_set():
-                    finite.check_weight(*weights.pop(0), source, self._over.is_set)
+                while weights and not self._ended():
+                    finite.check_weight(*weights.pop(0), source, self._ended)
                 for name in names:
-                    self._digests[name] = fingerprints.file(source / name, self._over.is_set)
+                    self._digests[name] = fingerprints.file(source / name, self._ended)
             except Exception as problem:  # told where the run asks
                 self._problem = problem
             finally:
@@ -54,6 +57,20 @@ class Vetting:
 
         self._thread = threading.Thread(target=read, name="vetting", daemon=True)
         self._thread.start()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is read meanwhile: what is measured has all cores, and the file cache, to itself."""
+        self._may_read.clear()
+        try:
+            yield
+        finally:
+            self._may_read.set()
+
+    def _ended(self) -> bool:
+        """Asked by the thread between two pieces of what it reads; answered when it may go on."""
+        self._may_read.wait()
+        return self._over.is_set()
 
     def check(self, patience: float | None = 0.0) -> None:
         """Waits for so many seconds at most; None: to the end.
