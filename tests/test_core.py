@@ -188,7 +188,6 @@ BROKEN += [
     (UNPACKING, "scales", "n", -1, "n must be"),
     (UNPACKING, "scales", "from", 0, "from must not be null"),
     (UNPACKING, "scales", "to", 0, "to must not be null"),
-    (UNPACKING, "scales", "to_stride", 0, "to_stride must hold a row"),
     (UNPACKING, "scales", "values", 0, "indexed scales must have values"),
 ]
 WEAVING = [

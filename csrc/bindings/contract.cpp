@@ -175,12 +175,11 @@ void check_dotting_codes(const KernelChoice& choice, const std::string& change, 
 }
 
 void check_reading_scales(const KernelChoice& choice, const std::string& change, int64_t to) {
-  ScaleArgs args{memory, 1, 1, 1, 1, 1.0f, 0.0f, nullptr, reinterpret_cast<float*>(memory), 1, 0};
+  ScaleArgs args{memory, 1, 1, 1, 1, 1.0f, 0.0f, nullptr, reinterpret_cast<float*>(memory), 0};
   if (change == "rows") args.rows = to;
   if (change == "n") args.n = to;
   if (change == "from") args.from = nullptr;
   if (change == "to") args.to = nullptr;
-  if (change == "to_stride") args.to_stride = to, args.rows = 2;
   check_scales(*choice.kernels, change == "values" ? ScaleType::indexed : ScaleType::f32, args);
 }
 

@@ -89,7 +89,7 @@ bool read_scales(const KernelChoice& choice, const Floats& to, const py::array& 
   return run_scales(
       k, type,
       {source.data(), source.shape(0), source.shape(1), source.strides(0) / size, source.strides(1) / size, factor,
-       offset, values ? values->data() : nullptr, out.mutable_data(), out.shape(1), 1});
+       offset, values ? values->data() : nullptr, out.mutable_data(), 1});
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ UnpackArgs PackedRows::unpack_args(const PackedPart& part, int64_t ahead, Arena&
     zeros = arena.take_array<float>(part.rows * groups);
     run_scales(k_, zero.type,
                {zero.at(expert_, part.row, group), part.rows, groups, zero.row_stride, zero.col_stride, 1.0f, 0.0f,
-                nullptr, zeros, groups, ahead * zero.row_stride});
+                nullptr, zeros, ahead * zero.row_stride});
   }
   return {row_codes(part.row),
           packed_.row_stride,
@@ -75,39 +75,52 @@ int64_t PackedRows::rows_alike(int64_t row) const {
 // to: [rows][n], those of groups [group, group + n). Whether all are ordinary.
 bool PackedRows::read_scales(int64_t row, int64_t rows, int64_t group, int64_t n, int64_t ahead, float* to) const {
   const Scales& scale = packed_.scale;
+  if (scale.type == ScaleType::indexed) return read_nested(row, rows, group, n, ahead, to);
   bool ordinary = true;
   for (int64_t end = row + rows, next; row < end; to += (next - row) * n, row = next) {
-    if (scale.type == ScaleType::indexed) {
-      next = row + 1;
-      ordinary &= read_nested(row, group, n, to);
-      continue;
-    }
     next = min64(end, rows_alike(row));
     float factor = 1.0f;
     if (scale.type == ScaleType::e4m3)
       factor = fp32(packed_.scale2, expert_, row / (packed_.rows / packed_.scale2.cols));
-    const void* from = scale.at(expert_, row / scale.rows_each, group);
-    const int64_t row_stride = scale.rows_each == 1 ? scale.row_stride : 0, soon = ahead * row_stride;
-    // One of each row: as if they were one row's.
-    ordinary &= run_scales(
-        k_, scale.type,
-        n == 1 ? ScaleArgs{from, 1, next - row, 0, row_stride, factor, 0.0f, nullptr, to, 0, soon}
-               : ScaleArgs{from, next - row, n, row_stride, scale.col_stride, factor, 0.0f, nullptr, to, n, soon});
+    const int64_t row_stride = scale.rows_each == 1 ? scale.row_stride : 0;
+    ordinary &= run_scales(k_, scale.type,
+                           {scale.at(expert_, row / scale.rows_each, group), next - row, n, row_stride,
+                            scale.col_stride, factor, 0.0f, nullptr, to, ahead * row_stride});
   }
   return ordinary;
 }
 
-bool PackedRows::read_nested(int64_t row, int64_t group, int64_t n, float* to) const {
+// Rows whose scales have the same scale and offset are read together; one that lies across a border, in parts.
+bool PackedRows::read_nested(int64_t row, int64_t rows, int64_t group, int64_t n, int64_t ahead, float* to) const {
   const Scales& scale = packed_.scale;
-  const int64_t in_row = packed_.cols / scale.cols_each, before = (expert_ * packed_.rows + row) * in_row + group;
+  const int64_t in_row = packed_.cols / scale.cols_each;
+  const auto read = [&](int64_t count, int64_t first, int64_t width, int64_t block) {
+    const ScaleArgs args{scale.at(expert_, row, first),
+                         count,
+                         width,
+                         scale.row_stride,
+                         scale.col_stride,
+                         fp32(packed_.scale2, block, 0),
+                         fp32(packed_.scale2, block, 1),
+                         packed_.scale_values,
+                         to,
+                         ahead * scale.row_stride};
+    to += count * width;
+    return run_scales(k_, scale.type, args);
+  };
   bool ordinary = true;
-  for (int64_t i = 0, end; i < n; i = end) {
-    const int64_t block = (before + i) / kNestedBlock;
-    end = min64(n, (block + 1) * kNestedBlock - before);
-    ordinary &=
-        run_scales(k_, scale.type,
-                   {scale.at(expert_, row, group + i), 1, end - i, 0, scale.col_stride, fp32(packed_.scale2, block, 0),
-                    fp32(packed_.scale2, block, 1), packed_.scale_values, to + i, n, 0});
+  for (const int64_t end = row + rows; row < end;) {
+    const int64_t before = (expert_ * packed_.rows + row) * in_row + group;
+    int64_t block = before / kNestedBlock, left = (block + 1) * kNestedBlock - before;
+    if (left >= n) {
+      const int64_t count = min64(end - row, (left - n) / in_row + 1);
+      ordinary &= read(count, group, n, block);
+      row += count;
+      continue;
+    }
+    for (int64_t i = 0; i < n; i += left, left = kNestedBlock, ++block)
+      ordinary &= read(1, group + i, min64(left, n - i), block);
+    ++row;
   }
   return ordinary;
 }

@@ -29,7 +29,7 @@ class PackedRows {
  private:
   UnpackArgs unpack_args(const PackedPart& part, int64_t ahead, Arena& arena) const;
   bool read_scales(int64_t row, int64_t rows, int64_t group, int64_t n, int64_t ahead, float* to) const;
-  bool read_nested(int64_t row, int64_t group, int64_t n, float* to) const;
+  bool read_nested(int64_t row, int64_t rows, int64_t group, int64_t n, int64_t ahead, float* to) const;
   int64_t rows_alike(int64_t row) const;
 
   const uint8_t* row_codes(int64_t row) const {

@@ -245,7 +245,6 @@ void check_scales(const Kernels& k, ScaleType type, const ScaleArgs& args) {
   call.require(args.rows >= 0, "rows must be at least 0", args.rows);
   call.require(args.n >= 0, "n must be at least 0", args.n);
   call.given(args.to, "to must not be null");
-  call.require(args.rows <= 1 || args.to_stride >= args.n, "to_stride must hold a row", args.to_stride);
   call.require(type != ScaleType::indexed || args.values, "indexed scales must have values", 0);
   if (args.rows > 0 && args.n > 0) call.given(args.from, "from must not be null");
 }

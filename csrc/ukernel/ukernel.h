@@ -183,16 +183,15 @@ struct UnpackArgs {
   int64_t ahead;  // bytes: codes so far behind these will be wanted soon; 0: none
 };
 
-// Scales or zero points in fp32: [rows][n] of them, `stride` and `row_stride` elements apart.
+// Scales or zero points, `stride` and `row_stride` elements apart, in fp32.
 struct ScaleArgs {
   const void* from;
   int64_t rows, n, row_stride, stride;
   float factor;         // of e4m3 and indexed ones
   float offset;         // of indexed ones
   const float* values;  // [256], of these
-  float* to;
-  int64_t to_stride;  // elements
-  int64_t ahead;      // elements: those so far behind these will be wanted soon; 0: none
+  float* to;            // [rows][n]
+  int64_t ahead;        // elements: those so far behind these will be wanted soon; 0: none
 };
 
 // Scales are ordinary if they are zero or of a size from the first to the second.

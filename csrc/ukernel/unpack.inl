@@ -18,7 +18,6 @@
 //        groups so small, n a multiple of 32
 #pragma once
 
-#include "ukernel/gather.inl"
 #include "ukernel/ukernel.h"
 
 namespace {
@@ -169,34 +168,62 @@ void unpack(const UnpackArgs& given) {
     rows([&args](const auto& row) __attribute__((always_inline)) { unpack_row<U, T, C, true>(args, row); });
 }
 
-// Scales of type T.  read(row, i, n): n of them from the i-th on, zeros behind them.
+constexpr int64_t kStagedScales = 256;
+
+template <class T>
+[[gnu::always_inline]] inline void fetch_scales(const T* at, int64_t n) {
+  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(at) + i, 0, 2);
+}
+
+// read(from, n): n scales of type T that lie side by side, zeros behind them.
+template <class U, class T, class Read>
+[[gnu::always_inline]] inline void read_run(const T* from, int64_t n, float* to, typename U::Sizes& sizes,
+                                            const Read& read) {
+  using V = typename U::V;
+  int64_t i = 0;
+  for (; i + V::lanes <= n; i += V::lanes) {
+    const typename V::vec v = read(from + i, V::lanes);
+    sizes.add(v);
+    V::store(to + i, v);
+  }
+  if (i == n) return;
+  V::store_n(to + i, read(from + i, n - i), n - i);
+  sizes.add(V::load_n(to + i, n - i));
+}
+
 template <class U, class T, class Read>
 [[gnu::always_inline]] inline bool read_scales(const moelora::ScaleArgs& args, const Read& read) {
   using V = typename U::V;
   typename U::Sizes sizes;
-  for (int64_t row = 0; row < args.rows; ++row) {
-    if (args.ahead != 0 && args.stride == 1) {
-      const auto* at =
-          reinterpret_cast<const char*>(static_cast<const T*>(args.from) + row * args.row_stride + args.ahead);
-      for (int64_t i = 0; i < args.n * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 2);
+  const T* from = static_cast<const T*>(args.from);
+  const bool side_by_side = args.stride == 1;
+  if (side_by_side && (args.rows == 1 || args.n % V::lanes == 0)) {
+    for (int64_t row = 0; row < args.rows; ++row, from += args.row_stride) {
+      if (args.ahead != 0) fetch_scales(from + args.ahead, args.n);
+      read_run<U>(from, args.n, args.to + row * args.n, sizes, read);
     }
-    float* to = args.to + row * args.to_stride;
-    int64_t i = 0;
-    for (; i + V::lanes <= args.n; i += V::lanes) {
-      const typename V::vec v = read(row, i, V::lanes);
-      sizes.add(v);
-      V::store(to + i, v);
+  } else {
+    // Rows too short for vectors are brought together first.
+    T staged[kStagedScales + V::lanes];  // compilers see a rest behind a full one
+    float* to = args.to;
+    int64_t count = 0;
+    for (int64_t row = 0; row < args.rows; ++row, from += args.row_stride) {
+      if (args.ahead != 0) fetch_scales(from + args.ahead, side_by_side ? args.n : 1);
+      for (int64_t i = 0; i < args.n; ++i) {
+        staged[count] = from[i * args.stride];
+        if (++count < kStagedScales) continue;
+        read_run<U>(&staged[0], count, to, sizes, read);
+        to += count;
+        count = 0;
+      }
     }
-    if (i == args.n) continue;
-    V::store_n(to + i, read(row, i, args.n - i), args.n - i);
-    sizes.add(V::load_n(to + i, args.n - i));
+    read_run<U>(&staged[0], count, to, sizes, read);
   }
   if (sizes.ordinary()) return true;
-  for (int64_t row = 0; row < args.rows; ++row)
-    for (int64_t i = 0; i < args.n; i += V::lanes) {
-      float* to = args.to + row * args.to_stride + i;
-      V::store_n(to, U::canonical(V::load_n(to, args.n - i)), args.n - i);
-    }
+  const int64_t all = args.rows * args.n;
+  for (int64_t i = 0; i < all; i += V::lanes)
+    V::store_n(args.to + i, U::canonical(V::load_n(args.to + i, all - i)), all - i);
   return false;
 }
 
@@ -205,11 +232,8 @@ template <class U, class T>
 bool widen_scales(const moelora::ScaleArgs& given) {
   using V = typename U::V;
   const moelora::ScaleArgs args = given;
-  return read_scales<U, T>(args, [&args](int64_t row, int64_t i, int64_t n) __attribute__((always_inline)) {
-    T buffer[V::lanes];
-    const T* from = static_cast<const T*>(args.from) + row * args.row_stride + i * args.stride;
-    return V::load_n(gathered(buffer, from, args.stride, n), n);
-  });
+  return read_scales<U, T>(args,
+                           [](const T* from, int64_t n) __attribute__((always_inline)) { return V::load_n(from, n); });
 }
 
 // Scales of a byte each.
@@ -217,10 +241,7 @@ template <class U, ScaleType S>
 bool decode_scales(const moelora::ScaleArgs& given) {
   using V = typename U::V;
   const moelora::ScaleArgs args = given;
-  return read_scales<U, uint8_t>(args, [&args](int64_t row, int64_t i, int64_t n) __attribute__((always_inline)) {
-    uint8_t buffer[V::lanes];
-    const auto* from = static_cast<const uint8_t*>(args.from) + row * args.row_stride + i * args.stride;
-    const uint8_t* bytes = gathered(buffer, from, args.stride, n);
+  return read_scales<U, uint8_t>(args, [&args](const uint8_t* bytes, int64_t n) __attribute__((always_inline)) {
     if constexpr (S == ScaleType::indexed) {
       float picked[V::lanes];
       for (int64_t j = 0; j < n; ++j) picked[j] = args.values[bytes[j]];
