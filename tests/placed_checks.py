@@ -35,6 +35,8 @@ from transformers import AutoModelForCausalLM
 FAMILIES = ("qwen3_moe", "gpt_oss", "mixtral_gelu")
 PACKED = ("ours nf4 nested", "gpt-oss mxfp4", "bitsandbytes fp4")
 LIMIT = 4e-6
+# Their values are larger: with gpt-oss's, one process that takes the batch in two parts is 3.6e-6 away on AVX2.
+LIMIT_PACKED = 2e-5
 
 
 def prepare(directory: Path) -> None:
@@ -136,17 +138,17 @@ def same_files(one: Path, other: Path) -> None:
 
 
 def like_one_process(
-    here: Any, make: Callable[[], PeftModel], whose: Any, name: str, parts: bool = True
+    here: Any, make: Callable[[], PeftModel], whose: Any, name: str, limit: float = LIMIT
 ) -> None:
     """Losses and all gradients under DDP, the norm of them, and the saved file."""
     rows = tokens(2 * here.world)
     single, model = make(), make()
-    report = moelora.place(model, whose if len(whose) != 5 or parts else "spread")
+    report = moelora.place(model, whose)
     assert all(layer.places and layer.path == "operators" for layer in report.layers)
     expected = step(single, rows)
     loss = step(DistributedDataParallel(model), rows.chunk(here.world)[here.rank])
     assert mean(loss, here).item() == pytest.approx(expected.item(), rel=1e-6)
-    compare(model, single, gradient)
+    compare(model, single, gradient, limit)
     norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), 1e9) for m in (single, model)]
     assert norms[0].item() == pytest.approx(norms[1].item(), rel=1e-5)
     found = here.directory / f"{name}{here.world}"
@@ -167,7 +169,7 @@ def packed_families(here: Any) -> None:
     for name in PACKED:
         for number, whose in enumerate(["spread", "rank0", [0, here.world - 1, 0, here.world - 1]]):
             make = lambda name=name: packed(here.directory, name)  # noqa: E731
-            like_one_process(here, make, whose, f"{name}{number}")
+            like_one_process(here, make, whose, f"{name}{number}", LIMIT_PACKED)
 
 
 def as_near_as(single: nn.Module, model: nn.Module, exact: nn.Module) -> None:
