@@ -35,6 +35,8 @@ from transformers import AutoModelForCausalLM
 FAMILIES = ("qwen3_moe", "gpt_oss", "mixtral_gelu")
 PACKED = ("ours nf4 nested", "gpt-oss mxfp4", "bitsandbytes fp4")
 LIMIT = 4e-6
+# Values are larger: with gpt-oss's, one process that takes the batch in two parts is 3.6e-6 away on AVX2.
+LIMIT_PACKED = 2e-5
 
 
 def prepare(directory: Path) -> None:
@@ -136,38 +138,40 @@ def same_files(one: Path, other: Path) -> None:
 
 
 def like_one_process(
-    here: Any, make: Callable[[], PeftModel], whose: Any, name: str, parts: bool = True
+    here: Any, make: Callable[[], PeftModel], several: list[Any], name: str, limit: float = LIMIT
 ) -> None:
-    """Losses and all gradients under DDP, the norm of them, and the saved file."""
+    """Losses and all gradients under DDP, their norm, and the saved file, for each of several owners."""
     rows = tokens(2 * here.world)
-    single, model = make(), make()
-    report = moelora.place(model, whose if len(whose) != 5 or parts else "spread")
-    assert all(layer.places and layer.path == "operators" for layer in report.layers)
+    single, one = make(), here.directory / f"{name}{here.world}.one"
     expected = step(single, rows)
-    loss = step(DistributedDataParallel(model), rows.chunk(here.world)[here.rank])
-    assert mean(loss, here).item() == pytest.approx(expected.item(), rel=1e-6)
-    compare(model, single, gradient)
-    norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), 1e9) for m in (single, model)]
-    assert norms[0].item() == pytest.approx(norms[1].item(), rel=1e-5)
-    found = here.directory / f"{name}{here.world}"
-    model.save_pretrained(found)
+    norm = torch.nn.utils.clip_grad_norm_(single.parameters(), 1e9)
     if here.rank == 0:
-        single.save_pretrained(here.directory / f"{name}{here.world}.one")
-        same_files(found, here.directory / f"{name}{here.world}.one")
+        single.save_pretrained(one)
+    for number, whose in enumerate(several):
+        model = make()
+        report = moelora.place(model, whose)
+        assert all(layer.places and layer.path == "operators" for layer in report.layers)
+        loss = step(DistributedDataParallel(model), rows.chunk(here.world)[here.rank])
+        assert mean(loss, here).item() == pytest.approx(expected.item(), rel=1e-6)
+        compare(model, single, gradient, limit)
+        found = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        assert found.item() == pytest.approx(norm.item(), rel=1e-5)
+        saved = here.directory / f"{name}{number}{here.world}"
+        model.save_pretrained(saved)
+        if here.rank == 0:
+            same_files(saved, one)
 
 
 def families(here: Any) -> None:
     for kind in FAMILIES:
-        for number, whose in enumerate(owners(here)):
-            like_one_process(here, lambda kind=kind: adapted(kind), whose, f"{kind}{number}")
+        like_one_process(here, lambda kind=kind: adapted(kind), owners(here), kind)
 
 
 def packed_families(here: Any) -> None:
     """Four experts each."""
+    several = ["spread", "rank0", [0, here.world - 1, 0, here.world - 1]]
     for name in PACKED:
-        for number, whose in enumerate(["spread", "rank0", [0, here.world - 1, 0, here.world - 1]]):
-            make = lambda name=name: packed(here.directory, name)  # noqa: E731
-            like_one_process(here, make, whose, f"{name}{number}")
+        like_one_process(here, lambda name=name: packed(here.directory, name), several, name, LIMIT_PACKED)
 
 
 def as_near_as(single: nn.Module, model: nn.Module, exact: nn.Module) -> None:

@@ -191,7 +191,8 @@ def test_run_writes_what_it_found(model_directory, tmp_path, capsys, quick):
     assert f"instruction set for bf16: {isa}" in printed
     assert (next(tmp_path.glob("*.png"))).stat().st_size > 10_000
     found = _saved(tmp_path)
-    assert found["instruction_set"] == isa and found["command"].startswith("python -m benchmarks.run --shape")
+    switches, program, _ = found["command"].partition("python -m benchmarks.run --shape")
+    assert found["instruction_set"] == isa and program and all("=" in word for word in switches.split())
     layer = [row for row in found["rows"] if row["part"] == "layer"]
     keys = {(row["contestant"], row["routing"]) for row in layer}
     assert keys == {(c, r) for c in ("ours", "loop") for r in ("balanced", "hot")}
