@@ -16,8 +16,8 @@ CHECKS = [
     *(
         (2, name)
         for name in (
-            "families", "packed_families", "accumulated_and_clipped", "sharded", "recomputed", "autocast",
-            "several_forwards", "loaded", "trainer", "sft_trainer",
+            "families", "packed_families", "accumulated_and_clipped", "sharded", "accelerated", "recomputed",
+            "autocast", "several_forwards", "loaded", "trainer", "sft_trainer",
         )
     ),
     *(
