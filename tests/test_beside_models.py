@@ -7,13 +7,16 @@ import model_tiny
 import moelora
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.hooks import attach_align_device_hook_on_blocks
 from beside_layers import BF16, LATE, same
 from model_tiny import one_thread  # noqa: F401
 from moelora import experts
 from moelora.errors import MoeloraError
 from moelora.placement.beside import settling
+from packed_files import LAYOUTS, write
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 
 def put(model: torch.nn.Module) -> torch.nn.Module:
@@ -120,6 +123,26 @@ def test_bad_arguments(arguments, told):
         moelora.place(model, **arguments)
 
 
+def test_not_over_ranks_as_well(tmp_path):
+    """Hot experts are those of one process, whichever is said first."""
+    model = put(model_tiny.build("qwen3_moe", layers=1))
+    moelora.enable(model)
+    told = "hot is for experts that one process has"
+    with pytest.raises(MoeloraError, match=told):
+        moelora.place(model, "spread", hot=2)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        moelora.place(model, hot=2)
+        with pytest.raises(MoeloraError, match="has hot experts on an accelerator"):
+            moelora.place(model, "spread")
+        moelora.place(model, hot=0)
+        moelora.place(model, "spread")
+        with pytest.raises(MoeloraError, match=told):
+            moelora.place(model, hot=2)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_without_an_accelerator_in_the_model():
     model = model_tiny.build("qwen3_moe", layers=1)
     report = moelora.enable(model)
@@ -165,6 +188,51 @@ def test_accelerate_offloads(served_there):
         assert torch.equal(model(input_ids=tokens).logits.cpu(), there(input_ids=tokens).logits.cpu())
     moelora.disable(model)
     assert module.down_proj.device.type == "meta" and hasattr(module, "_hf_hook")
+
+
+def test_packed_checkpoints(tmp_path, served_there):
+    """A device_map that keeps packed experts in host memory; the rest of transformers' loading is as ever."""
+    write(LAYOUTS["ours nf4 nested"], tmp_path)
+    there = moelora.from_pretrained(tmp_path, device_map=str(LATE))
+    names = [n for n, m in there.named_modules() if experts.is_experts(m)]
+    model = moelora.from_pretrained(tmp_path, device_map={"": str(LATE)} | dict.fromkeys(names, "cpu"))
+    moelora.enable(there)
+    report = moelora.enable(model)
+    assert all(layer.format == "nf4" and "on cpu beside late:0" in layer.places[0] for layer in report.layers)
+    tokens = model_tiny.tokens().to(LATE)
+    for way in ("compute", "bring"):
+        moelora.place(model, way=way)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=tokens).logits.cpu(), there(input_ids=tokens).logits.cpu())
+
+
+def test_trainer(tmp_path):
+    """transformers' Trainer on a model that accelerate has spread by a device_map: as on the CPU alone."""
+    model_tiny.build("qwen3_moe").save_pretrained(tmp_path / "base")
+    names = [f"model.layers.{number}.mlp.experts" for number in range(2)]
+    rows = [{"input_ids": row, "labels": row} for row in model_tiny.tokens(8)]
+    adapters = []
+    for devices in (None, {"": str(LATE)} | dict.fromkeys(names, "cpu")):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=devices)
+        moelora.enable(base)
+        torch.manual_seed(4)
+        model = model_tiny.adapt(base, targets=["o_proj"])
+        report = moelora.enable(model)
+        assert all(bool(layer.places) == bool(devices) for layer in report.layers)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
+            save_strategy="no", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=rows, callbacks=[moelora.Callback()]).train()
+        assert not moelora.report(model).untrained
+        adapters.append({n: p.detach().cpu() for n, p in model.named_parameters() if "lora_" in n})
+        places = {p.device.type for n, p in model.named_parameters() if "lora_" in n and ".experts." in n}
+        assert places == {"cpu"}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=devices)
+    with pytest.raises(MoeloraError, match="before adapters are added"):
+        moelora.enable(model_tiny.adapt(base))
+    for name, expected in adapters[0].items():
+        assert model_tiny.difference(adapters[1][name], expected) < 1e-5, name
 
 
 def test_copies():
