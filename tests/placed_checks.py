@@ -24,7 +24,11 @@ from placed_failures import (  # noqa: F401  (checks, too)
     keeps_nothing,
     killed,
     memory,
+    raises_in_attention,
+    raises_in_dataloader,
+    raises_in_optimizer,
 )
+from placed_fsdp import accelerated  # noqa: F401  (a check, too)
 from placed_trainers import sft_trainer, trainer, trainer_elsewhere  # noqa: F401  (checks, too)
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard

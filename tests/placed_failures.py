@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from model_tiny import adapt, build, tokens
 from moelora.errors import MoeloraError
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 LATEST = 20.0  # seconds: the group's time-out is 5, and 5 more are for asking who is there
 
@@ -47,7 +49,8 @@ def killed(here: Any) -> None:
     _told(
         here,
         model,
-        r"rank 1 did not come to the exchange.* Rank \d was in model\.layers\.0\.mlp\.experts, forward",
+        r"rank 1 did not come to the exchange.*rank 1 was last heard of in model\.layers\.1\.mlp\.experts, "
+        r"forward\. Rank \d was in model\.layers\.0\.mlp\.experts, forward",
     )
 
 
@@ -74,7 +77,8 @@ def failing_backward(here: Any) -> None:
         _told(
             here,
             model,
-            r"rank 1 did not come to the exchange.*model\.layers\.0\.mlp\.experts, backward",
+            r"rank 1 was last heard of in model\.layers\.1\.mlp\.experts, backward\. "
+            r"Rank \d was in model\.layers\.0\.mlp\.experts, backward",
             True,
         )
         return
@@ -93,6 +97,54 @@ def failing_backward(here: Any) -> None:
     with pytest.raises(ValueError, match="no more"):
         model(input_ids=tokens(2), labels=tokens(2)).loss.backward()
     time.sleep(8)
+
+
+class _Broken(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:
+        raise ValueError("no more")
+
+
+def _broken(*_: Any) -> None:
+    raise ValueError("no more")
+
+
+def _two_steps(here: Any, where: str) -> None:
+    """Rank 1 has something broken beside its experts."""
+    model, rows = _model(), [{"input_ids": row, "labels": row} for row in tokens(4)]
+    broken = here.rank == 1 and where
+    optimizer = (_Broken if broken == "optimizer" else torch.optim.SGD)(model.parameters(), lr=1e-3)
+    if broken == "attention":
+        model.get_base_model().model.layers[1].self_attn.register_forward_pre_hook(_broken)
+    for number, batch in enumerate(DataLoader(rows, batch_size=2)):
+        if broken == "dataloader" and number == 1:
+            _broken()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+
+def _elsewhere(where: str, last: str, waits: str) -> Callable[[Any], None]:
+    """Rank 1 ends with an error that is no expert layer's; the others know of it at once."""
+
+    def check(here: Any) -> None:
+        if here.rank == 1:
+            return _two_steps(here, where)
+        begun = time.monotonic()
+        layer = r"model\.layers\.{}\.mlp\.experts, {}"
+        told = (
+            f"rank 1 ended after {layer.format(*last)} with ValueError: no more\\. "
+            f"Rank {here.rank} was in {layer.format(*waits)}"
+        )
+        with pytest.raises(MoeloraError, match=told):
+            _two_steps(here, "")
+        assert time.monotonic() - begun < LATEST
+        return None
+
+    return check
+
+
+raises_in_attention = _elsewhere("attention", (0, "forward"), (1, "forward"))
+raises_in_dataloader = _elsewhere("dataloader", (0, "backward"), (0, "forward"))
+raises_in_optimizer = _elsewhere("optimizer", (0, "backward"), (0, "forward"))
 
 
 def _resident(*names: str) -> int:

@@ -28,15 +28,14 @@ def _arguments(out: Path, here: Any) -> dict[str, Any]:
 
 
 def _trainer(here: Any, out: Path) -> Trainer:
+    arguments = TrainingArguments(**_arguments(out, here))  # under torchrun, they make the process group
     torch.manual_seed(4)
     model = adapt(build("qwen3_moe"), targets=["o_proj"])
     moelora.enable(model)
     if here.world > 1:
         moelora.place(model)
     rows = [{"input_ids": row, "labels": row} for row in tokens(STEPS * ROWS)]
-    return Trainer(
-        model, TrainingArguments(**_arguments(out, here)), train_dataset=rows, callbacks=[moelora.Callback()]
-    )
+    return Trainer(model, arguments, train_dataset=rows, callbacks=[moelora.Callback()])
 
 
 def _like(one: Path, other: Path, limit: float = 1e-4) -> None:
@@ -75,6 +74,8 @@ def trainer_elsewhere(here: Any) -> None:
 
 def sft_trainer(here: Any) -> None:
     """TRL's, which attaches the adapter to a placed model itself."""
+    out = here.directory / f"sft{here.world}"
+    arguments = SFTConfig(**_arguments(out, here), max_length=32, bf16=False, gradient_checkpointing=False)
     torch.manual_seed(0)
     base = build("qwen3_moe")
     base.resize_token_embeddings(257, mean_resizing=False)
@@ -85,8 +86,6 @@ def sft_trainer(here: Any) -> None:
     names = ["experts.gate_up_proj", "experts.down_proj"]
     lora = LoraConfig(r=3, target_modules=[], target_parameters=names, task_type="CAUSAL_LM")
     texts = Dataset.from_dict({"text": [f"{i} and {i} is {2 * i}" for i in range(STEPS * ROWS)]})
-    out = here.directory / f"sft{here.world}"
-    arguments = SFTConfig(**_arguments(out, here), max_length=32, bf16=False, gradient_checkpointing=False)
     torch.manual_seed(5)
     run = SFTTrainer(
         base, arguments, train_dataset=texts, processing_class=byte_tokenizer(), peft_config=lora,

@@ -1,19 +1,33 @@
 """Whole models whose experts are in host memory, on a device whose streams are late on purpose."""
 
 import copy
+import itertools
 
 import late_device
 import model_tiny
 import moelora
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.hooks import attach_align_device_hook_on_blocks
 from beside_layers import BF16, LATE, same
 from model_tiny import one_thread  # noqa: F401
 from moelora import experts
 from moelora.errors import MoeloraError
-from moelora.placement.beside import settling
+from moelora.placement.beside import link, settling
+from packed_files import LAYOUTS, write
 from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
 
 
 def put(model: torch.nn.Module) -> torch.nn.Module:
@@ -120,6 +134,26 @@ def test_bad_arguments(arguments, told):
         moelora.place(model, **arguments)
 
 
+def test_not_over_ranks_as_well(tmp_path):
+    """Hot experts are those of one process, whichever is said first."""
+    model = put(model_tiny.build("qwen3_moe", layers=1))
+    moelora.enable(model)
+    told = "hot is for experts that one process has"
+    with pytest.raises(MoeloraError, match=told):
+        moelora.place(model, "spread", hot=2)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        moelora.place(model, hot=2)
+        with pytest.raises(MoeloraError, match="has hot experts on an accelerator"):
+            moelora.place(model, "spread")
+        moelora.place(model, hot=0)
+        moelora.place(model, "spread")
+        with pytest.raises(MoeloraError, match=told):
+            moelora.place(model, hot=2)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_without_an_accelerator_in_the_model():
     model = model_tiny.build("qwen3_moe", layers=1)
     report = moelora.enable(model)
@@ -165,6 +199,85 @@ def test_accelerate_offloads(served_there):
         assert torch.equal(model(input_ids=tokens).logits.cpu(), there(input_ids=tokens).logits.cpu())
     moelora.disable(model)
     assert module.down_proj.device.type == "meta" and hasattr(module, "_hf_hook")
+
+
+def test_packed_checkpoints(tmp_path, served_there):
+    """A device_map that keeps packed experts in host memory; the rest of transformers' loading is as ever."""
+    write(LAYOUTS["ours nf4 nested"], tmp_path)
+    there = moelora.from_pretrained(tmp_path, device_map=str(LATE))
+    names = [n for n, m in there.named_modules() if experts.is_experts(m)]
+    model = moelora.from_pretrained(tmp_path, device_map={"": str(LATE)} | dict.fromkeys(names, "cpu"))
+    moelora.enable(there)
+    report = moelora.enable(model)
+    assert all(layer.format == "nf4" and "on cpu beside late:0" in layer.places[0] for layer in report.layers)
+    tokens = model_tiny.tokens().to(LATE)
+    for way in ("compute", "bring"):
+        moelora.place(model, way=way)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=tokens).logits.cpu(), there(input_ids=tokens).logits.cpu())
+
+
+def test_trainer(tmp_path):
+    """transformers' Trainer on a model that accelerate has spread by a device_map: as on the CPU alone."""
+    model_tiny.build("qwen3_moe").save_pretrained(tmp_path / "base")
+    names = [f"model.layers.{number}.mlp.experts" for number in range(2)]
+    rows = [{"input_ids": row, "labels": row} for row in model_tiny.tokens(8)]
+    adapters = []
+    for devices in (None, {"": str(LATE)} | dict.fromkeys(names, "cpu")):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=devices)
+        moelora.enable(base)
+        torch.manual_seed(4)
+        model = model_tiny.adapt(base, targets=["o_proj"])
+        report = moelora.enable(model)
+        assert all(bool(layer.places) == bool(devices) for layer in report.layers)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
+            save_strategy="no", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=rows, callbacks=[moelora.Callback()]).train()
+        assert not moelora.report(model).untrained
+        adapters.append({n: p.detach().cpu() for n, p in model.named_parameters() if "lora_" in n})
+        places = {p.device.type for n, p in model.named_parameters() if "lora_" in n and ".experts." in n}
+        assert places == {"cpu"}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=devices)
+    with pytest.raises(MoeloraError, match="before adapters are added"):
+        moelora.enable(model_tiny.adapt(base))
+    for name, expected in adapters[0].items():
+        assert model_tiny.difference(adapters[1][name], expected) < 1e-5, name
+
+
+SIZES = {
+    "hidden_size": 24, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 20,
+    "intermediate_size": 20,
+    "num_experts": 5, "n_routed_experts": 5, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("block", "config", "order"),
+    [
+        (Qwen2MoeSparseMoeBlock, Qwen2MoeConfig, ["shared", "wait", "shared backward"]),
+        (Qwen3_5MoeSparseMoeBlock, Qwen3_5MoeTextConfig, ["shared", "wait", "shared backward"]),
+        (DeepseekV3MoE, DeepseekV3Config, ["wait", "shared", "shared backward", "wait"]),
+    ],
+)
+def test_shared_experts(block, config, order, monkeypatch):
+    """What the block has launched when the host waits for its rows: docs/scale.md tells it."""
+    layer = block(config(**SIZES))
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    put(layer)
+    moelora.enable(layer)
+    moelora.place(layer, way="compute")
+    seen = []
+    (shared,) = (m for name, m in layer.named_children() if name in ("shared_expert", "shared_experts"))
+    shared.register_forward_hook(lambda *_: seen.append("shared"))
+    shared.register_full_backward_hook(lambda *_: seen.append("shared backward"))
+    wait = link.wait
+    monkeypatch.setattr(link, "wait", lambda event: (seen.append("wait"), wait(event)))
+    x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0)).to(LATE).requires_grad_()
+    layer(x).sum().backward()
+    assert [one for one, _ in itertools.groupby(seen)] == order and x.grad.isfinite().all()
 
 
 def test_copies():

@@ -1,19 +1,23 @@
 """Experts spread over 2 to 4 processes against one that has them all; placed_checks.py has the checks."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
 import placed_processes
+import placed_torchrun
 import pytest
+from placed_processes import ENDING
 
 CHECKS = [
     *((1, name) for name in ("trainer", "sft_trainer")),
     *(
         (2, name)
         for name in (
-            "families", "packed_families", "accumulated_and_clipped", "sharded", "recomputed", "autocast",
-            "several_forwards", "loaded", "trainer", "sft_trainer",
+            "families", "packed_families", "accumulated_and_clipped", "sharded", "accelerated", "recomputed",
+            "autocast", "several_forwards", "loaded", "trainer", "sft_trainer",
         )
     ),
     *(
@@ -24,7 +28,7 @@ CHECKS = [
         )
     ),
     *((4, name) for name in ("families", "packed_families", "without_tokens", "loaded", "memory")),
-    *((3, name) for name in ("failing", "failing_backward", "killed")),
+    *((3, name) for name in ("failing", "failing_backward", "killed", *ENDING)),
 ]  # fmt: skip
 
 
@@ -48,6 +52,20 @@ def test_placed(runs, world, name):
     _passed(runs, world, name)
 
 
+@pytest.mark.slow
+def test_torchrun(runs, tmp_path):
+    """transformers' and TRL's trainers, launched as users launch them: as one process."""
+    for name in ("trainer1", "sft1"):
+        shutil.copytree(runs / name, tmp_path / name)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, placed_torchrun.__file__, str(tmp_path)], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert all((tmp_path / f"done{rank}").exists() for rank in range(2))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["keeps_nothing", "compiled"])  # the first of 500 steps
 def test_placed_for_long(tmp_path, name):
@@ -56,7 +74,7 @@ def test_placed_for_long(tmp_path, name):
 
 def _passed(directory, world, name):
     for rank in range(world):
-        if name == "killed" and rank == 1:
+        if name in ("killed", *ENDING) and rank == 1:
             continue
         file = directory / f"{world}.{name}.{rank}.json"
         assert file.exists(), f"rank {rank} did not come to it"

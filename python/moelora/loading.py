@@ -40,7 +40,8 @@ def from_pretrained(
         cache_dir: for stacked experts; None for `moelora` below Hugging Face's home (HF_HOME).
         owners, group: those of `moelora.place`, on all ranks: the model comes enabled and placed, and no
             expert of another rank has been read. None: the model is whole.
-        kwargs: transformers' `from_pretrained`'s. device_map must be one device for packed experts.
+        kwargs: transformers' `from_pretrained`'s. device_map must be a device, or one for each
+            module, where experts are packed.
 
     Raises: MoeloraError for a checkpoint that cannot be kept packed, with the way out, and for tensors that
         are missing, of another kind or shape than expected; what transformers raises for the rest.

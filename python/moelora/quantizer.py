@@ -69,23 +69,27 @@ class MoeloraQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: MoeloraConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.device = torch.device("cpu")
+        self._devices: dict[str, torch.device] = {}  # by names of modules, "" for all
         self._experts: dict[str, tuple[nn.Module, str, PackedWeight]] = {}
         self._linears: dict[str, tuple[nn.Module, str, PackedWeight]] = {}
         self._dequantised: dict[str, Source] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        if isinstance(device_map, dict):
-            devices = set(device_map.values())
-            device_map = devices.pop() if len(devices) == 1 else device_map
         if device_map is None:
             return
+        several = device_map if isinstance(device_map, dict) else {"": device_map}
         try:
-            self.device = torch.device(device_map)
+            self._devices = {name: torch.device(device) for name, device in several.items()}
         except (TypeError, RuntimeError):
             raise MoeloraError(
-                f"device_map must be one device for packed experts, got {device_map!r}"
+                "device_map must be a device, or a device for each module, where experts are packed, "
+                f"got {device_map!r}"
             ) from None
+
+    def _device_of(self, name: str) -> torch.device:
+        """Where a parameter is to be: by the longest name of a module that has it."""
+        there = [where for where in self._devices if not where or name.startswith(f"{where}.")]
+        return self._devices[max(there, key=len)] if there else torch.device("cpu")
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -154,7 +158,7 @@ class MoeloraQuantizer(HfQuantizer):
             and not getattr(entry, "operations", [None])[0].__class__.__module__.startswith("moelora.")
         ]
         for name, (module, weight_name, weight) in self._kept.items():
-            weight = weight.to(self.device)
+            weight = weight.to(self._device_of(name))
             if name in self._linears:
                 standin.install(module, weight_name, weight, model.config.dtype, name, matrix=True)
                 module.__class__ = PackedLinear

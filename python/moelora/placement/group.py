@@ -1,13 +1,17 @@
 """The processes that share a model's experts: a group of their own, and what is told when one of them fails.
 
 The group is not the caller's, so that DDP's reductions in the same backward cannot come between. A rank that
-fails leaves a note in torch.distributed's store; one that lost the others reads the notes.
+fails or ends leaves a note in torch.distributed's store; one that lost the others reads the notes, and knows
+itself from which exchange it heard of them last.
 """
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +26,7 @@ from moelora.errors import MoeloraError, one_line
 
 PATIENCE = 5.0  # seconds in which ranks that are alive say so, after an exchange has failed
 _NUMBERS = itertools.count()  # the same on all ranks, since `place` is called by all
+_GROUPS: weakref.WeakSet[Group] = weakref.WeakSet()
 
 
 class Group:
@@ -49,6 +54,9 @@ class Group:
         self.calls = self._meetings = 0
         store = dist.distributed_c10d._get_default_store()
         self._notes = dist.PrefixStore(f"moelora/{number}/{ranks[0]}", store)
+        self._seen = ["place"] * self.size  # the last exchange in which something came from each rank
+        self._told = False  # whether the others can read what became of this rank
+        _GROUPS.add(self)
 
     def __deepcopy__(self, memo: dict) -> Group:
         return self
@@ -63,6 +71,10 @@ class Group:
             dist.all_to_all_single(found, rows.contiguous(), received, sent, group=self.own)
         except RuntimeError as error:
             raise MoeloraError(self._diagnosis(where, error)) from error
+        self._seen = [
+            where if rank == self.rank or many else before
+            for rank, (many, before) in enumerate(zip(received, self._seen, strict=True))
+        ]
         return found
 
     @contextmanager
@@ -73,7 +85,7 @@ class Group:
         except _StopRecomputationError:  # checkpoint's own way to end a recomputation
             raise
         except Exception as error:
-            self._note("failed", f"{where}: {type(error).__name__}: {one_line(error)}")
+            self._note("failed", f"failed in {where}: {type(error).__name__}: {one_line(error)}")
             raise
 
     def all_here(self, what: str, seconds: float = 60.0) -> None:
@@ -89,7 +101,15 @@ class Group:
             if missing:
                 time.sleep(0.01)
 
+    def tell_the_end(self) -> None:
+        """This process ends: whoever waits for it now, or will, can read why."""
+        error = getattr(sys, "last_value", None)  # what nobody caught, as Python prints it
+        told = "" if error is None else f" with {type(error).__name__}: {one_line(error)}"
+        if not self._told:
+            self._note("failed", f"ended after {self._seen[self.rank]}{told}")
+
     def _note(self, kind: str, text: str) -> None:
+        self._told = True
         try:
             self._notes.set(f"{kind}/{self.rank}", text)
         except RuntimeError:  # the store went with the process that had it
@@ -114,9 +134,10 @@ class Group:
                 f"unless torchrun does): {one_line(error)}"
             )
         if failed:
-            told = "; ".join(f"rank {rank} failed in {text}" for rank, text in failed.items())
+            told = "; ".join(f"rank {rank} {text}" for rank, text in failed.items())
         elif silent:
-            told = f"{_ranks(silent)} did not come to the exchange: it ended, or is elsewhere"
+            last = "; ".join(f"rank {rank} was last heard of in {self._seen[rank]}" for rank in silent)
+            told = f"{_ranks(silent)} did not come to the exchange: it ended, or is elsewhere; {last}"
         else:
             told = "the ranks are out of step: " + "; ".join(f"rank {r} is in {t}" for r, t in waited.items())
         return f"{told}. Rank {self.rank} was in {where}: {one_line(error)}"
@@ -124,6 +145,12 @@ class Group:
     def _read(self, kind: str, ranks: list[int]) -> dict[int, str]:
         keys = {rank: f"{kind}/{rank}" for rank in ranks}
         return {r: self._notes.get(key).decode() for r, key in keys.items() if self._notes.check([key])}
+
+
+@atexit.register  # after torch's own, so it comes before them
+def _tell_all() -> None:
+    for group in _GROUPS:
+        group.tell_the_end()
 
 
 def _ranks(ranks: Any) -> str:

@@ -9,10 +9,16 @@ import torch.distributed as dist
 from torch import nn
 
 from moelora import attach
+from moelora.errors import MoeloraError
 from moelora.placement import spreading
 from moelora.placement.beside import settling
 from moelora.placement.beside.rates import Rates
 from moelora.reporting import Report
+
+BOTH = (
+    "hot is for experts that one process has: where they are spread over ranks (owners, group), none of them "
+    "can be on the accelerator as well"
+)
 
 
 def place(
@@ -35,7 +41,7 @@ def place(
         owners: "spread", "rank0", or the rank in `group` of each expert.
         group: the ranks that share the experts; None for all.
         hot: how many experts of each layer have their frozen weights on the accelerator too, or which, by the
-            layer's name. Their LoRA factors stay with the others', and travel.
+            layer's name. Their LoRA factors stay with the others', and travel. Not for experts over ranks.
         batches: keyword arguments of some forwards, over which the most used experts are counted; without
             them the first ones of a layer are taken.
         way: "compute" where the weights are, "bring" them over a layer ahead, or "auto", a rule from rates
@@ -45,6 +51,8 @@ def place(
     Raises: MoeloraError for arguments that mean nothing to this model, and as `spreading.place` does.
     """
     further = (hot, batches, way, rates)
+    if hot is not None and (owners is not None or group is not None or spreading.is_placed(model)):
+        raise MoeloraError(BOTH)
     if owners is not None or group is not None or all(one is None for one in further):
         spreading.place(model, "spread" if owners is None else owners, group)
     if any(one is not None for one in further):

@@ -79,6 +79,10 @@ def _to_place(model: nn.Module) -> dict[str, nn.Module]:
             raise MoeloraError(f"{name} cannot be placed, it {binding.reason}")
         if _ranks(module) is not None:
             raise MoeloraError(f"{name} is placed already: experts cannot be placed twice")
+        if any(getattr(placement, "ids", ()) for placement in binding.placements):
+            raise MoeloraError(
+                f"{name} has hot experts on an accelerator, which ranks do not share: place(model, hot=0)"
+            )
         if getattr(module, "_is_expert_parallel", False):
             raise MoeloraError(f"{name} is spread by transformers' own expert parallelism already")
         for weight in projections(module):

@@ -9,7 +9,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
-from moelora import experts, weights
+from moelora import adapters, experts, weights
 from moelora.errors import MoeloraError
 from moelora.placement.beside import hot as hot_experts
 from moelora.placement.beside.layer import WAYS, Beside, Neighbours
@@ -22,11 +22,17 @@ def take_over(model: nn.Module) -> None:
     """Takes accelerate's offloading off experts that it keeps in host memory: their weights are there again
     between calls, instead of being copied to the accelerator, all of them unpacked, in every one.
     """
-    for module in model.modules():
+    wrappers = adapters.wrappers(model)
+    for name, module in model.named_modules():
         if not experts.is_experts(module):
             continue
         found = [(inner, inner._hf_hook) for inner in module.modules() if hasattr(inner, "_hf_hook")]
         if any(_in_memory(hook) for _, hook in found):
+            if any(p.is_meta for one in wrappers.get(id(module), ()) for p in one.lora_B.parameters()):
+                raise MoeloraError(
+                    f"PEFT has put the LoRA of {name} on meta, where accelerate shows offloaded weights: "
+                    "call moelora.enable(model) before adapters are added too"
+                )
             for inner, hook in found:
                 _stay_here(hook)
                 remove_hook_from_module(inner)
