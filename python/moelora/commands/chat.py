@@ -10,10 +10,17 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import (
+    AutoTokenizer,
+    LogitsProcessor,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    set_seed,
+)
 
 import moelora
 from moelora import checkpoints
+from moelora.commands import options
 from moelora.errors import MoeloraError, one_line
 
 
@@ -21,6 +28,7 @@ def main(explicit: dict[str, Any]) -> None:
     """Answers each line of the standard input. MoeloraError tells the user what to mend."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    options.check_text(explicit["system"], "--system")
     model, tokenizer = load(Path(explicit["model_dir"]), explicit.get("adapter"), explicit["dtype"])
     set_seed(explicit["seed"])
     chats = bool(tokenizer.chat_template)
@@ -62,7 +70,25 @@ def load(directory: Path, adapter: str | None, dtype: str) -> tuple[torch.nn.Mod
 def _line() -> str:
     if sys.stdin.isatty():
         print("> ", end="", flush=True)
-    return sys.stdin.readline().strip()
+    try:
+        line = sys.stdin.readline().strip()
+    except UnicodeDecodeError:
+        raise MoeloraError("the standard input is no UTF-8 text") from None
+    options.check_text(line, "the standard input")
+    return line
+
+
+class _Finite(LogitsProcessor):
+    """Stops where no token can be chosen: sampling raises in words of its own, and the likeliest of NaN is
+    some token.
+    """
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if bool((scores.isnan() | scores.isposinf()).any()):
+            raise MoeloraError(
+                "the logits have NaN or Inf: weights of the model or of the adapter have, or overflow"
+            )
+        return scores
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> torch.Tensor:
@@ -76,19 +102,20 @@ def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
 
 
 def _answer(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, options: dict[str, Any]
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, given: dict[str, Any]
 ) -> str:
     """What the model says to the tokens [1, n], printed as it comes."""
     ids = ids.to(model.device)
-    warm = options["temperature"] > 0
+    warm = given["temperature"] > 0
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with torch.no_grad():
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=options["tokens"],
+            max_new_tokens=given["tokens"],
             do_sample=warm,
-            **({"temperature": options["temperature"], "top_p": 0.95} if warm else {}),
+            logits_processor=[_Finite()],
+            **({"temperature": given["temperature"], "top_p": 0.95} if warm else {}),
             pad_token_id=padding,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
