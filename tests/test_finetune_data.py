@@ -269,11 +269,11 @@ def test_chat(chat, model_dir, tmp_path, capsys, monkeypatch):  # noqa: F811
 
 def test_chat_with_what_has_no_answer(model_dir, tmp_path, capsys, monkeypatch):  # noqa: F811
     """Neither a traceback nor a made-up answer."""
-    query = "model.layers.0.self_attn.q_proj.weight"
+    norm = "model.norm.weight"
     bad = copy(
         model_dir,
         tmp_path / "bad",
-        **{query: torch.full_like(load_file(model_dir / WEIGHTS)[query], torch.nan)},
+        **{norm: torch.full_like(load_file(model_dir / WEIGHTS)[norm], torch.nan)},
     )
     for temperature in ("0", "1"):
         monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))

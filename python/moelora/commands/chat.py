@@ -56,6 +56,8 @@ def load(directory: Path, adapter: str | None, dtype: str) -> tuple[torch.nn.Mod
     if adapter is None:
         model, _ = checkpoints.load(directory, dtype)
     else:
+        if not Path(adapter).is_dir():  # PEFT would look for it on the network
+            raise MoeloraError(f"cannot load {adapter} onto {directory}: it is not a directory")
         try:
             PeftConfig.from_pretrained(adapter)  # before the base, which may take minutes
             if (Path(adapter) / "tokenizer_config.json").exists():
