@@ -284,6 +284,12 @@ def test_chat_with_what_has_no_answer(model_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     assert main(["chat", str(model_dir), "--tokens", "2"]) == 2
     assert "the standard input is no UTF-8 text" in capsys.readouterr().err
+    wrong = copy(model_dir, tmp_path / "wrong")
+    settings = json.loads((wrong / "config.json").read_text()) | {"num_experts_per_tok": 99}
+    (wrong / "config.json").write_text(json.dumps(settings))
+    for command in (["chat", str(wrong)], ["inspect", str(wrong), "--no-measure"]):
+        assert main(command) == 2
+        assert "cannot load what the model computes from" in capsys.readouterr().err
     assert "--system is no UTF-8 text" in fails(["chat", str(model_dir), "--system", "a\udcff"], capsys)
 
 

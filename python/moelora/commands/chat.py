@@ -66,6 +66,7 @@ def load(directory: Path, adapter: str | None, dtype: str) -> tuple[torch.nn.Mod
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise MoeloraError(f"cannot load {adapter} onto {directory}: {one_line(error)}") from None
     moelora.enable(model)
+    checkpoints.check_runs(model, directory)
     return model.eval(), tokenizer
 
 
