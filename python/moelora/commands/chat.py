@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def main(explicit: dict[str, Any]) -> None:
     """Answers each line of the standard input. MoeloraError tells the user what to mend."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
     options.check_text(explicit["system"], "--system")
     model, tokenizer = load(Path(explicit["model_dir"]), explicit.get("adapter"), explicit["dtype"])
     set_seed(explicit["seed"])
@@ -58,6 +60,8 @@ def load(directory: Path, adapter: str | None, dtype: str) -> tuple[torch.nn.Mod
     else:
         if not Path(adapter).is_dir():  # PEFT would look for it on the network
             raise MoeloraError(f"cannot load {adapter} onto {directory}: it is not a directory")
+        if not (Path(adapter) / "adapter_model.safetensors").exists():
+            raise MoeloraError(f"cannot load {adapter} onto {directory}: it has no adapter_model.safetensors")
         try:
             PeftConfig.from_pretrained(adapter)  # before the base, which may take minutes
             if (Path(adapter) / "tokenizer_config.json").exists():
