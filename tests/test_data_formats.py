@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from moelora import MoeloraError
-from moelora.commands import formats
+from moelora.commands import fingerprints, formats
 
 USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 TURNS = [USER, BOT]
@@ -85,6 +86,17 @@ def test_parquet(tmp_path):
     assert list(_read(tmp_path / "a.parquet").rows) == [{"messages": TURNS}]
 
 
+def test_a_document_in_a_cell(tmp_path):
+    long = "long " * 40_000
+    assert list(_read(_write(tmp_path, "a.csv", f"text\n{long}\n".encode())).rows) == [{"text": long}]
+
+
+def test_parquet_within_gz(tmp_path):
+    Dataset.from_list([{"text": "x"}]).to_parquet(tmp_path / "a.parquet")
+    packed = _write(tmp_path, "b.parquet.gz", (tmp_path / "a.parquet").read_bytes())
+    assert list(_read(packed).rows) == [{"text": "x"}]
+
+
 def test_instructions_without_a_template_become_text(tmp_path):
     path = _write(tmp_path, "a.jsonl", _lines({"instruction": "add", "input": None, "output": "3"}))
     (row,) = _read(path, template=False).rows
@@ -126,6 +138,24 @@ def test_directories_and_several_files(tmp_path):
         _read(tmp_path / "empty")
 
 
+def test_links_in_directories(tmp_path):
+    _write(tmp_path, "elsewhere/a.jsonl", _lines({"text": "a"}))
+    _write(tmp_path, "d/b.jsonl", _lines({"text": "b"}))
+    (tmp_path / "d" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "d")
+    assert sorted(_read(tmp_path / "d").rows["text"]) == ["a", "b"]
+    assert len(fingerprints.data([tmp_path / "d"])) == 2
+    (tmp_path / "d" / "gone.jsonl").symlink_to("/no/such")
+    with pytest.raises(MoeloraError, match=r"gone\.jsonl: it is a link to nothing"):
+        _read(tmp_path / "d")
+
+
+def test_a_pipe_is_refused_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(MoeloraError, match=r"pipe\.jsonl: it is a pipe or a device"):
+        _read(tmp_path / "pipe.jsonl")
+
+
 def test_files_whose_messages_differ_come_together(tmp_path):
     called = {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}
     paths = [
@@ -151,7 +181,19 @@ def test_files_whose_messages_differ_come_together(tmp_path):
         ("a.csv", b"a,b\n1,2\n", {}, "a.csv is of no known format, it has the fields a, b"),
         ("a.csv", b"text,b\n1,2,3\n", {}, "a.csv line 2 has 3 fields, expected the 2 of its first line"),
         ("a.csv", b"text,b\n1,2\n1,2,3\n", {}, "a.csv is not comma- or tab-separated: Error tokenizing data"),
-        ("a.csv", b'text\n"open\n', {}, "a.csv is not comma- or tab-separated"),
+        ("a.csv", b'text\nx\n"open\n', {}, "a.csv line 3: a cell that begins with a quote"),
+        ("a.tsv", b'text\tn\n"a" b\t1\n', {}, "a.tsv line 2: a cell that begins with a quote"),
+        ("a.csv", b"text,text\nx,y\n", {}, "a.csv has two columns of the name 'text'"),
+        ("a.csv", b"text,n\n", {}, "a.csv is empty"),
+        ("a.jsonl", b"{}\n{}\n", {}, "a.jsonl is empty"),
+        ("a.json", b"[]", {}, "a.json is empty"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "x", "text": "y"}\n',
+            {},
+            "a.jsonl line 2 has the field 'text' twice",
+        ),
+        ("a.txt", b'{oops}\n{"text": "x"}\n', {}, "a.txt is JSON under a name for plain text"),
         ("a.parquet", b"PAR1", {}, "a.parquet is not Parquet"),
         ("a.jsonl.gz", b"", {}, "a.jsonl.gz is empty"),
         ("a.jsonl", b"", {}, "a.jsonl is empty"),

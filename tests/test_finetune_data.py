@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from finetune_tiny import adapter, arguments, changed, fails, model_dir  # noqa: F401  (fixtures)
+from finetune_tiny import WEIGHTS, adapter, arguments, changed, copy, fails, model_dir  # noqa: F401  (fixtures)
 from model_tiny import (
     build,
     one_thread,  # noqa: F401  (autouse)
@@ -265,6 +265,56 @@ def test_chat(chat, model_dir, tmp_path, capsys, monkeypatch):  # noqa: F811
     assert main(["chat", str(model_dir), "--tokens", "2"]) == 0  # the base, without a template
     assert "no chat template" in capsys.readouterr().err
     assert "cannot load /no/such onto" in fails(["chat", str(model_dir), "/no/such"], capsys)
+
+
+def test_chat_with_what_has_no_answer(model_dir, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """Neither a traceback nor a made-up answer."""
+    norm = "model.norm.weight"
+    bad = copy(
+        model_dir,
+        tmp_path / "bad",
+        **{norm: torch.full_like(load_file(model_dir / WEIGHTS)[norm], torch.nan)},
+    )
+    for temperature in ("0", "1"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+        command = ["chat", str(bad), "--tokens", "2", "--temperature", temperature]
+        capsys.readouterr()
+        assert main(command) == 2
+        assert "the logits have NaN or Inf" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert main(["chat", str(model_dir), "--tokens", "2"]) == 2
+    assert "the standard input is no UTF-8 text" in capsys.readouterr().err
+    wrong = copy(model_dir, tmp_path / "wrong")
+    settings = json.loads((wrong / "config.json").read_text()) | {"num_experts_per_tok": 99}
+    (wrong / "config.json").write_text(json.dumps(settings))
+    for command in (["chat", str(wrong)], ["inspect", str(wrong), "--no-measure"]):
+        assert main(command) == 2
+        assert "cannot load what the model computes from" in capsys.readouterr().err
+    assert "--system is no UTF-8 text" in fails(["chat", str(model_dir), "--system", "a\udcff"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        (["chat", ""], "MODEL_DIR"),
+        (["chat", "m", " "], "ADAPTER"),
+        (["inspect", ""], "MODEL_DIR"),
+        (["quantize", "m", "", "--format", "nf4"], "OUT"),
+        (["synthesize", "", "o", "--format", "nf4"], "NAME"),
+        (["merge", "m", "", "o"], "ADAPTER"),
+    ],
+)
+def test_an_empty_argument_is_not_the_current_directory(command, what, capsys):
+    assert f"{what} is empty, expected a path" in fails(command, capsys)
+
+
+def test_nobody_reads_the_output(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert main(["models"]) == 128 + 13
 
 
 @pytest.mark.parametrize("command", [["finetune"], ["inspect", "/no/such"], ["chat", "/no/such"], ["models"]])

@@ -254,6 +254,10 @@ def test_command_refuses_before_it_loads_anything(arguments, tmp_path, capsys, m
     for name in ("model", "output", "data", "cache_dir"):
         told = fails(changed(arguments, **{name: ""}), capsys)
         assert f"--{name.replace('_', '-')} is empty, expected a path" in told
+    assert "File name too long" in fails(changed(arguments, output="x" * 300), capsys)
+    link = tmp_path / "link"
+    link.symlink_to("/no/such")
+    assert "link is a link to nothing" in fails(changed(arguments, output=link), capsys)
     _put(out / "summary.json" / "x")
     assert "summary.json was not written by a run" in fails(arguments, capsys)
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 
 from moelora.commands import signals
 
@@ -40,10 +41,20 @@ def _run(argv: list[str] | None, explicit: dict) -> int:
         import_module(f"moelora.commands.{command}").main(
             {name: value for name, value in explicit.items() if name != "command"}
         )
+        sys.stdout.flush()
     except (MoeloraError, ImportError) as error:  # ImportError: a missing dependency, or operators not built
         if signals.ending() is not None:
             raise
         print(f"moelora: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        with suppress(OSError, AttributeError):  # else the interpreter complains at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signals.PIPE
+    except OSError as error:
+        if error.filename is None or signals.ending() is not None:
+            raise
+        print(f"moelora: error: cannot access {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if (told := memory(error)) is None:

@@ -192,6 +192,11 @@ def _check_directory(directory: Path) -> None:
         raise MoeloraError(f"{directory} is not a transformers checkpoint: expected a config.json in it")
 
 
+def computing(directory: Path):
+    """A context in which what a model raises, whose configuration is wrong, is told in one line."""
+    return _loading(directory, "what the model computes")
+
+
 def count(model: nn.Module, trainable: bool = False) -> int:
     """How many parameters a model has, or how many of them are trainable."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

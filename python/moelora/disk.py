@@ -1,10 +1,12 @@
-"""What is written stays written."""
+"""What is written stays written, and what lies in a directory."""
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
 from pathlib import Path
+
+from moelora.errors import MoeloraError
 
 
 def sync(path: Path) -> None:
@@ -15,3 +17,23 @@ def sync(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def below(directory: Path) -> list[Path]:
+    """The files below a directory, links to directories followed once each.
+
+    Raises: MoeloraError naming a link to nothing, which stands for data that are not there.
+    """
+    found, seen = [], set()
+    for top, folders, names in os.walk(directory, followlinks=True):
+        real = os.path.realpath(top)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for path in (Path(top, name) for name in names):
+            if not path.exists():
+                raise MoeloraError(f"cannot read {path}: it is a link to nothing")
+            if path.is_file():
+                found.append(path)
+    return sorted(found)

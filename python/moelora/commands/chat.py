@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,17 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import (
+    AutoTokenizer,
+    LogitsProcessor,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    set_seed,
+)
 
 import moelora
 from moelora import checkpoints
+from moelora.commands import options
 from moelora.errors import MoeloraError, one_line
 
 
@@ -21,6 +29,8 @@ def main(explicit: dict[str, Any]) -> None:
     """Answers each line of the standard input. MoeloraError tells the user what to mend."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    options.check_text(explicit["system"], "--system")
     model, tokenizer = load(Path(explicit["model_dir"]), explicit.get("adapter"), explicit["dtype"])
     set_seed(explicit["seed"])
     chats = bool(tokenizer.chat_template)
@@ -48,6 +58,10 @@ def load(directory: Path, adapter: str | None, dtype: str) -> tuple[torch.nn.Mod
     if adapter is None:
         model, _ = checkpoints.load(directory, dtype)
     else:
+        if not Path(adapter).is_dir():  # PEFT would look for it on the network
+            raise MoeloraError(f"cannot load {adapter} onto {directory}: it is not a directory")
+        if not (Path(adapter) / "adapter_model.safetensors").exists():
+            raise MoeloraError(f"cannot load {adapter} onto {directory}: it has no adapter_model.safetensors")
         try:
             PeftConfig.from_pretrained(adapter)  # before the base, which may take minutes
             if (Path(adapter) / "tokenizer_config.json").exists():
@@ -56,13 +70,32 @@ def load(directory: Path, adapter: str | None, dtype: str) -> tuple[torch.nn.Mod
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise MoeloraError(f"cannot load {adapter} onto {directory}: {one_line(error)}") from None
     moelora.enable(model)
+    checkpoints.check_runs(model, directory)
     return model.eval(), tokenizer
 
 
 def _line() -> str:
     if sys.stdin.isatty():
         print("> ", end="", flush=True)
-    return sys.stdin.readline().strip()
+    try:
+        line = sys.stdin.readline().strip()
+    except UnicodeDecodeError:
+        raise MoeloraError("the standard input is no UTF-8 text") from None
+    options.check_text(line, "the standard input")
+    return line
+
+
+class _Finite(LogitsProcessor):
+    """Stops where no token can be chosen: sampling raises in words of its own, and the likeliest of NaN is
+    some token.
+    """
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if bool((scores.isnan() | scores.isposinf()).any()):
+            raise MoeloraError(
+                "the logits have NaN or Inf: weights of the model or of the adapter have, or overflow"
+            )
+        return scores
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> torch.Tensor:
@@ -76,19 +109,20 @@ def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
 
 
 def _answer(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, options: dict[str, Any]
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, given: dict[str, Any]
 ) -> str:
     """What the model says to the tokens [1, n], printed as it comes."""
     ids = ids.to(model.device)
-    warm = options["temperature"] > 0
+    warm = given["temperature"] > 0
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with torch.no_grad():
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=options["tokens"],
+            max_new_tokens=given["tokens"],
             do_sample=warm,
-            **({"temperature": options["temperature"], "top_p": 0.95} if warm else {}),
+            logits_processor=[_Finite()],
+            **({"temperature": given["temperature"], "top_p": 0.95} if warm else {}),
             pad_token_id=padding,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )

@@ -21,6 +21,7 @@ def parse(argv: list[str] | None) -> dict[str, Any]:
     Raises: MoeloraError if the file cannot be read or has something else in it. SystemExit as argparse does.
     """
     explicit = vars(options.parser().parse_args(argv))
+    options.check_places(explicit)
     path = explicit.pop("config", None)
     if path is not None:
         listed = options.parser().parse_args([explicit["command"], *_arguments(Path(path))])

@@ -67,6 +67,8 @@ def held(
         raise MoeloraError(
             "--resume goes on with what is there and --overwrite removes it: expected one of them, got both"
         )
+    if os.path.lexists(out) and not out.exists():
+        raise MoeloraError(f"--output {out} is a link to nothing, expected a directory")
     if out.exists() and not out.is_dir():
         raise MoeloraError(f"--output {out} is a file, expected a directory")
     existed = out.is_dir()
@@ -74,7 +76,7 @@ def held(
         _examine(out, {}, names)  # before anything is made
         if resume:
             raise MoeloraError(_NOTHING.format(out))
-    with writing(out):
+    with writing(out / PRIVATE):
         (out / PRIVATE).mkdir(parents=True, exist_ok=True)
     try:
         with _locked(out):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import re
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -15,6 +18,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, Features, Value, load_dataset
 
+from moelora.disk import below
 from moelora.errors import MoeloraError, one_line
 
 # What a file's name ends with → the reader. Prose is one text a file.
@@ -25,6 +29,7 @@ READERS = {
     **dict.fromkeys((".txt", ".text", ".md", ".rst", ".tex", ".py", ""), "text"),
 }
 PACKED = ".gz"
+LOOKED_AT = 20  # lines of a text that begins like JSON: one of them may be damaged
 _BYTE = re.compile("[\udc80-\udcff]")  # that was not decoded
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
@@ -40,7 +45,7 @@ def find(paths: list[str], anything_is_text: bool = False) -> tuple[list[tuple[P
         if not path.is_dir():
             found.append((path, _reader(path, anything_is_text)))
             continue
-        inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not _hidden(p.relative_to(path))]
+        inside = [p for p in below(path) if not _hidden(p.relative_to(path))]
         known = [(p, READERS[_suffix(p)]) for p in inside if _suffix(p) in READERS and _suffix(p)]
         if not known:
             raise MoeloraError(f"{path} has no data files in it: expected names in {_known()}")
@@ -62,13 +67,20 @@ def read(path: Path, reader: str, anything_is_text: bool = False) -> Dataset:
     if reader == "json":
         _refuse_no_characters(path)
     options = _csv_options(path) if reader == "csv" else {}
+    if reader == "csv":
+        _refuse_torn_cells(path)
     if reader == "text":
         options = {"sample_by": "document", "encoding": "utf-8-sig"}
     try:
         rows = _load(path, reader, options)
     except Exception as error:  # whatever pandas, pyarrow and gzip raise, and there is no list of it
         raise _explained(path, reader, error) from None
-    if rows is None or not len(rows) or (reader == "text" and not (rows[0]["text"] or "").strip()):
+    if (
+        rows is None
+        or not len(rows)
+        or not rows.column_names
+        or (reader == "text" and not (rows[0]["text"] or "").strip())
+    ):
         raise MoeloraError(f"{path} is empty, expected text")
     if reader == "text" and not anything_is_text:
         _refuse_disguised(path, rows[0]["text"])
@@ -81,10 +93,24 @@ def _load(path: Path, reader: str, options: dict[str, Any]) -> Dataset | None:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         return load_dataset(
-            reader, data_files=[str(path)], split="train", cache_dir=_scratch().name, **options
+            reader, data_files=[_unpacked(path, reader)], split="train", cache_dir=_scratch().name, **options
         )
     except StopIteration:  # an empty file
         return None
+    except Exception as error:  # as above
+        if any("corresponds to no data" in str(cause) for cause in _causes(error)):
+            return None  # nothing but blanks, brackets or a header
+        raise
+
+
+def _unpacked(path: Path, reader: str) -> str:
+    """A file that its reader takes: that of Parquet seeks, hence unpacks nothing."""
+    if reader != "parquet" or not path.name.lower().endswith(PACKED):
+        return str(path)
+    handle, name = tempfile.mkstemp(suffix=".parquet", dir=_scratch().name)
+    with gzip.open(path) as packed, os.fdopen(handle, "wb") as file:
+        shutil.copyfileobj(packed, file)
+    return name
 
 
 @cache
@@ -109,6 +135,10 @@ def _known() -> str:
 def _reader(path: Path, anything_is_text: bool) -> str:
     if not path.exists():
         raise MoeloraError(f"cannot read {path}: No such file or directory")
+    if not path.is_file():
+        raise MoeloraError(
+            f"cannot read {path}: it is a pipe or a device, expected a file, which is read twice"
+        )
     if anything_is_text and READERS.get(_suffix(path)) is None:
         return "text"
     if _suffix(path) not in READERS:
@@ -126,13 +156,16 @@ def _open(path: Path):
 
 def _csv_options(path: Path) -> dict[str, Any]:
     """Every cell is text as it stands; only an empty one is null."""
-    separator = "\t" if _suffix(path) == ".tsv" else ","
+    separator = _separator(path)
+    csv.field_size_limit(sys.maxsize)  # a cell may be a document
     try:
         with _open(path) as file:
             rows = csv.reader(file, delimiter=separator)
             header, first = next(rows, []), next(rows, [])
     except (OSError, EOFError, csv.Error) as error:
         raise MoeloraError(f"cannot read {path}: {one_line(error)}") from None
+    if twice := next((name for name in header if header.count(name) > 1), None):
+        raise MoeloraError(f"{path} has two columns of the name {twice!r}: expected one")
     if len(first) > len(header):  # pandas would take the first column for names of rows
         raise MoeloraError(
             f"{path} line 2 has {len(first)} fields, expected the {len(header)} of its first line"
@@ -145,13 +178,33 @@ def _csv_options(path: Path) -> dict[str, Any]:
     )
 
 
+def _separator(path: Path) -> str:
+    return "\t" if _suffix(path) == ".tsv" else ","
+
+
+def _refuse_torn_cells(path: Path) -> None:
+    """pandas closes a stray quote wherever the next one is, and makes one row of all that lies between."""
+    before = 0
+    try:
+        with _open(path) as file:
+            rows = csv.reader(file, delimiter=_separator(path), strict=True)
+            for _ in rows:
+                before = rows.line_num
+    except csv.Error as error:
+        raise MoeloraError(
+            f"{path} line {before + 1}: a cell that begins with a quote goes on behind the next one or never "
+            f"ends ({one_line(error)}): expected quotes within it to be doubled"
+        ) from None
+    except (OSError, EOFError) as error:
+        raise MoeloraError(f"cannot read {path}: {one_line(error)}") from None
+
+
 def _refuse_disguised(path: Path, text: str) -> None:
     """Rows of JSON are never prose, whatever their file is called."""
     start = text.lstrip()[:1]
     if start not in ("{", "["):
         return
-    line = text.lstrip().partition("\n")[0]
-    for candidate in (line, text):
+    for candidate in (*text.lstrip().split("\n", LOOKED_AT)[:LOOKED_AT], text):
         try:
             rows = json.loads(candidate)
         except ValueError:
@@ -210,6 +263,18 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+class _Twice(Exception):
+    """A field that an object has more than once."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(repr(next(name for name in names if names.count(name) > 1)))
+    return found
+
+
 def _bad_lines(path: Path) -> Iterator[MoeloraError]:
     with _open(path) as file:
         text = file.read()
@@ -221,7 +286,10 @@ def _bad_lines(path: Path) -> Iterator[MoeloraError]:
         return
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            row = json.loads(line) if line.strip() else {}
+            row = json.loads(line, object_pairs_hook=_once) if line.strip() else {}
+        except _Twice as name:
+            yield MoeloraError(f"{path} line {number} has the field {name} twice")
+            continue
         except json.JSONDecodeError as error:
             yield MoeloraError(f"{path} line {number} is not JSON: {error.msg}")
             continue

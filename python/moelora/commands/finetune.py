@@ -172,7 +172,10 @@ def prepare(explicit: dict[str, Any], out: Path, start: Start, vets: vetting.Vet
     if chosen.dry_run:
         outline = checkpoints.outline(_given(chosen))[0] if chosen.model else default_model.outline()
         print(tokens.told())
-        print(plan.told(outline, config, chosen, tokens, _given(chosen) if chosen.model else None))
+        given = _given(chosen) if chosen.model else None
+        with checkpoints.computing(given):
+            told = plan.told(outline, config, chosen, tokens, given)
+        print(told)
         return None
     source = _given(chosen) if chosen.model else _default(chosen)
     texts, stamps = _data(chosen), fingerprints.stamps(source)

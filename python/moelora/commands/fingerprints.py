@@ -8,6 +8,7 @@ from pathlib import Path
 
 import xxhash
 
+from moelora.disk import below
 from moelora.errors import MoeloraError
 
 PIECE = 1 << 22
@@ -42,7 +43,7 @@ def data(paths: Iterable[str | Path]) -> dict[str, str]:
     """Digests of data files, and of all files in those that are directories."""
     found: list[Path] = []
     for path in map(Path, paths):
-        found += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        found += below(path) if path.is_dir() else [path]
     return files(found)
 
 

@@ -119,7 +119,9 @@ def main(explicit: dict) -> None:
     print(f"         of some layers only: {_some_layers(outline)}")
     if told := unconverted(outline):
         print(f"         {told}")
-    print("\n".join(memory_lines(outline, base(directory, config, found), plan)))
+    with checkpoints.computing(directory):
+        lines = memory_lines(outline, base(directory, config, found), plan)
+    print("\n".join(lines))
     if explicit["measure"]:
         experts, rest = found.seconds()
         threads = torch.get_num_threads()

@@ -396,8 +396,28 @@ def check_texts(explicit: dict[str, Any]) -> None:
             flag = "--" + name.replace("_", "-")
             raise MoeloraError(f"{flag} is empty, expected a path (leave {flag} out for the default)")
     for name in ("prompt", "field"):
-        if any(0xD800 <= ord(character) < 0xE000 for character in explicit.get(name) or ""):
-            raise MoeloraError(f"--{name} is no UTF-8 text")
+        check_text(explicit.get(name), f"--{name}")
+
+
+def check_text(text: str | None, what: str) -> None:
+    """Raises: MoeloraError for text with bytes in it that are no UTF-8."""
+    if any(0xD800 <= ord(character) < 0xE000 for character in text or ""):
+        raise MoeloraError(f"{what} is no UTF-8 text")
+
+
+def check_places(explicit: dict[str, Any]) -> None:
+    """Raises: MoeloraError for a command's argument that is empty, as an unset variable makes it: it would
+    stand for the current directory.
+    """
+    for name in ("model_dir", "adapter", "out", "name"):
+        value = explicit.get(name)
+        if isinstance(value, str) and not value.strip():
+            raise MoeloraError(f"{name.upper()} is empty, expected a path")
+
+
+def _words(value: Any) -> str:
+    """An option's value as it stands on a command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def extended(explicit: dict[str, Any], recorded: dict[str, Any]) -> bool:
@@ -417,8 +437,10 @@ def settle(explicit: dict[str, Any], recorded: dict[str, Any] | None = None) -> 
             if extended({name: value}, recorded):
                 continue
             flag = "--" + name.replace("_", "-")
+            unset = recorded[name] is None or recorded[name] == []
+            before = f"without {flag}" if unset else f"with {flag} {_words(recorded[name])}"
             raise MoeloraError(
-                f"the run to resume was started with {flag} {recorded[name]}, got {value}: leave {flag} out"
+                f"the run to resume was started {before}, got {_words(value)}: leave {flag} out"
             )
     kept = {
         name: value for name, value in recorded.items() if name in DEFAULTS and name not in FREE_ON_RESUME

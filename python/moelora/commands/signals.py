@@ -15,6 +15,7 @@ from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
 SAVING = getattr(signal, "SIGUSR1", None)  # Windows has none
+PIPE = getattr(signal, "SIGPIPE", 13)
 
 
 class Stopped(KeyboardInterrupt):
