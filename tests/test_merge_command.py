@@ -148,7 +148,8 @@ def test_packed_in_its_own_format(dense, tmp_path, capsys, kind):
 def test_zero_points_stay(dense, tmp_path):
     """int4 with zero points, as a model of AWQ's saves it, is packed with zero points again."""
     base, out = tmp_path / "base", tmp_path / "out"
-    assert main(["quantize", str(dense("qwen3_moe")), str(base), *"--format int4 --group-size 32".split()]) == 0
+    pack = ["--format", "int4", "--group-size", "32"]
+    assert main(["quantize", str(dense("qwen3_moe")), str(base), *pack]) == 0
     path, plain = next(base.glob("*.safetensors")), AutoModelForCausalLM.from_pretrained(dense("qwen3_moe"))
     there = load_file(path)
     names = [name for name, _ in plain.named_parameters() if "experts" in name]
