@@ -16,10 +16,12 @@ from finetune_tiny import (
     model_dir,  # noqa: F401  (a fixture)
 )
 from model_tiny import adapt, build, one_thread, tokens  # noqa: F401  (one_thread is autouse)
-from moelora import MoeloraError, checkpoints
+from moelora import MoeloraError, checkpoints, standin
 from moelora.__main__ import main
 from moelora.commands import finite, reloading, threads
 from safetensors.torch import load_file
+
+from torch_moelora import formats
 
 NAN, INF = float("nan"), float("inf")
 DOWN = "model.layers.1.mlp.experts.2.down_proj.weight"
@@ -52,6 +54,23 @@ def test_weights(dtype):
     with torch.no_grad():
         model.lm_head.weight[0, :3] = torch.tensor([INF, -INF, NAN])
     with pytest.raises(MoeloraError, match=r"in here are not finite: lm_head.weight has 1 NaN and 2 Inf"):
+        _check(model)
+
+
+@pytest.mark.parametrize(
+    ("form", "part", "nan"), [("fp8", "codes", 0xFF), ("fp8", "scale", NAN), ("nvfp4", "scale", 0x7F),
+    ("mxfp4", "scale", 0xFF), ("int8", "scale", INF)],
+)  # fmt: skip
+def test_packed_weights(form, part, nan):
+    model = torch.nn.Module()
+    packed = formats.quantize(torch.randn(2, 64, 128), form)
+    standin.install(model, "experts", packed, torch.bfloat16, "here")
+    _check(model)
+    tensor = getattr(packed, part)
+    flat = (tensor if tensor.element_size() > 1 else tensor.view(torch.uint8)).view(-1)
+    flat[-1] = nan
+    what = "1 Inf" if nan == INF else "1 NaN"
+    with pytest.raises(MoeloraError, match=f"not finite: experts_packed.{part} has {what} among"):
         _check(model)
 
 

@@ -287,6 +287,28 @@ def test_another_default_dtype(dtype):
     assert {n: float(s) for n, s in map(str.split, done.stdout.splitlines())} == expected
 
 
+def test_zero_points():
+    """Groups away from zero use all 16 codes; zero is a code; no other code is nearer."""
+    w = torch.randn(2, 6, 256, generator=generator()) + torch.tensor([0.0, 1.5]).view(2, 1, 1)
+    w[0, 0], w[0, 1] = 0, -torch.rand(256, generator=generator()) - 3
+    packed = formats.quantize(w, "int4", 32, zeros=True)
+    back = packed.dequantize(FP32)
+    assert packed.zero.dtype == U8 and packed.zero.shape == packed.scale.shape == (2, 6, 8)
+    assert (back[0, 0] == 0).all() and (packed.zero[0, 1] == 15).all()
+    groups = w.unflatten(2, (-1, 32))
+    used = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
+    assert torch.allclose(packed.scale[used > 0], used[used > 0] / 15)
+    for code in range(16):
+        other = packed._replace(codes=torch.full_like(packed.codes, code * 17)).dequantize(FP32)
+        assert ((back - w).abs() <= (other - w).abs() * (1 + 1e-5)).all()
+    error, plain = (
+        (formats.quantize(w, "int4", 32, zeros=zeros).dequantize(FP32) - w).norm() for zeros in (True, False)
+    )
+    assert error < 0.8 * plain
+    with pytest.raises(RuntimeError, match="weight must be finite"):
+        formats.quantize(w / 0, "int4", 32, zeros=True)
+
+
 W = torch.randn(2, 3, 96)
 QUANTIZE_ERRORS = {
     "format must be dense, nf4, fp4, int4, mxfp4, nvfp4, int8 or fp8, got nf5": (W, "nf5"),
@@ -297,6 +319,7 @@ QUANTIZE_ERRORS = {
     "weight must have E, N and K of at least 1, got [2, 0, 96]": (W[:, :0], "int8"),
     "weight must be finite, got an infinity or a NaN": (W / 0, "fp8"),
     "nested must be False when format is int4, got True": (W, "int4", None, True),
+    "zeros must be False when format is int8, got True": (W, "int8", None, False, True),
     "group_size must be a power of 2 of at least 32 that divides K=96, got 64": (W, "nf4"),
     "group_size must be a power of 2 of at least 32 that divides K=96, got 96": (W, "nf4", 96),
     "group_size must be a power of 2 of at least 32 that divides K=96, got 0": (W, "fp4", 0),

@@ -42,7 +42,9 @@ def test_the_estimate_is_near_the_measured_peak(tmp_path):
     assert main([*made, "--threads", "1"]) == 0
     (tmp_path / "text.txt").write_text(TEXT * 3)
     asked = [*MOELORA, "inspect", str(base), *STEP, "--tokens", "2048", "--no-measure"]
-    told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(asked, capture_output=True, text=True, check=True)
+    assert not done.stderr
+    told = done.stdout
     estimate = float(re.search(r"memory +([\d.]+) GB at the peak", told).group(1)) * 1e9
     tune = [*MOELORA, "finetune", "--model", str(base), "--data", str(tmp_path / "text.txt"), *STEP]
     tune += ["--output", str(tmp_path / "out"), "--batch-size", "8", "--steps", "2", "--eval-rows", "1"]

@@ -145,6 +145,37 @@ def test_packed_in_its_own_format(dense, tmp_path, capsys, kind):
     assert "nf4, groups of 64" in told and layout.linears.format == "nf4"
 
 
+def test_zero_points_stay(dense, tmp_path):
+    """int4 with zero points, as a model of AWQ's saves it, is packed with zero points again."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    pack = ["--format", "int4", "--group-size", "32"]
+    assert main(["quantize", str(dense("qwen3_moe")), str(base), *pack]) == 0
+    path, plain = next(base.glob("*.safetensors")), AutoModelForCausalLM.from_pretrained(dense("qwen3_moe"))
+    there = load_file(path)
+    names = [name for name, _ in plain.named_parameters() if "experts" in name]
+    for name in names:
+        skewed = plain.get_parameter(name).detach().float() + 0.05
+        there |= packed_layout.tensors(name, formats.quantize(skewed, "int4", 32, zeros=True))
+    save_file(there, path, {"format": "pt"})
+    adapter = adapt(dense("qwen3_moe"), tmp_path / "adapter", target_parameters=EXPERTS[1:])
+    assert main(["merge", str(base), str(adapter), str(out)]) == 0
+    choice, now = packed_layout.Choice.of("int4", 32), tensors(out)
+    changed = merged(dense("qwen3_moe"), adapter, torch.float32)
+    for name in names:
+        packed = weight(base, name, choice)
+        if "gate_up" in name:
+            assert now[f"{name}.zero"].equal(there[f"{name}.zero"])
+            continue
+        wanted = packed + changed.get_parameter(name).detach() - plain.get_parameter(name).detach().float()
+        expected = formats.quantize(wanted, "int4", 32, zeros=True).dequantize(torch.float32)
+        found = weight(out, name, choice)
+        assert (found - expected).norm() / expected.norm() < 1e-3
+        symmetric = formats.quantize(wanted, "int4", 32).dequantize(torch.float32)
+        assert (found - wanted).norm() < 0.8 * (symmetric - wanted).norm()
+    tokens = torch.arange(16)[None]
+    assert moelora.from_pretrained(out)(tokens).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
 def test_what_was_tuned_packed_is_what_is_merged(dense, tmp_path, kind):
     """quantise → adapter on the packed base → merge → plain transformers: the same logits."""

@@ -404,7 +404,7 @@ def nested_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def quantize(
-    weight: Tensor, format: str, group_size: int | None = None, nested: bool = False
+    weight: Tensor, format: str, group_size: int | None = None, nested: bool = False, zeros: bool = False
 ) -> PackedWeight:
     """Packs a weight, each number rounded to the nearest that its format has at its group's scale.
 
@@ -420,22 +420,27 @@ def quantize(
         group_size: G; None for 64 (nf4, fp4), 128 (int4; fp8: blocks of 128 × 128), 32 (mxfp4), 16 (nvfp4) or
             the row (int8). 0 is the row for int4, int8 and fp8.
         nested: 8-bit scales with scales of their own; nf4 and fp4.
+        zeros: int4 with zero points: the 16 codes from the least number of the group to the largest.
 
     Returns:
         Contiguous tensors on weight's device, not transposed.
 
     Raises:
         RuntimeError: an unknown format, a weight of another shape or dtype or that is not finite, a group
-            size that the format does not have or that does not divide K, `nested` of another format.
+            size that the format does not have or that does not divide K, `nested` or `zeros` of another
+            format.
     """
     row = lookup("quantize", format)
-    quantizers.check(row, weight, group_size, nested)
+    quantizers.check(row, weight, group_size, nested, zeros)
     if row.bits is None:
         quantizers.check_finite(weight)
         return PackedWeight(weight)
     group = row.groups.default if group_size is None else group_size
     if row.groups.kind != "grid":  # whose rules tell a row from a block that is as long
         group = group or weight.shape[2]
+    if zeros:
+        codes, scale, zero = quantizers.integers_with_zeros(row, weight, group)
+        return PackedWeight(codes, scale, None, zero, format)
     nested_codes = nested_values(weight.device) if nested else None
     codes, scale, scale2 = row.rounding(row, weight, group, nested_codes)
     return PackedWeight(codes, scale, scale2, None, format)

@@ -31,7 +31,7 @@ PIECE = 1 << 17
 Parts = tuple[Tensor, Tensor, Tensor | None]
 
 
-def check(row: Format, weight: Tensor, group_size: int | None, nested: bool) -> None:
+def check(row: Format, weight: Tensor, group_size: int | None, nested: bool, zeros: bool) -> None:
     """Raises RuntimeError for what `formats.quantize` does not take."""
 
     def require(condition: bool, message: str) -> None:
@@ -45,6 +45,7 @@ def check(row: Format, weight: Tensor, group_size: int | None, nested: bool) -> 
         not nested or row.nested,
         f"nested must be False when format is {row.name}, got True",
     )
+    require(not zeros or row.zero, f"zeros must be False when format is {row.name}, got True")
     groups, k = row.groups, weight.shape[2]
     if groups is None:
         require(group_size is None, f"group_size must be None when format is {row.name}, got {group_size}")
@@ -233,6 +234,23 @@ def integers(row: Format, weight: Tensor, group: int, nested_codes: None) -> Par
         codes[e, start:stop] = _packed(row, code) if row.bits == 4 else code
 
     return codes, scales, None
+
+
+def integers_with_zeros(row: Format, weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """int4 from a group's least number, or 0, to its largest: codes, scale, and the code of 0."""
+    codes, scales = _codes(row, weight), _room(weight, group, torch.float32)
+    zeros, most = _room(weight, group, torch.uint8), 2**row.bits - 1
+
+    for e, start, stop in _pieces(weight):
+        groups = weight[e, start:stop].float().unflatten(1, (-1, group))
+        _absmax(groups)  # they are finite
+        least = groups.amin(-1).clamp_(max=0)
+        scales[e, start:stop] = scale = _or_one((groups.amax(-1).clamp_(min=0) - least) / most)
+        zeros[e, start:stop] = zero = (-least / scale).round_().clamp_(0, most)
+        code = (groups / scale.unsqueeze(2)).round_().add_(zero.unsqueeze(2)).clamp_(0, most)
+        codes[e, start:stop] = _packed(row, code.flatten(1).to(torch.uint8))
+
+    return codes, scales, zeros
 
 
 def exponents(row: Format, weight: Tensor, group: int, nested_codes: None) -> Parts:

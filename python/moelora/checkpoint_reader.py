@@ -26,7 +26,7 @@ from moelora.matrices import checked, need
 from moelora.model_names import Names, configuration, oriented, outline
 from moelora.packed_layout import Choice, Layout
 from moelora.shards import Stored
-from torch_moelora.formats import NESTED_RUN, PackedWeight
+from torch_moelora.formats import FORMATS, NESTED_RUN, PackedWeight
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GPT_OSS = "mxfp4"  # the "quant_method" of its own checkpoints
@@ -151,8 +151,9 @@ class Source:
         if method == GPT_OSS:
             return Layout(Choice.of("mxfp4"))
         raise MoeloraError(
-            f"{self.directory} is quantised by {method}, expected a dense checkpoint, one of "
-            f"`python -m moelora quantize` or gpt-oss's own: save it dequantised first"
+            f"{self.directory} is quantised by {method}, expected a dense checkpoint, one of ours or "
+            f"gpt-oss's own: moelora.from_pretrained(DIR).save_pretrained(OUT) writes one of ours, "
+            "with the same codes"
         )
 
     def _sort(self, tensors: dict[str, Stored]) -> None:
@@ -161,10 +162,13 @@ class Source:
         dense: dict[str, dict[str | None, dict[str, Stored]]] = {}
         packed: dict[str, dict[str, Stored]] = {}
         for disk in sorted(tensors, key=natural):
-            if self.layout is not None and (split := packed_layout.split(disk)) and split[0] in own:
-                packed.setdefault(split[0], {})[split[1]] = tensors[disk]
-                found.add(split[0])
-                continue
+            if self.layout is not None and (split := packed_layout.split(disk)):
+                # transformers, which saves a model, may rename what is around the experts.
+                name = split[0] if split[0] in own else self.names.model_name(split[0])[0]
+                if name in own:
+                    packed.setdefault(name, {})[split[1]] = tensors[disk]
+                    found.add(name)
+                    continue
             name, pattern = self.names.model_name(disk)
             found.add(name)
             if name in self.experts or (name in self.linears and pattern is None):
@@ -219,7 +223,9 @@ class Source:
         found = checked(where, packed_layout.packed(choice, metas))
         multipliers = 1 if choice.nested or found.scale2 is None else found.scale2.shape[1]
         expected = packed_layout.specs(choice, shape, multipliers)
-        for part in sorted({*expected, *parts} - {"zero"}):
+        # A grid of scales may be another one, as of other projects' files: that it is one has been checked.
+        free = {"zero"} | ({"scale"} if FORMATS[choice.format].groups.kind == "grid" else set())
+        for part in sorted({*expected, *parts} - free):
             wanted = list(expected[part][1]) if part in expected else "nothing"
             came = list(parts[part].spec.shape) if part in parts else "nothing"
             if came != wanted:

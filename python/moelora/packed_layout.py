@@ -150,11 +150,11 @@ def packed(choice: Choice, parts: dict[str, Tensor]) -> PackedWeight:
 
 
 def specs(
-    choice: Choice, shape: tuple[int, int, int], parts: int = 1
+    choice: Choice, shape: tuple[int, int, int], parts: int = 1, zeros: bool = False
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Suffix → (dtype, shape) of what `torch_moelora.formats.quantize` makes of a weight [E, N, K].
 
-    parts: P, how many multipliers an expert has where the format has them.
+    parts: P, how many multipliers an expert has where the format has them. zeros: with zero points.
     """
     experts, n, k = shape
     row = FORMATS[choice.format]
@@ -168,4 +168,6 @@ def specs(
         found["scale2"] = (torch.float32, (-(-experts * n * (k // group) // NESTED_RUN), 2))
     elif row.scale2 == "parts":
         found["scale2"] = (torch.float32, (experts, parts))
+    if zeros:
+        found["zero"] = (torch.uint8, scale)
     return found

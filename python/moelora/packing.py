@@ -217,13 +217,17 @@ class Cast:
 
 
 class Packed:
-    """A weight, packed, with what is added to it before; read back from the file and compared."""
+    """A weight, packed, with what is added to it before; read back from the file and compared.
+
+    With zero points where it had some and is packed as it was.
+    """
 
     def __init__(self, weight: Weight, choice: Choice, delta: Delta | None = None):
         self._weight, self._choice = weight, choice
         self._changed = _Changed(weight, delta)
         self._blocks = Blocks.of(weight.shape, choice)
-        found = packed_layout.specs(choice, weight.shape, self._blocks.parts)
+        self._zeros = isinstance(weight, PackedSource) and weight.choice == choice and "zero" in weight.parts
+        found = packed_layout.specs(choice, weight.shape, self._blocks.parts, self._zeros)
         self._parts = {part: Spec(*spec) for part, spec in found.items()}
         self.specs = {f"{weight.name}.{part}": spec for part, spec in self._parts.items()}
 
@@ -260,7 +264,7 @@ class Packed:
         for block, base, delta in self._changed.each(i, self._blocks, factors):
             values = base if delta is None else base + delta
             try:
-                packed = formats.quantize(values, self._choice.format, group)
+                packed = formats.quantize(values, self._choice.format, group, zeros=self._zeros)
             except RuntimeError as error:
                 raise MoeloraError(f"{self._weight.name} cannot be packed: {error}") from None
             for part, tensor in zip(packed_layout.PARTS, packed[:4], strict=True):

@@ -10,28 +10,44 @@ import torch
 from torch import Tensor, nn
 
 from moelora.errors import MoeloraError
-from moelora.standin import StandIn
+from moelora.standin import Packed, StandIn
 
+E8M0 = torch.float8_e8m0fnu
+# Floats of a byte → what tells a NaN of theirs: (mask, bits). They have no infinities.
+_NANS = {torch.float8_e4m3fn: (0x7F, 0x7F), E8M0: (0xFF, 0xFF)}
 PIECE = 1 << 15  # elements: torch's grain of parallel work
 
 
 def whole(tensor: Tensor) -> bool:
     """Whether every element is finite. A sum settles it in one pass unless it overflows itself."""
+    if tensor.dtype in _NANS:
+        return not bool(_byte_nans(tensor).any())
     return tensor.numel() == 0 or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def _byte_nans(tensor: Tensor) -> Tensor:
+    mask, bits = _NANS[tensor.dtype]
+    return tensor.view(torch.uint8).bitwise_and(mask) == bits
 
 
 def weights(model: nn.Module) -> list[tuple[str, Tensor]]:
     """(name, tensor) of the parameters and buffers of a base that are to be finite.
 
-    Of packed weights these are the scales, which are buffers: one-byte floats are codes.
+    Of packed weights these are the scales and, in fp8, the codes: both are buffers.
     """
+    exponents = {
+        f"{name}.scale"
+        for name, module in model.named_modules()
+        if isinstance(module, Packed) and module.format == "mxfp4"
+    }
+    named = [*model.named_parameters(), *model.named_buffers()]
+    found = [
+        (name, tensor.detach().view(E8M0) if name in exponents else tensor.detach())
+        for name, tensor in named
+        if not isinstance(tensor, StandIn) and not tensor.is_meta
+    ]
     return [
-        (name, tensor.detach())
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        if not isinstance(tensor, StandIn)
-        and not tensor.is_meta
-        and tensor.is_floating_point()
-        and tensor.element_size() > 1
+        (name, t) for name, t in found if t.is_floating_point() and (t.element_size() > 1 or t.dtype in _NANS)
     ]
 
 
@@ -48,7 +64,10 @@ def check_weight(name: str, tensor: Tensor, where: object, over: Callable[[], bo
 
 
 def _counts(tensor: Tensor) -> str:
-    nans, infs = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    if tensor.dtype in _NANS:
+        nans, infs = int(_byte_nans(tensor).sum()), 0
+    else:
+        nans, infs = int(tensor.isnan().sum()), int(tensor.isinf().sum())
     found = [f"{count} {what}" for count, what in ((nans, "NaN"), (infs, "Inf")) if count]
     return f"{' and '.join(found)} among {tensor.numel():,} elements"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
@@ -40,7 +42,9 @@ def adapt(
     )
     kind = type(model).__name__
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise MoeloraError(f"PEFT cannot adapt {kind}: {one_line(error)}") from None
     found = adapted.base_model.targeted_module_names
