@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ from model_tiny import (
     build,
     one_thread,  # noqa: F401  (autouse)
 )
+from moelora import checkpoints
 from moelora.__main__ import main
-from moelora.commands import config, default_model, options, plan, training
+from moelora.commands import config, default_model, lora, options, plan, training
 from peft import PeftConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 
@@ -291,6 +293,39 @@ def test_chat_with_what_has_no_answer(model_dir, tmp_path, capsys, monkeypatch):
         assert main(command) == 2
         assert "cannot load what the model computes from" in capsys.readouterr().err
     assert "--system is no UTF-8 text" in fails(["chat", str(model_dir), "--system", "a\udcff"], capsys)
+
+
+def test_chat_with_a_damaged_adapter(model_dir, tmp_path, capsys, monkeypatch):  # noqa: F811
+    whole = tmp_path / "whole"
+    lora.adapt(checkpoints.load(model_dir, "float32")[0], 2, 4, "both", []).save_pretrained(whole)
+    tensors = load_file(whole / "adapter_model.safetensors")
+    first = min(tensors)
+    settings = json.loads((whole / "adapter_config.json").read_text())
+    damages = {
+        "have no tensor in it": {name: t for name, t in tensors.items() if name != first},
+        "tensors have no place": tensors | {first.replace("layers.0", "layers.9"): tensors[first].clone()},
+        f"has NaN or Inf in {first}": tensors | {first: torch.full_like(tensors[first], torch.nan)},
+        "cannot load": [],
+        f"onto {model_dir}": settings | {"lora_alpha": None},
+    }
+    for number, (told, damage) in enumerate(damages.items()):
+        directory = shutil.copytree(whole, tmp_path / str(number))
+        if told.startswith(("cannot", "onto")):
+            (directory / "adapter_config.json").write_text(json.dumps(damage))
+        else:
+            save_file(damage, directory / "adapter_model.safetensors")
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+        capsys.readouterr()
+        assert main(["chat", str(model_dir), str(directory), "--tokens", "2"]) == 2
+        error = capsys.readouterr().err
+        assert told in error and error.count("error:") == 1, error
+        assert main(["merge", str(model_dir), str(directory), str(tmp_path / "merged")]) == 2
+        assert not (tmp_path / "merged").exists()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    assert main(["chat", str(model_dir), str(whole), "--tokens", "2"]) == 0
+    with pytest.raises(SystemExit):
+        main(["chat", str(model_dir), "--temperature", "1e-300"])
+    assert "expected 0 or a number of at least 0.001" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

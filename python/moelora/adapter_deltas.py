@@ -119,7 +119,7 @@ def deltas(directory: Path, outline: PreTrainedModel) -> dict[str, Delta]:
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         kind = type(outline).__name__
         raise MoeloraError(f"the adapter in {directory} does not fit {kind}: {one_line(error)}") from None
-    tensors = _tensors(directory, model)
+    tensors = tensors_of(directory, model)
     found: dict[str, Delta] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
@@ -130,11 +130,22 @@ def deltas(directory: Path, outline: PreTrainedModel) -> dict[str, Delta]:
     return found
 
 
-def _tensors(directory: Path, model: PeftModel) -> dict[str, Tensor | Stored]:
-    """Those of the adapter's file, by the names that PEFT's model has for them."""
-    stored = shards.stored(directory / FILE)
+def tensors_of(directory: Path, model: PeftModel) -> dict[str, Tensor | Stored]:
+    """LoRA's tensors of the adapter's file, by the names that PEFT's model has for them.
+
+    Raises: MoeloraError if one is missing, has no place in the model, or is not finite.
+    """
+    found = _named_as_in(model, directory)
+    for name, tensor in found.items():
+        if not bool((tensor.read() if isinstance(tensor, Stored) else tensor).isfinite().all()):
+            raise MoeloraError(f"the adapter in {directory} has NaN or Inf in {name}")
+    return found
+
+
+def _named_as_in(model: PeftModel, directory: Path) -> dict[str, Tensor | Stored]:
+    stored = {key: t for key, t in shards.stored(directory / FILE).items() if ".lora_" in key}
     own = {key for key in get_peft_model_state_dict(model, save_embedding_layers=False) if ".lora_" in key}
-    if {key for key in stored if ".lora_" in key} == own:
+    if set(stored) == own:
         return stored
     # A matrix for each expert, as models have had them before: PEFT stacks them, in memory.
     try:

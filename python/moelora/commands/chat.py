@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
     LogitsProcessor,
@@ -20,7 +19,7 @@ from transformers import (
 )
 
 import moelora
-from moelora import checkpoints
+from moelora import adapter_deltas, checkpoints
 from moelora.commands import options
 from moelora.errors import MoeloraError, one_line
 
@@ -66,9 +65,15 @@ def load(directory: Path, adapter: str | None, dtype: str) -> tuple[torch.nn.Mod
             PeftConfig.from_pretrained(adapter)  # before the base, which may take minutes
             if (Path(adapter) / "tokenizer_config.json").exists():
                 tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
-            model = PeftModel.from_pretrained(checkpoints.load(directory, dtype)[0], adapter)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            base, _ = checkpoints.load(directory, dtype)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of missing tensors, which are told below
+                model = PeftModel.from_pretrained(base, adapter)
+        except MoeloraError:
+            raise
+        except Exception as error:  # whatever is in the files
             raise MoeloraError(f"cannot load {adapter} onto {directory}: {one_line(error)}") from None
+        adapter_deltas.tensors_of(Path(adapter), model)
     moelora.enable(model)
     checkpoints.check_runs(model, directory)
     return model.eval(), tokenizer

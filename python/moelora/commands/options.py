@@ -36,7 +36,17 @@ _SEED = _number(int, 0, "a whole number of at least 0", high=2**32 - 1)  # as fa
 _FROM_TWO = _number(int, 2, "a whole number of at least 2")
 _POSITIVE = _number(float, 0.0, "a number above 0", above=True)
 _NOT_NEGATIVE = _number(float, 0.0, "a number of at least 0")
+LEAST_TEMPERATURE = 1e-3
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "inverse_sqrt")
+
+
+def _temperature(text: str) -> float:
+    value = _NOT_NEGATIVE(text)
+    if 0 < value < LEAST_TEMPERATURE:  # logits over it overflow
+        raise argparse.ArgumentTypeError(
+            f"expected 0 or a number of at least {LEAST_TEMPERATURE:g}, got {text!r}"
+        )
+    return value
 
 
 def _fraction(text: str) -> float:
@@ -378,7 +388,7 @@ def _add_chat(commands: argparse._SubParsersAction) -> None:
     chat.add_argument("adapter", metavar="ADAPTER", nargs="?", help="an adapter of it (default: none)")
     for flag, default, kind, text in (
         ("--tokens", 200, _COUNT, "tokens in an answer, at most"),
-        ("--temperature", 0.8, _NOT_NEGATIVE, "0 takes the likeliest token each time"),
+        ("--temperature", 0.8, _temperature, "0 takes the likeliest token each time"),
         ("--seed", 0, _FROM_ZERO, "seed of the sampling"),
     ):
         chat.add_argument(flag, metavar="N", type=kind, default=default, help=f"{text} (default: {default})")
