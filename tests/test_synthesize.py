@@ -184,7 +184,7 @@ def test_refusals(config_dir, tmp_path, capsys):
         ([model, out, "--format", "int4"], "down_proj cannot be packed: K is 64, which int4, groups of 128"),
         ([model, out, "--format", "nf4", "--layers", "3"], "--layers is 3, expected at most the model's 2"),
         ([model, model, "--format", "nf4"], "is there already, and nothing is overwritten"),
-        ([model, " ", "--format", "nf4"], "OUT is ' ', expected the path of a directory"),
+        ([model, " ", "--format", "nf4"], "OUT is empty, expected a path"),
         ([model, out, "--format", "nf4", "--threads", "1000"], "--threads is 1000, expected at most"),
     ):
         assert expected in fails(["synthesize", *given], capsys)

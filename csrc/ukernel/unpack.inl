@@ -241,7 +241,7 @@ template <class U, ScaleType S>
 bool decode_scales(const moelora::ScaleArgs& given) {
   using V = typename U::V;
   const moelora::ScaleArgs args = given;
-  return read_scales<U, uint8_t>(args, [&args](const uint8_t* bytes, int64_t n) __attribute__((always_inline)) {
+  return read_scales<U, uint8_t>(args, [&](const uint8_t* bytes, int64_t n) __attribute__((always_inline)) {
     if constexpr (S == ScaleType::indexed) {
       float picked[V::lanes];
       for (int64_t j = 0; j < n; ++j) picked[j] = args.values[bytes[j]];

@@ -76,7 +76,7 @@ def held(
         _examine(out, {}, names)  # before anything is made
         if resume:
             raise MoeloraError(_NOTHING.format(out))
-    with writing(out / PRIVATE):
+    with writing(out):
         (out / PRIVATE).mkdir(parents=True, exist_ok=True)
     try:
         with _locked(out):
