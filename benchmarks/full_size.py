@@ -92,6 +92,7 @@ def stem(options: argparse.Namespace, machine: Machine) -> str:
     """Machine with its cores, instruction set, checkpoint, and what was made scarce."""
     fields = [slug(str(machine)), slug(machine.instruction_set), "full-size", _checkpoint(options)]
     fields += ["cold"] * options.cold + ([f"{options.less:g}-gb-less"] if options.less else [])
+    fields += [slug(options.tag)] if options.tag else []
     return "_".join(fields)
 
 
@@ -217,6 +218,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=1, help="sequences in a step")
     parser.add_argument("--steps", type=int, default=8, help="at least 3")
     parser.add_argument("--cold", action="store_true", help="drop the checkpoint from the page cache first")
+    parser.add_argument("--tag", metavar="WORDS", help="a part of the result files' names: what is tuned how")
     parser.add_argument("--less", type=float, default=0.0, metavar="GB", help="memory to keep away")
     parser.add_argument("rest", nargs="*", help="after --: options of `finetune`, such as --rank")
     options = parser.parse_args(argv)
