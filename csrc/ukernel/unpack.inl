@@ -192,10 +192,22 @@ template <class U, class T, class Read>
   sizes.add(V::load_n(to + i, n - i));
 }
 
+inline moelora::ScaleArgs in_one_row(moelora::ScaleArgs args, int64_t stride) {
+  args.n *= args.rows;
+  args.rows = 1;
+  args.stride = stride;
+  return args;
+}
+
 template <class U, class T, class Read>
-[[gnu::always_inline]] inline bool read_scales(const moelora::ScaleArgs& args, const Read& read) {
+[[gnu::always_inline]] inline bool read_scales(moelora::ScaleArgs args, const Read& read) {
   using V = typename U::V;
   typename U::Sizes sizes;
+  // Rows behind one another are one, and so are those of one scale each.
+  if (args.row_stride == args.n && args.stride == 1)
+    args = in_one_row(args, 1);
+  else if (args.n == 1)
+    args = in_one_row(args, args.row_stride);
   const T* from = static_cast<const T*>(args.from);
   const bool side_by_side = args.stride == 1;
   if (side_by_side && (args.rows == 1 || args.n % V::lanes == 0)) {
