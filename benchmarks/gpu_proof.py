@@ -91,6 +91,8 @@ def make_steps(folder: Path) -> Iterator[Step]:
         if shape == FIRST:
             command = _benchmark(folder, shape, "ours", "--operators", "--tokens", "4096")
             yield Step(f"operators {shape}", command, 60)
+            command = _benchmark(folder, shape, "ours", "--format", "all", "--tokens", "512,4096")
+            yield Step(f"formats {shape}", command, 120)
     for kind in ("dense", "nf4"):
         command = (
             sys.executable,

@@ -7,11 +7,12 @@ import dataclasses
 import problems
 import pytest
 import torch
-from cases import BF16, FP16, FP32, ROWS, Case
+from cases import BF16, FP16, FP32, PACKED, ROWS, Case
+from packings import NAMES, Packing
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from torch_moelora import functional, nn, reference
+from torch_moelora import formats, functional, nn, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
@@ -31,10 +32,18 @@ def moved(t: Tensor) -> Tensor:
     return whole.to(DEVICE).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
+def moved_packed(w: formats.PackedWeight) -> formats.PackedWeight:
+    return w._replace(**{k: moved(v) for k, v in w._asdict().items() if isinstance(v, Tensor)})
+
+
 def build(case: Case) -> problems.Problem:
     p = problems.build(case)
     tensors = {f.name: getattr(p, f.name) for f in dataclasses.fields(p)}
-    return dataclasses.replace(p, **{k: moved(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+    found = {k: moved(v) for k, v in tensors.items() if isinstance(v, Tensor)}
+    packed = p.packed and moved_packed(p.packed)
+    return dataclasses.replace(
+        p, **found | ({} if packed is None else {"packed": packed, "weight": packed.codes})
+    )
 
 
 def calls(p: problems.Problem) -> dict[str, tuple]:
@@ -51,7 +60,7 @@ def calls(p: problems.Problem) -> dict[str, tuple]:
         else args
         | {
             "scatter_lora_dab": p.dab_args(),
-            "scatter_lora_backward": p.backward_args(),
+            "scatter_lora_backward": (*p.backward_args(), True, *p.packed_args),
         }
     )
 
@@ -85,7 +94,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("case", ROWS, ids=lambda case: case.reason)
+@pytest.mark.parametrize("case", (*ROWS, *PACKED), ids=lambda case: case.reason)
 def test_rows(case):
     check(case)
 
@@ -114,6 +123,48 @@ def test_layers_in_other_dtypes(layer, dtype, monkeypatch):
     check(layer.with_(dtype=dtype, lora="same", experts=8, tokens=256 * 8 // layer.top_k, rank=16))
 
 
+def packing_of(name: str, transposed: bool = False) -> Packing:
+    """As checkpoints have it."""
+    row = formats.FORMATS[name]
+    group = row.groups.default
+    return Packing(name, group, row.scale_dtypes[0], rows="block", zero=bool(row.zero), transposed=transposed)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["as_it_is", "turned"])
+@pytest.mark.parametrize("rows", [4, 256])
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_layers(name, rows, transposed):
+    packing = packing_of(name, transposed)
+    check(
+        LAYERS["gate_up of Qwen3-30B-A3B"].with_(
+            dtype=BF16, experts=16, tokens=rows * 2, rank=16, packing=packing
+        ),
+        "scatter_lora",
+        "scatter_lora_dx",
+        "scatter_lora_backward",
+    )
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_quantised_here_as_on_the_cpu(name, nested):
+    """Codes and scales are the same bits, and so is what they stand for; the mean of nested scales is summed
+    in another order.
+    """
+    if nested and not formats.FORMATS[name].nested:
+        return
+    weight = torch.randn(3, 256, 384, generator=torch.Generator().manual_seed(0)).to(BF16)
+    here, there = (formats.quantize(w, name, nested=nested) for w in (weight, weight.to(DEVICE)))
+    if nested:
+        torch.testing.assert_close(there.scale2.cpu(), here.scale2, rtol=1e-6, atol=1e-6)
+        there = there._replace(scale2=here.scale2.to(DEVICE))
+    for a, b in zip(here[:4], there[:4], strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert torch.equal(a.view(torch.uint8), b.cpu().view(torch.uint8))
+    assert torch.equal(here.dequantize(BF16), there.dequantize(BF16).cpu())
+
+
 def test_tf32_where_torch_allows_it(monkeypatch):
     """More than fp32's error, less than TF32's bound: the switch is obeyed, both ways."""
     case = LAYERS["gate_up of Qwen3-30B-A3B"].with_(dtype=FP32, lora="same", experts=8, tokens=256, rank=16)
@@ -131,6 +182,7 @@ SAME_BITS = {
     "bf16": EVERYTHING.with_(tokens=3000, k=512, n=384, rank=16, routing="few_experts"),
     "fp16": EVERYTHING.with_(tokens=700, k=520, n=392, dtype=FP16, gates="none"),
     "fp32": EVERYTHING.with_(tokens=500, dtype=FP32, lora="same", gates="same", routing="sentinels"),
+    "nf4": EVERYTHING.with_(tokens=900, k=512, n=384, packing=packing_of("nf4")),
 }
 
 
@@ -147,6 +199,12 @@ def test_small_everything():
     check(EVERYTHING.with_(gates="none", y_grouped=True, weight_layout="transposed", routing="sentinels"))
     check(EVERYTHING.with_(k=70, n=91, x_grouped=True, gates="none"))
     check(EVERYTHING.with_(dtype=FP32, lora="same", gates="same"))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["as_it_is", "turned"])
+@pytest.mark.parametrize("name", NAMES)
+def test_small_packed(name, transposed):
+    check(EVERYTHING.with_(k=384, n=256, packing=packing_of(name, transposed)))
 
 
 MALFORMED = {

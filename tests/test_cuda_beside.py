@@ -24,7 +24,7 @@ def results(b: beside.Bench, computes: list, device) -> list[torch.Tensor]:
     for layer in b.layers:
         for leaf in layer.leaves:
             leaf.grad = None
-    out = x = b.x.to(device).requires_grad_()
+    out = x = b.x.detach().to(device).requires_grad_()
     for compute in computes:
         out = compute(out, b.ids.to(device), b.gates.to(device))
     out.backward(torch.ones_like(out))

@@ -86,6 +86,11 @@ def _absmax(groups: Tensor) -> Tensor:
     return absmax
 
 
+def _divided(values: Tensor, number: float) -> Tensor:
+    """values / number, rounded once on every device: CUDA multiplies by a number's reciprocal."""
+    return values / torch.full((), number, dtype=values.dtype, device=values.device)
+
+
 def _or_one(scale: Tensor) -> Tensor:
     """1 for a group of zeros, or of numbers too small for a scale."""
     return torch.where(scale == 0, 1.0, scale)
@@ -227,7 +232,7 @@ def integers(row: Format, weight: Tensor, group: int, nested_codes: None) -> Par
 
     for e, start, stop in _pieces(weight):
         groups = weight[e, start:stop].float().unflatten(1, (-1, group))
-        scales[e, start:stop] = scale = _or_one(_absmax(groups) / most)
+        scales[e, start:stop] = scale = _or_one(_divided(_absmax(groups), most))
         code = (
             (groups / scale.unsqueeze(2)).round_().add_(middle).clamp_(low, high).flatten(1).to(row.storage)
         )
@@ -245,7 +250,7 @@ def integers_with_zeros(row: Format, weight: Tensor, group: int) -> tuple[Tensor
         groups = weight[e, start:stop].float().unflatten(1, (-1, group))
         _absmax(groups)  # they are finite
         least = groups.amin(-1).clamp_(max=0)
-        scales[e, start:stop] = scale = _or_one((groups.amax(-1).clamp_(min=0) - least) / most)
+        scales[e, start:stop] = scale = _or_one(_divided(groups.amax(-1).clamp_(min=0) - least, most))
         zeros[e, start:stop] = zero = (-least / scale).round_().clamp_(0, most)
         code = (groups / scale.unsqueeze(2)).round_().add_(zero.unsqueeze(2)).clamp_(0, most)
         codes[e, start:stop] = _packed(row, code.flatten(1).to(torch.uint8))
@@ -281,10 +286,10 @@ def two_levels(row: Format, weight: Tensor, group: int, nested_codes: None) -> P
         matrix = weight[expert : expert + 1]
         for _, start, stop in _pieces(matrix):
             absmax[start:stop] = _absmax(matrix[0, start:stop].unflatten(1, (-1, group)))
-        multipliers[expert] = multiplier = _or_one(absmax.max() / (MOST_E2M1 * MOST_E4M3))
+        multipliers[expert] = multiplier = _or_one(_divided(absmax.max(), MOST_E2M1 * MOST_E4M3))
         for _, start, stop in _pieces(matrix):
             groups, most = matrix[0, start:stop].float().unflatten(1, (-1, group)), absmax[start:stop]
-            scale = (most / MOST_E2M1 / multiplier).clamp(LEAST_E4M3, MOST_E4M3).to(E4M3)
+            scale = (_divided(most, MOST_E2M1) / multiplier).clamp(LEAST_E4M3, MOST_E4M3).to(E4M3)
             scale = torch.where(most == 0, 1.0, scale.float()).to(E4M3)
             scaled = groups / (scale.float() * multiplier).unsqueeze(2)
             codes[expert, start:stop] = _packed(row, nearest(scaled).flatten(1))
@@ -311,7 +316,7 @@ def floats(row: Format, weight: Tensor, group: int, nested_codes: None) -> Parts
         absmax = torch.cat([_absmax(part) for part in parts(rows)], 1)
         if down > 1:
             absmax = torch.stack([some.amax(0) for some in absmax.split(down)])
-        scale = scales[e, start // down : -(-stop // down)] = _or_one(absmax / MOST_E4M3)
+        scale = scales[e, start // down : -(-stop // down)] = _or_one(_divided(absmax, MOST_E4M3))
         wide = scale.repeat_interleave(down, 0)[: len(rows)].split(whole // width, 1)
         for part, factor, to in zip(parts(rows), wide, parts(codes[e, start:stop]), strict=True):
             code = (part / factor.unsqueeze(2)).clamp_(-MOST_E4M3, MOST_E4M3).to(E4M3)

@@ -71,7 +71,7 @@ def _nested(scale: Tensor, scale2: Tensor | None) -> Tensor:
     if scale.dtype != torch.uint8:
         return scale
     factor, offset = scale2[torch.arange(scale.numel()) // 256].unbind(1)
-    return (_dynamic_map()[scale.flatten().long()] * factor + offset).view(scale.shape)
+    return (_dynamic_map().to(scale.device)[scale.flatten().long()] * factor + offset).view(scale.shape)
 
 
 def _parts(scale2: Tensor, rows: int) -> Tensor:
@@ -83,7 +83,7 @@ def _cover(t: Tensor, sizes: tuple[int, int], block: int | None = None) -> Tenso
     """[E, r, c] → [E, rows, columns]: each element for what it covers, equal shares or blocks."""
     for dim, size in zip((1, 2), sizes, strict=True):
         count = t.shape[dim]
-        of = torch.arange(size)
+        of = torch.arange(size, device=t.device)
         t = t.index_select(dim, of // block if block and 1 < count < size else of * count // size)
     return t
 
@@ -99,8 +99,8 @@ _FP4 = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, 
 # weight_format → (codes → values, scale and scale2 → scales for [E, rows, ·], what a scale covers if not
 # equal shares), all in fp32.
 FORMATS = {
-    "nf4": (lambda codes: _NF4[_nibbles(codes, high_first=True)], _nested, None),
-    "fp4": (lambda codes: _FP4[_nibbles(codes, high_first=True)], _nested, None),
+    "nf4": (lambda codes: _NF4.to(codes.device)[_nibbles(codes, high_first=True)], _nested, None),
+    "fp4": (lambda codes: _FP4.to(codes.device)[_nibbles(codes, high_first=True)], _nested, None),
     "int4": (lambda codes: _nibbles(codes).float(), lambda scale, _: scale, None),
     "mxfp4": (lambda codes: _e2m1(_nibbles(codes)), lambda scale, _: _e8m0(scale), None),
     "nvfp4": (

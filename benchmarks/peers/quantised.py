@@ -128,7 +128,7 @@ def _copy(weight: PackedWeight, chosen: Callable[[Tensor], Tensor], dtype: torch
 
     codes, scale = chosen(weight.codes), chosen(weight.scale)
     n, k = weight.shape[1:]
-    table = torch.tensor(formats.FORMATS[weight.format].codes)
+    table = torch.tensor(formats.FORMATS[weight.format].codes, device=codes.device)
     state = QuantState(scale.flatten(), (len(codes) * n, k), table, k // scale.shape[2], weight.format, dtype)
     return dequantize_4bit(codes.view(-1, 1), state).view(-1, n, k)
 

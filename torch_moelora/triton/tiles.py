@@ -175,7 +175,7 @@ def grouped_gemm(
                 x_tile = tl.load(x_at, mask=k[None, :] < K - done, other=0.0)  # [BM, BK]
             # [BK, BN]
             w_tile = weights.tile(
-                w_at, w_strides, expert, start, done, N, K, x.dtype.element_ty,
+                w, w_at, w_strides, expert, start, done, N, K, x.dtype.element_ty,
                 WEIGHT, TURNED, SHARE, WHOLE_K, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -187,7 +187,7 @@ def grouped_gemm(
             b_at = weights.first_tile(b, b_strides, expert, start, N, "", BLOCK_N, BLOCK_R)
             for done in tl.range(0, steps_r, BLOCK_R, num_stages=1):
                 b_tile = weights.tile(
-                    b_at, b_strides, expert, start, done, N, R, x.dtype.element_ty, "", False, 1, True,
+                    b, b_at, b_strides, expert, start, done, N, R, x.dtype.element_ty, "", False, 1, True,
                     BLOCK_N, BLOCK_R,
                 )  # fmt: skip
                 # [BM, BR], [BR, BN]

@@ -92,8 +92,8 @@ def _describe_packed(w: PackedWeight, config: configs.Gemm) -> Weight:
 def first_tile(
     w, strides, expert, start, N, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Where `tile` finds the columns from `start` on: pointers [BLOCK_K, BLOCK_N] to the first BLOCK_K steps,
-    or w as it is.
+    """What `tile` adds steps to: pointers [BLOCK_K, BLOCK_N] to the columns from `start` on, first BLOCK_K
+    steps. 0 for a descriptor and for packed weights, which it reads by their indices.
     """
     if KIND == "":
         # Columns past the end wrap around: read without a mask, never stored. A minimum would hide from the
@@ -103,7 +103,7 @@ def first_tile(
         e = tl.maximum(expert, 0).to(tl.int64)
         at = w + e * strides[0] + n[None, :] * strides[1] + k[:, None] * strides[2]
     else:
-        at = w
+        at = 0
     return at
 
 
@@ -279,19 +279,19 @@ def packed_tile(
 
 @triton.jit
 def tile(
-    at, strides, expert, start, done, N, K, dtype: tl.constexpr, KIND: tl.constexpr, TURNED: tl.constexpr,
+    w, at, strides, expert, start, done, N, K, dtype: tl.constexpr, KIND: tl.constexpr, TURNED: tl.constexpr,
     SHARE: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Wᵀ [BLOCK_K, BLOCK_N] of the columns that `first_tile` was asked for, from step `done` on; zeros for
-    the steps from K on, of which there are none where WHOLE_K. A packed weight becomes `dtype`.
+    """Wᵀ [BLOCK_K, BLOCK_N] of the columns from `start` on, from step `done` on; zeros for the steps from K
+    on, of which there are none where WHOLE_K. A packed weight becomes `dtype`. at: what `first_tile` gives.
     """
     if KIND == "NK":
-        values = at.load([expert, start, done]).reshape(BLOCK_N, BLOCK_K).T
+        values = w.load([expert, start, done]).reshape(BLOCK_N, BLOCK_K).T
     elif KIND == "KN":
-        values = at.load([expert, done, start]).reshape(BLOCK_K, BLOCK_N)
+        values = w.load([expert, done, start]).reshape(BLOCK_K, BLOCK_N)
     elif KIND != "":
         values = packed_tile(
-            at, strides, expert, start, done, N, K, dtype, KIND, TURNED, SHARE, BLOCK_N, BLOCK_K
+            w, strides, expert, start, done, N, K, dtype, KIND, TURNED, SHARE, BLOCK_N, BLOCK_K
         )
     elif WHOLE_K:
         values = tl.load(at + tl.cast(done, tl.int64) * strides[2])
