@@ -151,7 +151,7 @@ def test_every_format_has_its_line_in_the_reference():
 @pytest.mark.parametrize("name", PACKED)
 def test_every_format_has_a_branch_in_triton(name):
     """`code_value` compares with the names of formats, and ends with an assertion for unknown ones."""
-    tree = ast.parse((PACKAGE / "triton" / "weights.py").read_text())
+    tree = ast.parse((PACKAGE / "triton" / "unpack.py").read_text())
     (function,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "code_value")
     compared = [n for n in ast.walk(function) if isinstance(n, ast.Compare)]
     assert name in {c.value for n in compared for c in n.comparators}
@@ -166,7 +166,7 @@ def test_the_compiled_operators_have_the_same_formats():
 
 def test_nothing_else_lists_the_formats():
     """A file that names all of them is a second table."""
-    allowed = {"formats.py", "reference.py", "weights.py"}
+    allowed = {"formats.py", "reference.py", "unpack.py"}
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
         if path.name not in allowed:

@@ -236,9 +236,11 @@ def test_packed_weights(arch, name, monkeypatch):
     with triton_aot.compiling_for(arch, monkeypatch) as found:
         forward.scatter_lora(ScatterLora(x, **routing, **weight))
         dx.scatter_lora_dx(ScatterLoraDx(dy, **routing, **weight))
-    kernels = [kernel for kernel in found.values() if kernel.name == "grouped_gemm"]
-    assert len(kernels) == 2
-    for kernel in kernels:
-        assert f"WEIGHT={name}" in kernel.shape
+    unpacking = [kernel for kernel in found.values() if kernel.name == "unpack_experts"]
+    products = [kernel for kernel in found.values() if kernel.name == "grouped_gemm"]
+    assert len(unpacking) == 1 and f"KIND={name}" in unpacking[0].shape
+    assert unpacking[0].usage["STACK"] == 0 and unpacking[0].usage["LOCAL"] == 0, unpacking[0].usage
+    assert len(products) == 2
+    for kernel in products:
         assert MATRIX_INSTRUCTIONS.get(arch, "mma.sync") in kernel.ptx, f"{kernel}"
         assert kernel.shared <= triton_aot.TARGETS[arch][1]

@@ -74,7 +74,7 @@ def test_no_search_at_a_shipped_shape(hopper):
 
 def test_no_search_unless_asked(hopper, monkeypatch):
     monkeypatch.setattr(switches, "SWITCHES", switches.Switches(None, False, False))
-    assert choose(1000, 1000, pytest.fail) == configs.SQUARE
+    assert choose(1000, 1000, pytest.fail) == configs.WIDE
 
 
 def test_the_search_takes_the_fastest_once_a_bucket(hopper, monkeypatch):
@@ -104,7 +104,7 @@ def test_nothing_runs_leaves_the_table(hopper, monkeypatch):
         raise OutOfResources(1 << 20, 1 << 17, "shared memory")
 
     monkeypatch.setattr(configs.triton.testing, "do_bench", bench)
-    assert choose(1000, 1000, lambda config: None) == configs.SQUARE
+    assert choose(1000, 1000, lambda config: None) == configs.WIDE
 
 
 def test_errors_of_the_kernel_are_not_swallowed():

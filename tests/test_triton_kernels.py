@@ -7,6 +7,7 @@ import problems
 import pytest
 import torch
 from cases import FP16, FP32, Case
+from packings import Packing
 
 from torch_moelora import reference
 from torch_moelora.switches import SWITCHES
@@ -18,7 +19,7 @@ import triton.language as tl
 import triton_interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from torch_moelora.triton import configs, route, tiles, weights
+from torch_moelora.triton import configs, route, tiles, unpack, weights
 
 pytestmark = pytest.mark.operators
 
@@ -220,3 +221,20 @@ def test_interpreted_bf16():
     assert torch.equal(torch.from_numpy(bits.view("int16")), values.bfloat16().view(torch.int16))
     assert torch.equal(torch.from_numpy(triton_interpreter.widen(bits)), values.bfloat16().float())
     assert tl.bfloat16.primitive_bitwidth == 16
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["as_it_is", "turned"])
+@pytest.mark.parametrize("routing", ["random", "one_expert", "sentinels"])
+def test_unpacked_a_few_experts_at_a_time(routing, transposed, monkeypatch):
+    """The workspace's size changes no bit."""
+    packing = Packing("nf4", 64, transposed=transposed)
+    p = problems.build(EVERYTHING.with_(experts=5, k=128, n=64, packing=packing, routing=routing))
+
+    def results() -> list[torch.Tensor]:
+        found = problems.call("scatter_lora_backward", *p.backward_args(), True, *p.packed_args)
+        return [problems.call("scatter_lora", *p.forward_args()), *found]
+
+    whole = results()
+    for experts in (1, 2, 3):
+        monkeypatch.setattr(unpack, "WORKSPACE", experts * 128 * 64 * 2)
+        assert all(torch.equal(a, b) for a, b in zip(whole, results(), strict=True)), experts

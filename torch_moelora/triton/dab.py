@@ -117,7 +117,7 @@ def _sum_chunks(parts: Tensor, chunks: Tiles, out: Tensor) -> Tensor:
     """parts [chunks, ·] → out [E, ·]."""
     experts, size = out.shape[0], out[0].numel()
     block = configs.line(configs.machine(out.device), size)
-    blocks = triton.cdiv(size, block)
+    blocks = configs.cdiv(size, block)
     tiles.sum_chunks[(experts * blocks,)](parts, chunks.starts, out, size, blocks, BLOCK=block)
     return out
 
@@ -132,7 +132,7 @@ def _products(
 
     def run(config: configs.Outer) -> None:
         block_p = configs.bucket(columns_p, 16, config.block_p)
-        blocks = triton.cdiv(columns_p, block_p), triton.cdiv(columns_q, config.block_q)
+        blocks = configs.cdiv(columns_p, block_p), configs.cdiv(columns_q, config.block_q)
         row_products[(out.shape[0] * blocks[0] * blocks[1],)](
             p.tensor, q.tensor, gates, out, route.slots, *listed[:2], route.offsets,
             route.rows, route.experts, columns_p, columns_q, p.tensor.shape[1], listed[2], route.top_k,
@@ -219,7 +219,7 @@ def scatter_lora_dbias(call: ScatterLoraDbias) -> Tensor:
     chunks = _chunks(route)
     parts = torch.empty((chunks.bound, n), dtype=tiles.accumulator(dy.dtype), device=dy.device)
     block = configs.bucket(n, 16, 128)
-    blocks = triton.cdiv(n, block)
+    blocks = configs.cdiv(n, block)
     row_sums[(chunks.bound * blocks,)](
         dy, None if gates is None else gates.contiguous(), parts, route.slots, chunks.map, chunks.starts,
         route.offsets, route.rows, route.experts, n, chunks.bound, route.top_k, blocks, *dy.stride(),

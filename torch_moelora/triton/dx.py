@@ -98,7 +98,7 @@ def input_gradient(call: ScatterLoraDx, route: Routing, dyb: Tensor | None = Non
             a = tiles.packed(lora_a, dy.dtype, 1).transpose(1, 2)
         if with_dgates:
             other = tiles.rows_of_x(call)
-            blocks = triton.cdiv(k, config.block_n)
+            blocks = configs.cdiv(k, config.block_n)
             partial = torch.empty((blocks, route.rows), dtype=accumulators, device=dy.device)
         dtype = accumulators if sums else dx_dtype
         out = torch.empty((route.rows, k), dtype=dtype, device=dy.device)

@@ -180,7 +180,7 @@ def _launch(kernel: Callable, tensors: tuple, strides: tuple, call: Glu | GluBac
     if rows == 0:
         return
     block_m, block_n = configs.elementwise(configs.machine(h.device), inner, h.dtype)
-    grid = (triton.cdiv(rows, block_m) * triton.cdiv(inner, block_n),)
+    grid = (configs.cdiv(rows, block_m) * configs.cdiv(inner, block_n),)
     step, up = (2, 1) if call.interleaved else (1, inner)
     kernel[grid](
         *tensors, rows, inner, *strides, up, STEP=step, ACT=call.act, ALPHA=call.alpha,

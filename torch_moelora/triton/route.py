@@ -7,6 +7,7 @@ clamped before it becomes an address: wrong contents give wrong values, never an
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ def flatten_sort_count(call: FlattenSortCount) -> tuple[Tensor, Tensor]:
         return slots, expert_idxs.new_zeros(num_experts, dtype=torch.int32)
     offsets = expert_idxs.new_empty(num_experts, dtype=torch.int32)
     block = configs.sort_block(configs.machine(expert_idxs.device))
-    blocks = triton.cdiv(rows, block)
+    blocks = configs.cdiv(rows, block)
     counts = expert_idxs.new_empty((num_experts + 1) * blocks, dtype=torch.int32)
     sizes = (*expert_idxs.stride(), rows, num_experts, top_k, blocks)
     shape = {"BLOCK": block, "KEYS": 64}
@@ -148,7 +149,8 @@ class Tiles(NamedTuple):
 INVARIANT_ROWS = 128
 
 
-class Routing(NamedTuple):
+@dataclass(frozen=True)
+class Routing:
     """slots [S] int64 and offsets [E] int32, contiguous, as every kernel takes them. invariant: whether a
     row's results may not depend on S and on what else is in the batch.
     """
@@ -157,6 +159,7 @@ class Routing(NamedTuple):
     offsets: Tensor
     top_k: int
     invariant: bool = False
+    _made: dict[int, Tiles] = field(default_factory=dict, repr=False)
 
     @property
     def rows(self) -> int:
@@ -174,8 +177,15 @@ class Routing(NamedTuple):
         return INVARIANT_ROWS if self.invariant else self.rows // self.experts
 
     def tiles(self, rows: int) -> Tiles:
-        """Tiles of at most `rows` rows. Their number is known on the device only; the bound is static."""
-        bound = min(triton.cdiv(self.rows, rows) + self.experts + 1, self.rows)
+        """Tiles of at most `rows` rows, listed once. Their number is known on the device only; the bound is
+        static.
+        """
+        if rows not in self._made:
+            self._made[rows] = self._list(rows)
+        return self._made[rows]
+
+    def _list(self, rows: int) -> Tiles:
+        bound = min(configs.cdiv(self.rows, rows) + self.experts + 1, self.rows)
         tiles = self.offsets.new_empty(3 * bound)
         starts = self.offsets.new_empty(self.experts + 2)
         sizes = (self.rows, self.experts, bound, rows)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats import PackedWeight
-from . import configs, weights
+from . import configs, unpack, weights
 from .route import Routing, Tiles
 
 # Ranks are padded to a multiple: the least that a matrix instruction contracts, and whole 32-byte lines.
@@ -115,24 +115,24 @@ def finish(
     return product
 
 
-@triton.jit(do_not_specialize=["S", "E", "bound", "top_k"])
+@triton.jit(do_not_specialize=["S", "E", "bound", "top_k", "first", "after"])
 def grouped_gemm(
     x, w, y, xa, b, bias, gates, other, partial, slots, tiles, starts,
-    S, E, K, N, R, bound, top_k, y_m, scale: "fp64",  # noqa: F821, UP037
+    S, E, K, N, R, bound, top_k, first, after, y_m, scale: "fp64",  # noqa: F821, UP037
     x_strides, w_strides, b_strides, bias_strides, other_strides,
     X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, OTHER_ROWS: tl.constexpr,
-    WEIGHT: tl.constexpr, TURNED: tl.constexpr, SHARE: tl.constexpr,
-    PRECISION: tl.constexpr, WHOLE_K: tl.constexpr,
+    WEIGHT: tl.constexpr, PRECISION: tl.constexpr, WHOLE_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (programs,); each takes every programs-th tile of [row tile, column block].
+    """Grid: (programs,); each takes every programs-th tile of [row tile, column block] of the experts from
+    `first` to before `after`, E being that of sentinels.
 
     y[row] = gate · (scale·(x[row] · w[e]ᵀ + xa[row] · b[e]ᵀ) + bias[e]); rows of sentinels are zero.
     scale counts where SCALED: the rank-sized products, which leave their accumulators scaled.
 
     x       [rows by X_ROWS, K]
-    w       [E, N, K], as `weights.describe` gives it, WEIGHT, TURNED and SHARE too
+    w       [after - first, N, K], as `weights.describe` gives it, WEIGHT too
     y       [S by Y_ROWS, N], rows y_m apart
     xa      [S by position, R] contiguous, or None; BLOCK_R divides R
     b       [E, N, R], or None
@@ -145,7 +145,8 @@ def grouped_gemm(
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     blocks_n = tl.cdiv(N, BLOCK_N)
     step = tl.cast(BLOCK_K, tl.int64)  # int64: K·stride
-    tiles_m = tl.load(starts + E + 1)
+    before = tl.load(starts + first)
+    tiles_m = tl.load(starts + after) - before
     # int32 will do: a tile is BLOCK_M·BLOCK_N elements of y, which is in memory.
     for index in range(tl.program_id(0), tiles_m * blocks_n, tl.num_programs(0)):
         # GROUP_M row tiles side by side, then the next column block: they share w[e] in L2.
@@ -155,6 +156,7 @@ def grouped_gemm(
         tile = group * GROUP_M + within % height
         block_n = within // height
 
+        tile += before
         expert = tl.load(tiles + tile)
         start = block_n * BLOCK_N
         # 0 for the rows of sentinels, of which nothing is read or multiplied.
@@ -166,7 +168,9 @@ def grouped_gemm(
         x_row = row_of(position, last, slot, top_k, X_ROWS)
         # int64: K·stride
         x_at = x + x_row[:, None] * x_strides[0] + k[None, :].to(tl.int64) * x_strides[1]
-        w_at = weights.first_tile(w, w_strides, expert, start, N, WEIGHT, BLOCK_N, BLOCK_K)
+        # Clamped, for lists made of malformed offsets.
+        own = tl.minimum(tl.maximum(expert - first, 0), tl.minimum(after, E) - first - 1)
+        w_at = weights.first_tile(w, w_strides, own, start, N, WEIGHT, BLOCK_N, BLOCK_K)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         for done in range(0, steps_k, BLOCK_K):
             if WHOLE_K:  # noqa: SIM108
@@ -175,8 +179,7 @@ def grouped_gemm(
                 x_tile = tl.load(x_at, mask=k[None, :] < K - done, other=0.0)  # [BM, BK]
             # [BK, BN]
             w_tile = weights.tile(
-                w, w_at, w_strides, expert, start, done, N, K, x.dtype.element_ty,
-                WEIGHT, TURNED, SHARE, WHOLE_K, BLOCK_N, BLOCK_K,
+                w, w_at, w_strides, own, start, done, K, WEIGHT, WHOLE_K, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)
             x_at += step * x_strides[1]
@@ -187,8 +190,7 @@ def grouped_gemm(
             b_at = weights.first_tile(b, b_strides, expert, start, N, "", BLOCK_N, BLOCK_R)
             for done in tl.range(0, steps_r, BLOCK_R, num_stages=1):
                 b_tile = weights.tile(
-                    b, b_at, b_strides, expert, start, done, N, R, x.dtype.element_ty, "", False, 1, True,
-                    BLOCK_N, BLOCK_R,
+                    b, b_at, b_strides, expert, start, done, R, "", True, BLOCK_N, BLOCK_R
                 )  # fmt: skip
                 # [BM, BR], [BR, BN]
                 acc = tl.dot(tl.load(xa_at + done), b_tile, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -247,28 +249,38 @@ def sum_chunks(parts, starts, out, size, blocks, BLOCK: tl.constexpr):
 
 
 def gemm(
-    x: Rows, w: Tensor | PackedWeight, y: Rows, routing: Routing, tiles: Tiles, config: configs.Gemm, *,
+    x: Rows, w: Tensor | PackedWeight, y: Rows, routing: Routing, tiles: Tiles, config: configs.Gemm, **added
+) -> None:  # fmt: skip
+    """Launches `grouped_gemm`, which has the shapes; w is [E, N, K]. added: as `_launch` has it."""
+    if isinstance(w, PackedWeight) and w.format != "dense":
+        parts = unpack.chunks(w, x.tensor.dtype, routing)
+    else:
+        parts = [(0, w.codes if isinstance(w, PackedWeight) else w)]
+    for first, part in parts:
+        _launch(x, part, y, routing, tiles, config, first, **added)
+
+
+def _launch(
+    x: Rows, w: Tensor, y: Rows, routing: Routing, tiles: Tiles, config: configs.Gemm, first: int, *,
     scale: float | None = None, xa: Tensor | None = None, b: Tensor | None = None, bias: Tensor | None = None,
     gates: Tensor | None = None, other: Rows | None = None, partial: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launches `grouped_gemm`, which has the shapes; w is [E, N, K]."""
-    experts, n, k = w.shape
-    device = x.tensor.device
+    """The experts from `first` on whose weights w holds; with the last of all go the rows of sentinels."""
+    count, n, k = w.shape
+    after = first + count + (first + count == routing.experts)
     rank = 0 if b is None else b.shape[2]
     block_r = 32 if rank and rank % 32 == 0 else RANK_STEP
-    programs = configs.machine(device).processors * config.per_sm
+    programs = configs.machine(x.tensor.device).processors * config.per_sm
     weight = weights.describe(w, config)
-    grouped_gemm[(min(programs, tiles.bound * triton.cdiv(n, config.block_n)),)](
+    grouped_gemm[(min(programs, tiles.bound * configs.cdiv(n, config.block_n)),)](
         x.tensor, weight.data, y.tensor, xa, b, bias, gates, other and other.tensor, partial,
         routing.slots, tiles.map, tiles.starts,
-        routing.rows, experts, k, n, rank, tiles.bound, routing.top_k, y.tensor.stride(0),
-        1.0 if scale is None else scale,
+        routing.rows, routing.experts, k, n, rank, tiles.bound, routing.top_k, first, after,
+        y.tensor.stride(0), 1.0 if scale is None else scale,
         x.tensor.stride(), weight.strides, None if b is None else b.stride(),
         None if bias is None else bias.stride(), None if other is None else other.tensor.stride(),
         X_ROWS=x.by, Y_ROWS=y.by, OTHER_ROWS=other.by if other else "",
-        WEIGHT=weight.kind, TURNED=weight.turned, SHARE=weight.share,
-        PRECISION=configs.precision(x.tensor.dtype),
-        WHOLE_K=k % config.block_k == 0,
+        WEIGHT=weight.kind, PRECISION=configs.precision(x.tensor.dtype), WHOLE_K=k % config.block_k == 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r,
         GROUP_M=config.group_m, SCALED=scale is not None,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
@@ -288,7 +300,7 @@ def packed(lora: Tensor, dtype: torch.dtype, rank_dim: int) -> Tensor:
     if lora.stride(0) == 0 and lora.shape[0] > 1:  # one adapter for all experts
         return packed(lora[:1], dtype, rank_dim).expand(lora.shape[0], -1, -1)
     shape = list(lora.shape)
-    shape[rank_dim] = triton.cdiv(rank, RANK_STEP) * RANK_STEP
+    shape[rank_dim] = configs.cdiv(rank, RANK_STEP) * RANK_STEP
     allocate = torch.empty if shape[rank_dim] == rank else torch.zeros
     out = allocate(shape, dtype=dtype, device=lora.device)
     out.narrow(rank_dim, 0, rank).copy_(lora)
@@ -316,6 +328,6 @@ def summed(parts: Tensor, rows: int, top_k: int, dtype: torch.dtype) -> Tensor:
     n = parts.shape[1]
     out = torch.empty((rows, n), dtype=dtype, device=parts.device)
     block_m, block_n = configs.elementwise(configs.machine(parts.device), n, parts.dtype)
-    grid = (triton.cdiv(rows, block_m) * triton.cdiv(n, block_n),)
+    grid = (configs.cdiv(rows, block_m) * configs.cdiv(n, block_n),)
     sum_slots[grid](parts, out, rows, top_k, n, BLOCK_M=block_m, BLOCK_N=block_n)
     return out
