@@ -1,14 +1,15 @@
 """`python -m benchmarks.gpu_proof`: all that only a GPU can show, in one command and under ten minutes.
 
-Tests (tests/test_cuda.py: real shapes, 20 equal runs, beyond 2³¹ elements, CUDA graphs, torch.compile;
-tests/test_cuda_beside.py: experts in host memory), the small ones again under compute-sanitizer, and the
-benchmarks. Each step is a process with a log; what the time did not suffice for is named as such.
+Tests (tests/test_cuda*.py: real shapes, packed weights, 20 equal runs, beyond 2³¹ elements, CUDA graphs,
+torch.compile, experts in host memory), the small ones again under compute-sanitizer, and the benchmarks. Each
+step is a process with a log; what the time did not suffice for is named as such.
 summary.json has it all, beside the benchmarks' own JSON and PNG.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,19 +32,24 @@ from .registry import SHAPES
 ROOT = Path(__file__).parents[1]
 FIRST = "qwen3-30b-a3b"
 WITHOUT_SEARCH = "ours,peft,grouped-mm"
-TESTS = ("tests/test_cuda.py", "tests/test_cuda_beside.py")
+# The first run side by side: most of their time is compilation.
+TESTS = ("tests/test_cuda.py", "tests/test_cuda_layers.py", "tests/test_cuda_packed.py")
+BESIDE = "tests/test_cuda_beside.py"
 LEAST = 15  # seconds under which a step is not begun
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command that may take `limit` seconds. `why_not`: why it cannot be done here."""
+    """A command that may take `limit` seconds. `why_not`: why it cannot be done here. `together`: successive
+    steps that have the same run side by side.
+    """
 
     name: str
     command: tuple[str, ...]
     limit: float
     environ: tuple[tuple[str, str], ...] = ()
     why_not: str | None = None
+    together: str = ""
 
 
 @dataclass
@@ -57,7 +64,7 @@ class Outcome:
 
 
 def _pytest(*arguments: str) -> tuple[str, ...]:
-    return sys.executable, "-m", "pytest", "-o", "addopts=", "-ra", *TESTS, *arguments
+    return sys.executable, "-m", "pytest", "-o", "addopts=", "-ra", *arguments
 
 
 def _benchmark(folder: Path, shape: str, contestants: str, *arguments: str) -> tuple[str, ...]:
@@ -75,12 +82,22 @@ def _sanitizer() -> str | None:
 
 def make_steps(folder: Path) -> Iterator[Step]:
     """The most telling first. scattermoe searches its configurations for minutes: last, and kept apart."""
-    yield Step("tests", _pytest(f"--junit-xml={folder / 'tests.xml'}"), 300)
+    for path in (*TESTS, BESIDE):
+        name = Path(path).stem
+        together = "tests" if path in TESTS else ""
+        yield Step(name, _pytest(path, f"--junit-xml={folder / name}.xml"), 240, together=together)
     sanitizer = _sanitizer()
     # Each tensor in an allocation of its own: an access past its end is one past an allocation's.
     yield Step(
         "sanitizer",
-        (sanitizer or "", "--tool", "memcheck", "--error-exitcode", "9", *_pytest("-k", "test_small")),
+        (
+            sanitizer or "",
+            "--tool",
+            "memcheck",
+            "--error-exitcode",
+            "9",
+            *_pytest(*TESTS, BESIDE, "-k", "test_small"),
+        ),
         120,
         (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
         None if sanitizer else "compute-sanitizer is not installed (it comes with the CUDA toolkit)",
@@ -154,11 +171,14 @@ def save(folder: Path, outcomes: list[Outcome]) -> None:
 def run(steps: Iterator[Step], folder: Path, seconds: float) -> list[Outcome]:
     end = time.monotonic() + seconds
     outcomes: list[Outcome] = []
-    for step in steps:
-        print(f"{step.name} …", flush=True)
-        outcomes.append(execute(step, folder, end - time.monotonic()))
-        last = outcomes[-1]
-        print(f"  {last.state} in {last.seconds:.0f} s. {last.note}", flush=True)
+    for _, group in itertools.groupby(steps, lambda step: step.together or object()):
+        some, left = list(group), end - time.monotonic()
+        print(*(step.name for step in some), "…", flush=True)
+        with ThreadPoolExecutor(len(some)) as pool:
+            found = list(pool.map(lambda step: execute(step, folder, left), some))  # noqa: B023
+        for last in found:
+            print(f"  {last.name}: {last.state} in {last.seconds:.0f} s. {last.note}", flush=True)
+        outcomes += found
         save(folder, outcomes)
     return outcomes
 

@@ -1,5 +1,5 @@
-"""The operators on a GPU: against the reference at real layer shapes, bit-identical, beyond 2³¹ elements, in
-CUDA graphs, compiled, on other streams. The tests named `test_small…` are what compute-sanitizer runs.
+"""The operators on a GPU: against the reference, bit-identical, in CUDA graphs, compiled, on other streams.
+The tests named `test_small…` are what compute-sanitizer runs.
 """
 
 import dataclasses
@@ -7,175 +7,30 @@ import dataclasses
 import problems
 import pytest
 import torch
-from cases import BF16, FP16, FP32, PACKED, ROWS, Case
-from packings import NAMES, Packing
+from cases import BF16, FP16, FP32, PACKED, ROWS
+from cuda_cases import (
+    DEVICE,
+    EVERYTHING,
+    NEEDS_CUDA,
+    build,
+    calls,
+    check,
+    equal,
+    everything,
+    moved,
+    packing_of,
+)
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from torch_moelora import formats, functional, nn, reference
+from torch_moelora import functional, nn, reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-
-DEVICE = "cuda"
-EVERYTHING = Case(
-    tokens=40, top_k=4, experts=6, k=72, n=88, rank=8, dtype=BF16, lora="fp32", bias="same", gates="fp32"
-)
-# Thousands of products, added up one after the other.
-LONG_FP32_TOLERANCE = 4e-6
-# TF32 keeps ten bits of each factor.
-TF32_TOLERANCE = 2e-3
-
-
-def moved(t: Tensor) -> Tensor:
-    """On the GPU with the same strides: the whole storage travels."""
-    whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
-    return whole.to(DEVICE).as_strided(t.shape, t.stride(), t.storage_offset())
-
-
-def moved_packed(w: formats.PackedWeight) -> formats.PackedWeight:
-    return w._replace(**{k: moved(v) for k, v in w._asdict().items() if isinstance(v, Tensor)})
-
-
-def build(case: Case) -> problems.Problem:
-    p = problems.build(case)
-    tensors = {f.name: getattr(p, f.name) for f in dataclasses.fields(p)}
-    found = {k: moved(v) for k, v in tensors.items() if isinstance(v, Tensor)}
-    packed = p.packed and moved_packed(p.packed)
-    return dataclasses.replace(
-        p, **found | ({} if packed is None else {"packed": packed, "weight": packed.codes})
-    )
-
-
-def calls(p: problems.Problem) -> dict[str, tuple]:
-    """Operator → arguments; without LoRA there is no dA and dB."""
-    args = {
-        "scatter_lora": p.forward_args(),
-        "scatter_lora_dx": p.dx_args(),
-        "scatter_lora_dw": p.dw_args(),
-        "scatter_lora_dbias": p.dbias_args(),
-    }
-    return (
-        args
-        if p.lora_a is None
-        else args
-        | {
-            "scatter_lora_dab": p.dab_args(),
-            "scatter_lora_backward": (*p.backward_args(), True, *p.packed_args),
-        }
-    )
-
-
-def check(case: Case, *names: str) -> None:
-    """These operators, or all."""
-    p = build(case)
-    lora = FP32 if case.lora == "fp32" else case.dtype
-    dtypes = {
-        "scatter_lora_dx": (case.dtype, FP32),
-        "scatter_lora_dab": (lora, lora),
-        "scatter_lora_backward": (case.dtype, FP32, lora, lora),
-    }
-    for name, args in calls(p).items():
-        if not names or name in names:
-            depends = case if name not in ("scatter_lora_dw", "scatter_lora_dbias") else case.with_(rank=0)
-            problems.check(name, args, depends, dtypes.get(name, (case.dtype,)))
-
-
-def everything(p: problems.Problem) -> list[Tensor]:
-    ids = moved(problems.expert_ids(p.case, torch.Generator().manual_seed(1)))
-    results = [*torch.ops.moelora.flatten_sort_count(ids, p.case.experts)]
-    for name, args in calls(p).items():
-        out = getattr(torch.ops.moelora, name)(*args)
-        results += out if isinstance(out, tuple) else (out,)
-    y = torch.ops.moelora.glu(p.dy)
-    return [*results, y, torch.ops.moelora.glu_backward(y, p.dy)]
-
-
-def equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+pytestmark = NEEDS_CUDA
 
 
 @pytest.mark.parametrize("case", (*ROWS, *PACKED), ids=lambda case: case.reason)
 def test_rows(case):
     check(case)
-
-
-LAYERS = {
-    "gate_up of Qwen3-30B-A3B": Case(k=2048, n=1536, top_k=8, lora="fp32", y_grouped=True),
-    "down of Qwen3-30B-A3B": Case(k=768, n=2048, top_k=8, lora="fp32", gates="fp32", x_grouped=True),
-    "gate_up of gpt_oss": Case(
-        k=2880, n=5760, top_k=4, lora="fp32", bias="same", weight_layout="transposed", lora_layout="peft"
-    ),
-}
-
-
-@pytest.mark.parametrize("rank", [16, 64])
-@pytest.mark.parametrize("rows", [4, 64, 256, 1024])
-@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-def test_layers(layer, rows, rank):
-    """bf16, at so many rows an expert that each row of the table for these shapes is met."""
-    check(layer.with_(dtype=BF16, experts=16, tokens=rows * 16 // layer.top_k, rank=rank))
-
-
-@pytest.mark.parametrize("dtype", [FP16, FP32])
-@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-def test_layers_in_other_dtypes(layer, dtype, monkeypatch):
-    monkeypatch.setitem(problems.TOLERANCE, FP32, LONG_FP32_TOLERANCE)
-    check(layer.with_(dtype=dtype, lora="same", experts=8, tokens=256 * 8 // layer.top_k, rank=16))
-
-
-def packing_of(name: str, transposed: bool = False) -> Packing:
-    """As checkpoints have it."""
-    row = formats.FORMATS[name]
-    group = row.groups.default
-    return Packing(name, group, row.scale_dtypes[0], rows="block", zero=bool(row.zero), transposed=transposed)
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["as_it_is", "turned"])
-@pytest.mark.parametrize("rows", [4, 256])
-@pytest.mark.parametrize("name", NAMES)
-def test_packed_layers(name, rows, transposed):
-    packing = packing_of(name, transposed)
-    check(
-        LAYERS["gate_up of Qwen3-30B-A3B"].with_(
-            dtype=BF16, experts=16, tokens=rows * 2, rank=16, packing=packing
-        ),
-        "scatter_lora",
-        "scatter_lora_dx",
-        "scatter_lora_backward",
-    )
-
-
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("name", NAMES)
-def test_quantised_here_as_on_the_cpu(name, nested):
-    """Codes and scales are the same bits, and so is what they stand for; the mean of nested scales is summed
-    in another order.
-    """
-    if nested and not formats.FORMATS[name].nested:
-        return
-    weight = torch.randn(3, 256, 384, generator=torch.Generator().manual_seed(0)).to(BF16)
-    here, there = (formats.quantize(w, name, nested=nested) for w in (weight, weight.to(DEVICE)))
-    if nested:
-        torch.testing.assert_close(there.scale2.cpu(), here.scale2, rtol=1e-6, atol=1e-6)
-        there = there._replace(scale2=here.scale2.to(DEVICE))
-    for a, b in zip(here[:4], there[:4], strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            assert torch.equal(a.view(torch.uint8), b.cpu().view(torch.uint8))
-    assert torch.equal(here.dequantize(BF16), there.dequantize(BF16).cpu())
-
-
-def test_tf32_where_torch_allows_it(monkeypatch):
-    """More than fp32's error, less than TF32's bound: the switch is obeyed, both ways."""
-    case = LAYERS["gate_up of Qwen3-30B-A3B"].with_(dtype=FP32, lora="same", experts=8, tokens=256, rank=16)
-    p = build(case)
-    ref = reference.scatter_lora(*p.forward_args())
-    errors = {}
-    for allowed in (False, True):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
-        out = torch.ops.moelora.scatter_lora(*p.forward_args())
-        errors[allowed] = ((out - ref).norm() / ref.norm()).item()
-    assert errors[False] < LONG_FP32_TOLERANCE < errors[True] < TF32_TOLERANCE
 
 
 SAME_BITS = {
@@ -199,12 +54,6 @@ def test_small_everything():
     check(EVERYTHING.with_(gates="none", y_grouped=True, weight_layout="transposed", routing="sentinels"))
     check(EVERYTHING.with_(k=70, n=91, x_grouped=True, gates="none"))
     check(EVERYTHING.with_(dtype=FP32, lora="same", gates="same"))
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["as_it_is", "turned"])
-@pytest.mark.parametrize("name", NAMES)
-def test_small_packed(name, transposed):
-    check(EVERYTHING.with_(k=384, n=256, packing=packing_of(name, transposed)))
 
 
 MALFORMED = {
@@ -241,56 +90,6 @@ def test_small_gradients():
     want = grads(reference.scatter_lora, torch.float64)
     for name, a, b in zip(names, got, want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * b.abs().max().item(), msg=name)
-
-
-def room_for(gigabytes: float) -> bool:
-    return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > gigabytes * 1e9
-
-
-def routed_to(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    return torch.ops.moelora.flatten_sort_count(ids.to(DEVICE).view(-1, 1), experts)
-
-
-def assert_near(got: Tensor, want: Tensor) -> None:
-    assert ((got.double() - want).norm() <= 4e-3 * want.norm()).item()
-
-
-@pytest.mark.skipif(not room_for(30), reason="needs 30 GB of free device memory")
-def test_rows_beyond_32_bits():
-    """S·K and S·N past 2³¹: of x, y, dy and dx the last rows are compared."""
-    size, width, tail = 4096, 32, 200
-    rows = 2**31 // size + tail
-    gen = torch.Generator(DEVICE).manual_seed(0)
-    weight = torch.randn(2, width, size, dtype=BF16, device=DEVICE, generator=gen) / 64
-    route = routed_to((torch.arange(rows) >= rows - tail).long(), 2)
-    x = torch.randn(rows, size, dtype=BF16, device=DEVICE, generator=gen)
-    y = torch.ops.moelora.scatter_lora(x, weight, *route, 1)
-    assert_near(y[-tail:], x[-tail:].double() @ weight[1].double().T)
-    dw = torch.ops.moelora.scatter_lora_dw(y, x, *route, 1)
-    assert_near(dw[1], y[-tail:].double().T @ x[-tail:].double())
-    del x, dw
-    dx, _ = torch.ops.moelora.scatter_lora_dx(y, weight, *route, 1)
-    assert_near(dx[-tail:], y[-tail:].double() @ weight[1].double())
-    wide = torch.ops.moelora.scatter_lora(y, weight.transpose(1, 2).contiguous(), *route, 1)
-    assert_near(wide[-tail:], y[-tail:].double() @ weight[1].double())
-
-
-@pytest.mark.skipif(not room_for(30), reason="needs 30 GB of free device memory")
-def test_weights_beyond_32_bits():
-    """E·N·K past 2³¹: the last expert's product, dX and dW."""
-    experts, size, rows = 33, 8192, 100
-    weight = torch.zeros(experts, size, size, dtype=BF16, device=DEVICE)
-    weight[-1].normal_(std=1 / 64)
-    route = routed_to(torch.full((rows,), experts - 1), experts)
-    x = torch.randn(rows, size, dtype=BF16, device=DEVICE)
-    last = weight[-1].double()
-    assert_near(torch.ops.moelora.scatter_lora(x, weight, *route, 1), x.double() @ last.T)
-    dx, _ = torch.ops.moelora.scatter_lora_dx(x, weight, *route, 1)
-    assert_near(dx, x.double() @ last)
-    del weight
-    dw = torch.ops.moelora.scatter_lora_dw(x, x, *route, 1)
-    assert_near(dw[-1], x.double().T @ x.double())
-    assert torch.count_nonzero(dw[:-1]) == 0
 
 
 def test_graph_capture():

@@ -1,6 +1,7 @@
 """The one command for a GPU, where there is none: its steps' ends, what it writes, what it says."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,10 +42,23 @@ def test_nothing_begins_after_the_end(tmp_path, monkeypatch):
     assert [outcome.state for outcome in outcomes] == ["passed", "out of time", "out of time"]
 
 
+def test_side_by_side(tmp_path, monkeypatch):
+    """Each waits for a file that the other one writes."""
+    monkeypatch.setattr(gpu_proof, "save", lambda folder, outcomes: None)
+    code = "import pathlib, time; pathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.1)"
+    pair = [str(tmp_path / name) for name in "ab"]
+    steps = [
+        Step(name, (sys.executable, "-c", code.format(*files)), 30, together="both")
+        for name, files in (("a", pair), ("b", pair[::-1]))
+    ]
+    outcomes = gpu_proof.run(iter(steps), tmp_path, 60)
+    assert [(outcome.name, outcome.state) for outcome in outcomes] == [("a", "passed"), ("b", "passed")]
+
+
 def test_steps(tmp_path):
     """Commands that the benchmark understands; every shape, sizes as advertised, every contestant."""
     parser = options.make_parser()
-    shapes, contestants = set(), set()
+    shapes, contestants, tested = set(), set(), {}
     for step in gpu_proof.make_steps(tmp_path):
         if "benchmarks.run" in step.command:
             parsed = parser.parse_args(step.command[3:])
@@ -53,7 +67,10 @@ def test_steps(tmp_path):
             if step.name.startswith("layer"):
                 assert parsed.rank == [16, 64] and parsed.tokens is None
         elif "benchmarks.beside" not in step.command:
-            assert set(gpu_proof.TESTS) <= set(step.command)
+            tested[step.name] = {argument for argument in step.command if argument.startswith("tests/")}
+    every = {*gpu_proof.TESTS, gpu_proof.BESIDE}
+    assert tested.pop("sanitizer") == every == set().union(*tested.values())
+    assert every == {f"tests/{path.name}" for path in Path(__file__).parent.glob("test_cuda*.py")}
     assert shapes == set(SHAPES)
     assert contestants == {"ours", "peft", "grouped-mm", "scattermoe"} <= set(MODULES)
 

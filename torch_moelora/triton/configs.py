@@ -330,7 +330,7 @@ def unpacking(machine: Machine, columns: int) -> tuple[int, int]:
     """Rows × columns of a tile of packed numbers."""
     if machine.arch == "interpreter":
         return 128, bucket(columns, 16, 512)
-    return 8, bucket(columns, 16, 512)
+    return 16, bucket(columns, 16, 512)
 
 
 def line(machine: Machine, size: int) -> int:
