@@ -9,7 +9,6 @@ summary.json has it all, beside the benchmarks' own JSON and PNG.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,7 +30,7 @@ from .registry import SHAPES
 ROOT = Path(__file__).parents[1]
 FIRST = "qwen3-30b-a3b"
 WITHOUT_SEARCH = "ours,peft,grouped-mm"
-# The first run side by side: most of their time is compilation.
+# The first in many processes: most of their time is compilation.
 TESTS = ("tests/test_cuda.py", "tests/test_cuda_layers.py", "tests/test_cuda_packed.py")
 BESIDE = "tests/test_cuda_beside.py"
 LEAST = 15  # seconds under which a step is not begun
@@ -40,16 +38,13 @@ LEAST = 15  # seconds under which a step is not begun
 
 @dataclass(frozen=True)
 class Step:
-    """A command that may take `limit` seconds. `why_not`: why it cannot be done here. `together`: successive
-    steps that have the same run side by side.
-    """
+    """A command that may take `limit` seconds. `why_not`: why it cannot be done here."""
 
     name: str
     command: tuple[str, ...]
     limit: float
     environ: tuple[tuple[str, str], ...] = ()
     why_not: str | None = None
-    together: str = ""
 
 
 @dataclass
@@ -74,6 +69,11 @@ def _benchmark(folder: Path, shape: str, contestants: str, *arguments: str) -> t
     )  # fmt: skip
 
 
+def _beside(folder: Path, kind: str) -> tuple[str, ...]:
+    command = "-m", "benchmarks.beside", "--tokens", "4096", "--format", kind, "--output", str(folder)
+    return sys.executable, *command
+
+
 def _sanitizer() -> str | None:
     """On the path, or beside the compiler of CUDA's usual place."""
     usual = Path("/usr/local/cuda/bin/compute-sanitizer")
@@ -82,45 +82,30 @@ def _sanitizer() -> str | None:
 
 def make_steps(folder: Path) -> Iterator[Step]:
     """The most telling first. scattermoe searches its configurations for minutes: last, and kept apart."""
-    for path in (*TESTS, BESIDE):
-        name = Path(path).stem
-        together = "tests" if path in TESTS else ""
-        yield Step(name, _pytest(path, f"--junit-xml={folder / name}.xml"), 240, together=together)
+    processes = str(min(os.cpu_count() or 1, 14))
+    for name, arguments in (("tests", (*TESTS, "-n", processes)), ("beside tests", (BESIDE,))):
+        report = f"--junit-xml={folder / name.replace(' ', '_')}.xml"
+        yield Step(name, _pytest(*arguments, report), 240)
+    sizes = ("--layer", "--rank", "16,64", "--repeats", "10")
+    yield Step(f"layer {FIRST}", _benchmark(folder, FIRST, WITHOUT_SEARCH, *sizes), 120)
+    formats = ("--format", "all", "--tokens", "512,4096")
+    yield Step(f"formats {FIRST}", _benchmark(folder, FIRST, "ours", *formats), 120)
+    for kind in ("dense", "nf4"):
+        yield Step(f"beside {kind}", _beside(folder / f"beside-{kind}", kind), 60)
     sanitizer = _sanitizer()
     # Each tensor in an allocation of its own: an access past its end is one past an allocation's.
     yield Step(
         "sanitizer",
-        (
-            sanitizer or "",
-            "--tool",
-            "memcheck",
-            "--error-exitcode",
-            "9",
-            *_pytest(*TESTS, BESIDE, "-k", "test_small"),
-        ),
-        120,
+        (sanitizer or "", "--tool", "memcheck", "--error-exitcode", "9",
+         *_pytest(*TESTS, BESIDE, "-k", "test_small")),
+        180,
         (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
         None if sanitizer else "compute-sanitizer is not installed (it comes with the CUDA toolkit)",
-    )
-    sizes = ("--layer", "--rank", "16,64", "--repeats", "10")
-    for shape in (FIRST, *(name for name in SHAPES if name != FIRST)):
-        yield Step(f"layer {shape}", _benchmark(folder, shape, WITHOUT_SEARCH, *sizes), 120)
-        if shape == FIRST:
-            command = _benchmark(folder, shape, "ours", "--operators", "--tokens", "4096")
-            yield Step(f"operators {shape}", command, 60)
-            command = _benchmark(folder, shape, "ours", "--format", "all", "--tokens", "512,4096")
-            yield Step(f"formats {shape}", command, 120)
-    for kind in ("dense", "nf4"):
-        command = (
-            sys.executable,
-            "-m",
-            "benchmarks.beside",
-            "--format",
-            kind,
-            "--output",
-            str(folder / f"beside-{kind}"),
-        )
-        yield Step(f"beside {kind}", command, 60)
+    )  # fmt: skip
+    yield Step(f"operators {FIRST}", _benchmark(folder, FIRST, "ours", "--operators", "--tokens", "4096"), 60)
+    for shape in SHAPES:
+        if shape != FIRST:
+            yield Step(f"layer {shape}", _benchmark(folder, shape, WITHOUT_SEARCH, *sizes), 120)
     alone = ("--layer", "--rank", "16", "--repeats", "10")
     command = _benchmark(folder / "scattermoe", FIRST, "ours,scattermoe", *alone)
     yield Step(f"scattermoe {FIRST}", command, 300)
@@ -171,14 +156,11 @@ def save(folder: Path, outcomes: list[Outcome]) -> None:
 def run(steps: Iterator[Step], folder: Path, seconds: float) -> list[Outcome]:
     end = time.monotonic() + seconds
     outcomes: list[Outcome] = []
-    for _, group in itertools.groupby(steps, lambda step: step.together or object()):
-        some, left = list(group), end - time.monotonic()
-        print(*(step.name for step in some), "…", flush=True)
-        with ThreadPoolExecutor(len(some)) as pool:
-            found = list(pool.map(lambda step: execute(step, folder, left), some))  # noqa: B023
-        for last in found:
-            print(f"  {last.name}: {last.state} in {last.seconds:.0f} s. {last.note}", flush=True)
-        outcomes += found
+    for step in steps:
+        print(f"{step.name} …", flush=True)
+        outcomes.append(execute(step, folder, end - time.monotonic()))
+        last = outcomes[-1]
+        print(f"  {last.state} in {last.seconds:.0f} s. {last.note}", flush=True)
         save(folder, outcomes)
     return outcomes
 

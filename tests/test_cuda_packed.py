@@ -47,7 +47,6 @@ def test_quantised_here_as_on_the_cpu(name, nested):
     assert torch.equal(here.dequantize(BF16), there.dequantize(BF16).cpu())
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["as_it_is", "turned"])
 @pytest.mark.parametrize("name", NAMES)
-def test_small_packed(name, transposed):
-    check(EVERYTHING.with_(k=384, n=256, packing=packing_of(name, transposed)))
+def test_small_packed(name):
+    check(EVERYTHING.with_(k=384, n=256, packing=packing_of(name, transposed=NAMES.index(name) % 2 == 0)))

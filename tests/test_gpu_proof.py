@@ -42,19 +42,6 @@ def test_nothing_begins_after_the_end(tmp_path, monkeypatch):
     assert [outcome.state for outcome in outcomes] == ["passed", "out of time", "out of time"]
 
 
-def test_side_by_side(tmp_path, monkeypatch):
-    """Each waits for a file that the other one writes."""
-    monkeypatch.setattr(gpu_proof, "save", lambda folder, outcomes: None)
-    code = "import pathlib, time; pathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.1)"
-    pair = [str(tmp_path / name) for name in "ab"]
-    steps = [
-        Step(name, (sys.executable, "-c", code.format(*files)), 30, together="both")
-        for name, files in (("a", pair), ("b", pair[::-1]))
-    ]
-    outcomes = gpu_proof.run(iter(steps), tmp_path, 60)
-    assert [(outcome.name, outcome.state) for outcome in outcomes] == [("a", "passed"), ("b", "passed")]
-
-
 def test_steps(tmp_path):
     """Commands that the benchmark understands; every shape, sizes as advertised, every contestant."""
     parser = options.make_parser()
