@@ -1,9 +1,10 @@
 """Packed weights on a GPU: every format against the reference, both ways round, and quantisation there."""
 
+import problems
 import pytest
 import torch
 from cases import BF16
-from cuda_cases import DEVICE, EVERYTHING, LAYERS, NEEDS_CUDA, check, packing_of
+from cuda_cases import DEVICE, EVERYTHING, LAYERS, NEEDS_CUDA, build, check, packing_of
 from packings import NAMES
 
 from torch_moelora import formats
@@ -50,3 +51,12 @@ def test_quantised_here_as_on_the_cpu(name, nested):
 @pytest.mark.parametrize("name", NAMES)
 def test_small_packed(name):
     check(EVERYTHING.with_(k=384, n=256, packing=packing_of(name, transposed=NAMES.index(name) % 2 == 0)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_to_the_bit_of_the_dense_weight(name):
+    p = build(EVERYTHING.with_(tokens=300, k=384, n=256, packing=packing_of(name)))
+    for op, args in (("scatter_lora", p.forward_args()), ("scatter_lora_dx", p.dx_args())):
+        out, dense = (problems.call(op, *a) for a in (args, problems.with_dense_weight(op, args)))
+        pairs = zip(*(t if isinstance(t, tuple) else (t,) for t in (out, dense)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), op

@@ -27,6 +27,7 @@ from .calls import (
     ScatterLoraDw,
     ScatterLoraDx,
 )
+from .weight_checks import require
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ACTS = ("silu", "gelu", "gelu_tanh")
@@ -43,9 +44,7 @@ def text(t: Tensor) -> str:
 
 
 def _dim(op: str, name: str, t: Tensor, dim: int, letters: str) -> None:
-    torch._check(
-        t.dim() == dim, lambda: f"{op}: {name} must be a {dim}-D tensor [{letters}], got shape {text(t)}"
-    )
+    require(t.dim() == dim, lambda: f"{op}: {name} must be a {dim}-D tensor [{letters}], got shape {text(t)}")
 
 
 def _shape(op: str, name: str, t: Tensor, expected: tuple, why: str) -> None:
@@ -56,14 +55,14 @@ def _shape(op: str, name: str, t: Tensor, expected: tuple, why: str) -> None:
     def message() -> str:
         return f"{op}: {name} must have shape [{', '.join(map(str, expected))}] ({why}), got {text(t)}"
 
-    torch._check(t.dim() == len(expected), message)
+    require(t.dim() == len(expected), message)
     for size, want in zip(t.shape, expected, strict=True):
         if not isinstance(want, str):
-            torch._check(size == want, message)
+            require(size == want, message)
 
 
 def _float(op: str, name: str, t: Tensor) -> None:
-    torch._check(
+    require(
         t.dtype in FLOATS,
         lambda: (
             f"{op}: {name} must have dtype torch.bfloat16, torch.float16, torch.float32 or torch.float64, "
@@ -74,13 +73,13 @@ def _float(op: str, name: str, t: Tensor) -> None:
 
 def _like(op: str, name: str, t: Tensor, lead_name: str, lead: Tensor, or_float32: bool = False) -> None:
     """Same device as `lead`, and its dtype; with `or_float32` a half-precision lead also takes float32."""
-    torch._check(
+    require(
         t.device == lead.device,
         lambda: f"{op}: {name} must be on device {lead.device} (that of {lead_name}), got {t.device}",
     )
     or_float32 = or_float32 and lead.dtype in (torch.bfloat16, torch.float16)
     alternative = " or torch.float32" if or_float32 else ""
-    torch._check(
+    require(
         t.dtype == lead.dtype or (or_float32 and t.dtype == torch.float32),
         lambda: (
             f"{op}: {name} must have dtype {lead.dtype} (that of {lead_name}){alternative}, got {t.dtype}"
@@ -90,7 +89,7 @@ def _like(op: str, name: str, t: Tensor, lead_name: str, lead: Tensor, or_float3
 
 def _index(op: str, name: str, t: Tensor, letter: str, dtype: torch.dtype) -> None:
     _dim(op, name, t, 1, letter)
-    torch._check(t.dtype == dtype, lambda: f"{op}: {name} must have dtype {dtype}, got {t.dtype}")
+    require(t.dtype == dtype, lambda: f"{op}: {name} must have dtype {dtype}, got {t.dtype}")
 
 
 def _countable(rows: int | torch.SymInt) -> bool:
@@ -103,28 +102,28 @@ def _countable(rows: int | torch.SymInt) -> bool:
 def _routing(op: str, call: NamedTuple, lead_name: str) -> None:
     lead, top_k = getattr(call, lead_name), call.top_k
     slots, offsets = call.sorted_scattered_idxs, call.expert_offsets
-    torch._check(top_k >= 1, lambda: f"{op}: top_k must be at least 1, got {top_k}")
+    require(top_k >= 1, lambda: f"{op}: top_k must be at least 1, got {top_k}")
     _index(op, "sorted_scattered_idxs", slots, "S", torch.int64)
-    torch._check(
+    require(
         slots.shape[0] % top_k == 0,
         lambda: (
             f"{op}: sorted_scattered_idxs must have a length that is a multiple of top_k={top_k}, "
             f"got {slots.shape[0]}"
         ),
     )
-    torch._check(
+    require(
         _countable(slots.shape[0]),
         lambda: (
             f"{op}: sorted_scattered_idxs must have a length of at most {MOST_ROWS}, got {slots.shape[0]}"
         ),
     )
     _index(op, "expert_offsets", offsets, "E", torch.int32)
-    torch._check(
+    require(
         offsets.shape[0] >= 1,
         lambda: f"{op}: expert_offsets must have a length of at least 1, got {offsets.shape[0]}",
     )
     for name, t in (("sorted_scattered_idxs", slots), ("expert_offsets", offsets)):
-        torch._check(
+        require(
             t.device == lead.device,
             lambda name=name, t=t: (
                 f"{op}: {name} must be on device {lead.device} (that of {lead_name}), got {t.device}"
@@ -140,7 +139,7 @@ def _rows(op: str, call: NamedTuple, name: str, per_slot: bool, flag: str) -> No
         letter, rows = ("S", total) if per_slot else ("T", total // top_k)
         return f"{op}: {name} must have {rows} rows ({letter}, because {flag}), got shape {text(t)}"
 
-    torch._check(t.shape[0] * (1 if per_slot else top_k) == total, message)
+    require(t.shape[0] * (1 if per_slot else top_k) == total, message)
 
 
 def _x(op: str, call: NamedTuple) -> None:
@@ -159,7 +158,7 @@ def _dense_weight(op: str, call: NamedTuple, lead_name: str) -> None:
     weight, experts = call.weight, call.expert_offsets.shape[0]
     _dim(op, "weight", weight, 3, "E, N, K")
     _like(op, "weight", weight, lead_name, getattr(call, lead_name))
-    torch._check(
+    require(
         weight.shape[0] == experts,
         lambda: (
             f"{op}: weight must have {experts} experts (the length of expert_offsets), "
@@ -167,21 +166,19 @@ def _dense_weight(op: str, call: NamedTuple, lead_name: str) -> None:
         ),
     )
     for size in weight.shape[1:]:
-        torch._check(
-            size >= 1, lambda: f"{op}: weight must have N and K of at least 1, got shape {text(weight)}"
-        )
+        require(size >= 1, lambda: f"{op}: weight must have N and K of at least 1, got shape {text(weight)}")
 
 
 def _packed_weight(op: str, call: NamedTuple, lead_name: str) -> None:
     lead = getattr(call, lead_name)
-    torch._check(
+    require(
         lead.dtype != torch.float64,
         lambda: (
             f"{op}: {lead_name} must have dtype torch.bfloat16, torch.float16 or torch.float32 when "
             f"weight_format is {call.weight_format}, got {lead.dtype}"
         ),
     )
-    torch._check(
+    require(
         call.weight.device == lead.device,
         lambda: (
             f"{op}: weight must be on device {lead.device} (that of {lead_name}), got {call.weight.device}"
@@ -208,7 +205,7 @@ def weight_of(call: NamedTuple) -> formats.PackedWeight:
 
 
 def _columns(op: str, name: str, t: Tensor, letter: str, size: int) -> None:
-    torch._check(
+    require(
         t.shape[1] == size,
         lambda: f"{op}: {name} must have {size} columns ({letter} of weight), got shape {text(t)}",
     )
@@ -219,9 +216,7 @@ def _lora(op: str, call: NamedTuple, lead_name: str, sizes: tuple) -> None:
     a, b = call.lora_a, call.lora_b
     e, n, k = sizes
     _shape(op, "lora_a", a, (e, "R", k), f"E={e}, K={k}")
-    torch._check(
-        a.shape[1] >= 1, lambda: f"{op}: lora_a must have a rank R of at least 1, got shape {text(a)}"
-    )
+    require(a.shape[1] >= 1, lambda: f"{op}: lora_a must have a rank R of at least 1, got shape {text(a)}")
     _like(op, "lora_a", a, lead_name, getattr(call, lead_name), or_float32=True)
     r = a.shape[1]
     _shape(op, "lora_b", b, (e, n, r), f"E={e}, N={n}, R={r} of lora_a")
@@ -230,7 +225,7 @@ def _lora(op: str, call: NamedTuple, lead_name: str, sizes: tuple) -> None:
 
 def _lora_pair(op: str, call: NamedTuple, lead_name: str, sizes: tuple) -> None:
     a, b = call.lora_a, call.lora_b
-    torch._check(
+    require(
         (a is None) == (b is None),
         lambda: (
             f"{op}: lora_a and lora_b must be given together, got only {'lora_b' if a is None else 'lora_a'}"
@@ -251,7 +246,7 @@ def _gates(op: str, call: NamedTuple, lead_name: str) -> None:
     gates, top_k, total = call.gates, call.top_k, call.sorted_scattered_idxs.shape[0]
     if gates is None:
         return
-    torch._check(
+    require(
         not call.y_grouped,
         lambda: f"{op}: gates must be None when y_grouped is True, got shape {text(gates)}",
     )
@@ -261,15 +256,15 @@ def _gates(op: str, call: NamedTuple, lead_name: str) -> None:
             f"{op}: gates must have shape [{total // top_k}, {top_k}] (T=S/top_k, top_k), got {text(gates)}"
         )
 
-    torch._check(gates.dim() == 2, message)
-    torch._check(gates.shape[1] == top_k, message)
-    torch._check(gates.shape[0] * top_k == total, message)
+    require(gates.dim() == 2, message)
+    require(gates.shape[1] == top_k, message)
+    require(gates.shape[0] * top_k == total, message)
     _like(op, "gates", gates, lead_name, getattr(call, lead_name), or_float32=True)
 
 
 def _finite(op: str, name: str, value: float) -> None:
     # Comparisons rather than math.isfinite: a symbolic float stays symbolic.
-    torch._check(
+    require(
         value > float("-inf") and value < float("inf"),
         lambda: f"{op}: {name} must be finite, got {float(value):g}",
     )
@@ -280,20 +275,20 @@ def flatten_sort_count(call: FlattenSortCount) -> None:
     op = "flatten_sort_count"
     expert_idxs, num_experts = call
     _dim(op, "expert_idxs", expert_idxs, 2, "T, top_k")
-    torch._check(
+    require(
         expert_idxs.dtype in (torch.int32, torch.int64),
         lambda: f"{op}: expert_idxs must have dtype torch.int32 or torch.int64, got {expert_idxs.dtype}",
     )
-    torch._check(
+    require(
         expert_idxs.shape[1] >= 1,
         lambda: f"{op}: expert_idxs must have at least 1 column, got shape {text(expert_idxs)}",
     )
-    torch._check(
+    require(
         _countable(expert_idxs.numel()),
         lambda: f"{op}: expert_idxs must have at most {MOST_ROWS} elements, got {expert_idxs.numel()}",
     )
-    torch._check(num_experts >= 1, lambda: f"{op}: num_experts must be at least 1, got {num_experts}")
-    torch._check(
+    require(num_experts >= 1, lambda: f"{op}: num_experts must be at least 1, got {num_experts}")
+    require(
         num_experts <= MOST_EXPERTS,
         lambda: f"{op}: num_experts must be at most {MOST_EXPERTS}, got {num_experts}",
     )
@@ -372,17 +367,17 @@ def _glu(op: str, call: Glu | GluBackward) -> None:
     h, act, alpha, limit = call.h, call.act, call.alpha, call.limit
     _dim(op, "h", h, 2, "rows, 2I")
     _float(op, "h", h)
-    torch._check(
+    require(
         h.shape[1] >= 2 and h.shape[1] % 2 == 0,
         lambda: f"{op}: h must have an even number of columns, at least 2, got shape {text(h)}",
     )
-    torch._check(act in ACTS, lambda: f"{op}: act must be silu, gelu or gelu_tanh, got {act}")
+    require(act in ACTS, lambda: f"{op}: act must be silu, gelu or gelu_tanh, got {act}")
     _finite(op, "alpha", alpha)
-    torch._check(
+    require(
         act == "silu" or alpha == 1.0,
         lambda: f"{op}: alpha must be 1 when act is {act}, got {float(alpha):g}",
     )
-    torch._check(
+    require(
         limit is None or limit > 0,
         lambda: f"{op}: limit must be None or greater than 0, got {float(limit):g}",
     )

@@ -34,6 +34,12 @@ ARGUMENTS = Names(
 )
 
 
+def require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    """`torch._check`, which takes its time also where nothing is symbolic and all is well."""
+    if condition is not True:
+        torch._check(condition, message)
+
+
 def text(sizes: Iterable) -> str:
     """As messages print shapes: `[4, 8]`."""
     return "[" + ", ".join(str(d) for d in sizes) + "]"
@@ -54,7 +60,7 @@ class _Check(NamedTuple):
     names: Names
 
     def require(self, condition: bool, message: Callable[[], str]) -> None:
-        torch._check(condition, lambda: f"{self.op}: {message()}")
+        require(condition, lambda: f"{self.op}: {message()}")
 
     @property
     def when(self) -> str:

@@ -217,9 +217,8 @@ def chunks(w: PackedWeight, dtype: torch.dtype, routing: Routing) -> Iterator[tu
     """(first expert, experts [·, N, K] from it on) until all are done. The memory is the same for all: what
     reads one must be launched before the next is asked for.
     """
-    strides, _ = _layout(w, 1)
-    rows, columns = strides[10:12]
-    experts = w.codes.shape[0]
+    experts, rows, columns = w.codes.shape
+    columns *= FORMATS[w.format].per_byte
     few = min(max(WORKSPACE // (rows * columns * dtype.itemsize), 1), experts)
     few = configs.cdiv(experts, configs.cdiv(experts, few))  # of about the same number
     out = torch.empty((few, rows, columns), dtype=dtype, device=w.device)
