@@ -23,7 +23,7 @@ from cuda_cases import (
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from torch_moelora import functional, nn, reference
+from torch_moelora import formats, functional, nn, reference
 
 pytestmark = NEEDS_CUDA
 
@@ -117,6 +117,36 @@ def test_graph_capture():
         ids.copy_(routed)
         graph.replay()
         assert equal(captured, step())
+
+
+@pytest.mark.parametrize("name", ["dense", "nf4"])
+def test_graphed_callable(name):
+    """Forward and backward of a layer as torch.cuda.make_graphed_callables captures and replays them."""
+    gen = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(shape, generator=gen).to(BF16) / 8 for shape in ((6, 128, 64), (6, 64, 64)))
+    if name != "dense":
+        up, down = (formats.quantize(weight, name) for weight in (up, down))
+    weights = {"gate_up_weight": up.to(DEVICE), "down_weight": down.to(DEVICE)}
+    experts = nn.LoRAExperts(6, 64, 64, rank=8, dtype=BF16, device=DEVICE, **weights)
+    for parameter_name, parameter in experts.named_parameters():
+        if parameter_name.endswith("lora_b"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    trainable = [parameter for parameter in experts.parameters() if parameter.requires_grad]
+
+    def arguments(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        torch.manual_seed(seed)
+        gates, ids = torch.rand(40, 6, device=DEVICE).topk(2)
+        return torch.randn(40, 64, dtype=BF16, device=DEVICE, requires_grad=True), ids, gates
+
+    def results(run, seed: int) -> list[Tensor]:
+        x, ids, gates = arguments(seed)
+        y = run(x, ids, gates)
+        return [y.detach().clone(), *torch.autograd.grad(y.float().square().sum(), [x, *trainable])]
+
+    expected = [results(experts, seed) for seed in (1, 2)]
+    graphed = torch.cuda.make_graphed_callables(experts, arguments(0))
+    for seed, want in zip((1, 2), expected, strict=True):
+        assert equal(want, results(graphed, seed))
 
 
 def test_nothing_synchronises():
