@@ -138,7 +138,7 @@ NEVER_READ = """
 """
 
 
-@pytest.mark.skipif(SWITCHES.backend == "triton", reason="to the bit on CPU only")
+@pytest.mark.skipif(SWITCHES.backend == "triton", reason="lays memory for the CPU kernels")
 def test_experts_without_rows_are_never_read():
     """Their codes, and scales where they fill pages, lie in memory that cannot be read."""
     names = [name for name, row in FORMATS.items() if row.bits is not None]

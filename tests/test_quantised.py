@@ -74,7 +74,6 @@ def test_the_numbers_themselves(drawn, seed):
     assert torch.equal(dx.view(E, n, k), dense)
 
 
-@pytest.mark.skipif(not ON_CPU, reason="to the bit on CPU only")
 @given(
     packings.packings(("usual", "subnormal", "extreme", "special")),
     st.sampled_from((0, 1, 3, 17, 90)), st.sampled_from((BF16, FP16, FP32)), st.integers(0, 99),
@@ -113,7 +112,6 @@ def test_any_number_of_threads(name):
     assert all(same(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.skipif(not ON_CPU, reason="to the bit on CPU only")
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_invariant(name):
     """With the switch on, a token's bits are those of the dense weight, and those that it has by itself."""

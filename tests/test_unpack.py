@@ -13,7 +13,7 @@ from torch_moelora.switches import SWITCHES
 
 pytestmark = [
     pytest.mark.operators,
-    pytest.mark.skipif(SWITCHES.backend == "triton", reason="to the bit on CPU only"),
+    pytest.mark.skipif(SWITCHES.backend == "triton", reason="ways of the CPU kernels"),
 ]
 
 PACKINGS = [
