@@ -82,7 +82,7 @@ REMOVED = {
     "rows leave behind what makes them": ("compute", lambda m: m.setattr(link, "after", _no_wait)),
     "the host waits for rows": ("compute", lambda m: m.setattr(link, "wait", _no_wait)),
     "a buffer in use is nobody else's": (
-        "compute",
+        "bring",  # which sends factors of a size one after the other
         lambda m: m.setattr(buffers.Buffers, "give", _behind_nothing(buffers.Buffers.give)),
     ),
     "the host waits for a full buffer": ("limit", lambda m: m.setattr(buffers, "wait", _no_wait)),
@@ -138,30 +138,54 @@ def test_nobody_waits_for_the_device(own_link):
         assert after.event_synchronisations - before.event_synchronisations == (9 if way == "compute" else 3)
 
 
-def test_the_accelerator_is_given_its_share_first(monkeypatch):
-    """Forward and backward; and the host does not wait for it."""
+class Meeting:
+    """Shares of two places, of which the accelerator's waits in mid-launch until the host's has begun."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.begun, self.seen, self.threads = threading.Event(), [], {}
+        gradients = ways.Share.gradients
+
+        def differentiate(share, dy, retain):
+            self.meet("backward", share.out.device.type)
+            return gradients(share, dy, retain)
+
+        monkeypatch.setattr(ways.Share, "gradients", differentiate)
+
+    def compute(self, x, ids, gates, parameters):
+        self.meet("forward", x.device.type)
+        return compute(x, ids, gates, parameters)
+
+    def meet(self, step: str, place: str) -> None:
+        self.threads[step, place] = threading.get_ident()
+        if place == "cpu":
+            self.seen.append(f"{step}: the host's has begun")
+            self.begun.set()
+        elif self.begun.wait(20):
+            self.begun.clear()
+            self.seen.append(f"{step}: the accelerator's goes on")
+
+
+def test_the_host_computes_while_the_accelerator_is_given_its_share(monkeypatch, own_link):
+    """Forward and backward; what the accelerator is given, the caller gives it, and nobody waits for it."""
     p = problem(BF16, "dense")
     (placement,) = placed([p], "compute", [1, 4])
-    seen = []
-    made, gradients = ways.Share.__init__, ways.Share.gradients
-
-    def make(self, *args, **kwargs):
-        made(self, *args, **kwargs)
-        seen.append(("forward", self.out.device.type))
-
-    def differentiate(self, dy, retain):
-        seen.append(("backward", self.out.device.type))
-        return gradients(self, dy, retain)
-
-    monkeypatch.setattr(ways.Share, "__init__", make)
-    monkeypatch.setattr(ways.Share, "gradients", differentiate)
+    meeting = Meeting(monkeypatch)
     x = p.x.detach().to(LATE).requires_grad_()
-    out = placement.sum(x, p.ids.to(LATE), p.gates.detach().to(LATE), p.parameters, compute)
+    out = placement.sum(x, p.ids.to(LATE), p.gates.detach().to(LATE), p.parameters, meeting.compute)
     behind = torch.Event(LATE)
     behind.record()
     assert not behind.query()  # all of it is still to be done, the host's share excepted
     out.backward(torch.ones_like(out))
-    assert seen == [("forward", "late"), ("forward", "cpu"), ("backward", "late"), ("backward", "cpu")]
+    assert meeting.seen == [
+        f"{step}: {told}"
+        for step in ("forward", "backward")
+        for told in ("the host's has begun", "the accelerator's goes on")
+    ]
+    where = meeting.threads
+    assert where["forward", LATE.type] == threading.get_ident()
+    assert where["backward", LATE.type] != threading.get_ident()  # autograd's for the device
+    assert where["forward", "cpu"] == where["backward", "cpu"]
+    assert len(set(where.values())) == 3
 
 
 def test_buffers_are_reused_and_bounded():

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from moelora.experts import Compute
+from moelora.placement.beside.worker import bound
 
 
 class Share:
@@ -41,6 +42,19 @@ class Share:
         with torch.set_grad_enabled(bool(needed or others)), record_function(self._label):
             self._out = compute(x, ids, gates, parameters)
         self.out = self._out.detach()
+        self.apart = not bound() and self._on_host_alone()  # whether any thread can do its backward
+
+    def _on_host_alone(self) -> bool:
+        """Whether its backward meets no other device, whose thread of autograd's may be waiting for it."""
+        nodes = [self._out.grad_fn] if self._out.grad_fn is not None else []
+        met = set(nodes)
+        for node in nodes:  # grows
+            if any(one.device.type != "cpu" for one in node._input_metadata):
+                return False
+            following = {after for after, _ in node.next_functions if after is not None} - met
+            met |= following
+            nodes += following
+        return True
 
     def gradients(self, dy: Tensor, retain: bool) -> dict[str | int, Tensor | None]:
         """By the names of `needed`, and of the others by their numbers."""

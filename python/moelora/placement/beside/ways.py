@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from moelora.experts import Compute
 from moelora.placement.beside.hot import BIASES, FACTORS, WEIGHTS, Hot
-from moelora.placement.beside.link import Link
+from moelora.placement.beside.link import Arrival, Link
 from moelora.placement.beside.resident import Resident
 from moelora.placement.beside.shares import Share, as_on
 
@@ -31,6 +31,7 @@ class Call:
     hot: Hot | None  # experts that are on the accelerator too
     resident: Resident | None  # where the weights are brought; None: rows go to the host
     index: int  # of the layer there
+    threads: int = field(default_factory=torch.get_num_threads)  # of the host's share
     shares: tuple[Share, ...] = ()  # what the backward follows
 
     def forward(
@@ -45,16 +46,26 @@ class Call:
     def _visit(
         self, x: Tensor, ids: Tensor, gates: Tensor, given: dict[str, Tensor], needed: set[str]
     ) -> Tensor:
-        """The accelerator's experts are launched, then the host computes the others."""
+        """The host computes its experts while the accelerator's are launched."""
         hot, link, kept = self.hot, self.link, bool(needed or self.others)
         rest = self.rest | ({"sum_fp32": True} if hot else {})
         with link.fetch(x, gates, ids) as arrival:
-            first = self._hot(x, ids, gates, given, needed) if hot else None
-            # Page-locked memory is soon somebody else's; what the backward reads is not.
-            x_here, gates_here, ids_here = (t.clone() if kept else t for t in arrival.wait())
-            ids_here = hot.elsewhere(ids_here) if hot else ids_here
-            inputs = {"x": x_here, "gates": gates_here} | given
-            share = as_on(x.device, lambda: Share(self.compute, inputs, ids_here, rest, needed, self.others))
+
+            def here() -> Share:
+                # Page-locked memory is soon somebody else's; what the backward reads is not.
+                x_here, gates_here, ids_here = (t.clone() if kept else t for t in arrival.wait())
+                ids_here = hot.elsewhere(ids_here) if hot else ids_here
+                inputs = {"x": x_here, "gates": gates_here} | given
+                return as_on(
+                    x.device, lambda: Share(self.compute, inputs, ids_here, rest, needed, self.others)
+                )
+
+            if hot:
+                first, share = link.worker.both(
+                    lambda: self._hot(x, ids, gates, given, needed), here, self.threads
+                )
+            else:
+                first, share = None, here()
             out = link.send(share.out)
         if kept:
             self.shares = (share,) if first is None else (first, share)
@@ -66,9 +77,9 @@ class Call:
     def _hot(
         self, x: Tensor, ids: Tensor, gates: Tensor, given: dict[str, Tensor], needed: set[str]
     ) -> Share:
-        factors = {
-            name: self.link.send(given[name].detach()[self.hot.rows]) for name in FACTORS if name in given
-        }
+        names = [name for name in FACTORS if name in given]
+        sent = self.link.send_rows([given[name] for name in names], self.hot.rows)
+        factors = dict(zip(names, sent, strict=True))
         rest = (
             {n: v for n, v in self.rest.items() if n not in WEIGHTS} | self.hot.weights | {"sum_fp32": True}
         )
@@ -105,16 +116,26 @@ class Call:
         link, host = self.link, shares[-1]
         with ExitStack() as stack:
             arrival = stack.enter_context(link.fetch(dy))
-            there = shares[0].gradients(dy, retain) if self.hot else {}
-            factors = [name for name in FACTORS if there.get(name) is not None]
-            late = stack.enter_context(link.fetch(*(there[name] for name in factors)))
-            found = host.gradients(arrival.wait()[0], retain)
-            for name, rows in zip(factors, late.wait(), strict=True):
-                found[name][self.hot.rows] = rows
+
+            def there() -> tuple[Gradients, list[str], Arrival]:
+                found = shares[0].gradients(dy, retain)
+                names = [name for name in FACTORS if found.get(name) is not None]
+                return found, names, stack.enter_context(link.fetch(*(found[name] for name in names)))
+
+            def here() -> Gradients:
+                return host.gradients(arrival.wait()[0], retain)
+
+            if not self.hot:
+                found = here()
+            else:
+                both = link.worker.both(there, here, self.threads, host.apart)
+                (first, factors, late), found = both
+                for name, rows in zip(factors, late.wait(), strict=True):
+                    found[name].index_copy_(0, self.hot.rows, rows)
         for name in ("x", "gates"):
             if found.get(name) is not None:
-                here = link.send(found[name])
-                found[name] = _sum(there[name], here) if self.hot else here
+                second = link.send(found[name])
+                found[name] = _sum(first[name], second) if self.hot else second
         return found
 
     def _bring_backward(self, dy: Tensor, share: Share, retain: bool) -> Gradients:
@@ -139,7 +160,7 @@ def _result_dtype(x: Tensor) -> torch.dtype:
 
 class _Placed(torch.autograd.Function):
     """A call as one step of autograd, whose backward runs on the accelerator's thread: it launches what is
-    the accelerator's, then computes what is the host's. So sums have one order, whoever is ready first.
+    the accelerator's, while the worker computes what is the host's. Sums have one order, whoever is ready first.
     """
 
     @staticmethod
