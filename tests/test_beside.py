@@ -407,6 +407,19 @@ def test_benchmark():
         assert {"both at work", "brought over", "everything there", "everything on the CPU"} <= set(results)
 
 
+def test_the_profiler_sees_both_shares():
+    """Of each layer forward and backward, each in its own thread: an overlap is read from these."""
+    layers = [bench.build(8, 64, 64, 4, "dense", BF16, seed) for seed in range(bench.LAYERS)]
+    b = bench.Bench(LATE, layers, 20, 2, [0, 1])
+    events = [e for e in b.events(b.placed("compute", b.hot), None) if e.name.startswith("moelora share")]
+    names = [e.name for e in events]
+    for place in ("cpu", LATE.type):
+        for step in ("", ", backward"):
+            assert names.count(f"moelora share on {place}{step}") == bench.LAYERS
+    host = {e.thread for e in events if "share on cpu" in e.name}
+    assert len(host) == 1 and not host & {e.thread for e in events if "share on cpu" not in e.name}
+
+
 def test_no_device_is_named():
     for path in Path(beside.__file__).parent.rglob("*.py"):
         assert "cuda" not in path.read_text().lower(), path.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,9 +62,8 @@ class Call:
                 )
 
             if hot:
-                first, share = link.worker.both(
-                    lambda: self._hot(x, ids, gates, given, needed), here, self.threads
-                )
+                there = partial(self._hot, x, ids, gates, given, needed)
+                first, share = link.worker.both(there, here, self.threads)
             else:
                 first, share = None, here()
             out = link.send(share.out)
@@ -160,7 +160,7 @@ def _result_dtype(x: Tensor) -> torch.dtype:
 
 class _Placed(torch.autograd.Function):
     """A call as one step of autograd, whose backward runs on the accelerator's thread: it launches what is
-    the accelerator's, while the worker computes what is the host's. Sums have one order, whoever is ready first.
+    the accelerator's while the worker computes what is the host's. Sums have one order, whoever is first.
     """
 
     @staticmethod

@@ -33,9 +33,9 @@ class Worker:
     ) -> tuple[A, B]:
         """What `there` returns, which launches in the caller's thread, and `here`, which computes meanwhile.
 
-        They run one after the other, `there` first, if not `apart`, where something of the caller's is `bound` to
-        its thread, and where the worker is busy: with another thread's call, or with the very one that this one
-        is part of. So nobody waits for his turn. threads: how many `here` computes with.
+        They run one after the other, `there` first, if not `apart`, where something of the caller's is
+        `bound` to its thread, and where the worker is busy: with another thread's call, or with the very one
+        that this is part of. So nobody waits for a turn. threads: how many `here` computes with.
         Raises: what either raises, `there`'s if both do; by then both have ended.
         """
         future = self._begin(here, threads) if apart and not bound() else None
@@ -66,7 +66,7 @@ class Worker:
 
         try:
             if self._thread is None:
-                # Autocast's cache is everybody's: a thread that never is outside of autocast does not clear it.
+                # Autocast's cache is everybody's: a thread that never is outside of it clears nothing.
                 begin = torch.autocast_increment_nesting
                 thread = ThreadPoolExecutor(1, thread_name_prefix="moelora-host", initializer=begin)
                 thread.submit(int).result()
@@ -78,8 +78,8 @@ class Worker:
 
 
 def bound() -> bool:
-    """Whether the caller's thread has what cannot be handed to another one: hooks for what autograd saves, which
-    checkpointing counts in order, and modes that see every operator.
+    """Whether the caller's thread has what no other can be given: hooks for what autograd saves, which
+    checkpointing counts in order, or modes that see every operator.
     """
     return bool(
         torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
