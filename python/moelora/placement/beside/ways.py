@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from moelora.experts import Compute
 from moelora.placement.beside.hot import BIASES, FACTORS, WEIGHTS, Hot
 from moelora.placement.beside.link import Arrival, Link
 from moelora.placement.beside.resident import Resident
-from moelora.placement.beside.shares import Share, as_on
+from moelora.placement.beside.shares import Kept, Share, as_on
 
 Gradients = dict[str | int, Tensor | None]
 
@@ -34,11 +36,14 @@ class Call:
     index: int  # of the layer there
     threads: int = field(default_factory=torch.get_num_threads)  # of the host's share
     shares: tuple[Share, ...] = ()  # what the backward follows
+    kept: tuple[Kept, ...] = ()  # what it reads, if hooks save it: of the accelerator's share, the host's
 
     def forward(
         self, x: Tensor, ids: Tensor, gates: Tensor, tensors: list[Tensor], needed: set[str]
     ) -> Tensor:
         """[T, H] on x's device."""
+        if Kept.wanted() and (needed or self.others):
+            self.kept = (Kept(), Kept())
         given = dict(zip(self.names, tensors, strict=True))
         if self.resident is not None:
             return self._bring(x, ids, gates, given, needed)
@@ -57,9 +62,10 @@ class Call:
                 x_here, gates_here, ids_here = (t.clone() if kept else t for t in arrival.wait())
                 ids_here = hot.elsewhere(ids_here) if hot else ids_here
                 inputs = {"x": x_here, "gates": gates_here} | given
-                return as_on(
-                    x.device, lambda: Share(self.compute, inputs, ids_here, rest, needed, self.others)
-                )
+                with self._keeping(1):
+                    return as_on(
+                        x.device, lambda: Share(self.compute, inputs, ids_here, rest, needed, self.others)
+                    )
 
             if hot:
                 there = partial(self._hot, x, ids, gates, given, needed)
@@ -84,7 +90,11 @@ class Call:
             {n: v for n, v in self.rest.items() if n not in WEIGHTS} | self.hot.weights | {"sum_fp32": True}
         )
         inputs = {"x": x, "gates": gates} | factors
-        return Share(self.compute, inputs, self.hot.here(ids), rest, needed & set(inputs))
+        with self._keeping(0):
+            return Share(self.compute, inputs, self.hot.here(ids), rest, needed & set(inputs))
+
+    def _keeping(self, which: int) -> AbstractContextManager:
+        return self.kept[which].hooks() if self.kept else nullcontext()
 
     def _bring(
         self, x: Tensor, ids: Tensor, gates: Tensor, given: dict[str, Tensor], needed: set[str]
@@ -93,14 +103,21 @@ class Call:
         inputs = {"x": x, "gates": gates} | sent
         with self.resident.layer(self.index, bool(needed)) as weights:
             rest = {n: v for n, v in self.rest.items() if n not in WEIGHTS} | weights
-            with self.resident.saved(self.index) if needed else nullcontext():
+            with self._keeping(0), self.resident.saved(self.index) if needed else nullcontext():
                 share = Share(self.compute, inputs, ids, rest, needed)
         if needed:
             self.shares = (share,)
         return share.out
 
-    def backward(self, dy: Tensor) -> Gradients:
-        """By the names of what needs one: of x and gates on the accelerator, of all else on the host."""
+    def taken(self) -> list[Tensor]:
+        """What autograd is to save, with whatever hooks there are."""
+        return [t for kept in self.kept for t in kept.take()]
+
+    def backward(self, dy: Tensor, saved: Callable[[], Sequence[Tensor]]) -> Gradients:
+        """By the names of what needs one: of x and gates on the accelerator, of all else on the host.
+
+        saved: returns what `taken` did.
+        """
         if not self.shares:
             raise RuntimeError(
                 "experts beside an accelerator: this backward is a second one, and the first has freed what "
@@ -108,9 +125,15 @@ class Call:
             )
         retain = torch._C._autograd._get_current_graph_task_keep_graph()
         shares, self.shares = self.shares, self.shares if retain else ()
-        if self.resident is not None:
-            return self._bring_backward(dy, shares[0], retain)
-        return self._visit_backward(dy, shares, retain)
+        again = iter(saved() if self.kept else ())
+        for kept in self.kept:
+            kept.give(list(islice(again, len(kept))))
+        try:
+            if self.resident is not None:
+                return self._bring_backward(dy, shares[0], retain)
+            return self._visit_backward(dy, shares, retain)
+        finally:
+            self.taken()
 
     def _visit_backward(self, dy: Tensor, shares: tuple[Share, ...], retain: bool) -> Gradients:
         link, host = self.link, shares[-1]
@@ -169,12 +192,14 @@ class _Placed(torch.autograd.Function):
         ctx.names = ["", "x", "", "gates", *call.names, *range(len(call.others))]
         needed = {n for n, need in zip(ctx.names, ctx.needs_input_grad, strict=True) if need}
         own = {n for n in needed if isinstance(n, str)}
-        return call.forward(x, ids, gates, list(tensors[: len(call.names)]), own)
+        out = call.forward(x, ids, gates, list(tensors[: len(call.names)]), own)
+        ctx.save_for_backward(*call.taken())
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.call.backward(dy)
+        found = ctx.call.backward(dy, lambda: ctx.saved_tensors)
         wanted = zip(ctx.names, ctx.needs_input_grad, strict=True)
         return tuple(found.get(name) if need else None for name, need in wanted)
 

@@ -34,11 +34,11 @@ class Worker:
         """What `there` returns, which launches in the caller's thread, and `here`, which computes meanwhile.
 
         They run one after the other, `there` first, if not `apart`, where something of the caller's is
-        `bound` to its thread, and where the worker is busy: with another thread's call, or with the very one
+        `_bound` to its thread, and where the worker is busy: with another thread's call, or with the very one
         that this is part of. So nobody waits for a turn. threads: how many `here` computes with.
         Raises: what either raises, `there`'s if both do; by then both have ended.
         """
-        future = self._begin(here, threads) if apart and not bound() else None
+        future = self._begin(here, threads) if apart and not _bound() else None
         if future is None:
             return there(), here()
         try:
@@ -77,15 +77,11 @@ class Worker:
             return None
 
 
-def bound() -> bool:
-    """Whether the caller's thread has what no other can be given: hooks for what autograd saves, which
-    checkpointing counts in order, or modes that see every operator.
+def _bound() -> bool:
+    """Whether the caller's thread has what no other can be given: modes that see every operator. Hooks for
+    what autograd saves are not among them: `shares.Kept` gets along.
     """
-    return bool(
-        torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-    )
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
 
 
 def _guards(device: torch.device) -> list[Callable[[], AbstractContextManager]]:
