@@ -10,7 +10,7 @@ import pytest
 import torch
 from beside_layers import BF16, LATE, STREAMS, WIDE, E, H, Here, compute, placed, problem, run, same
 from moelora.placement import beside
-from moelora.placement.beside import buffers, link, order, rates, resident, ways
+from moelora.placement.beside import buffers, link, order, rates, resident
 
 from benchmarks import beside as bench
 
@@ -136,56 +136,6 @@ def test_nobody_waits_for_the_device(own_link):
         assert after.stream_synchronisations == before.stream_synchronisations
         # Rows of three layers out and their gradients; where weights come over, LoRA's gradients alone.
         assert after.event_synchronisations - before.event_synchronisations == (9 if way == "compute" else 3)
-
-
-class Meeting:
-    """Shares of two places, of which the accelerator's waits in mid-launch until the host's has begun."""
-
-    def __init__(self, monkeypatch) -> None:
-        self.begun, self.seen, self.threads = threading.Event(), [], {}
-        gradients = ways.Share.gradients
-
-        def differentiate(share, dy, retain):
-            self.meet("backward", share.out.device.type)
-            return gradients(share, dy, retain)
-
-        monkeypatch.setattr(ways.Share, "gradients", differentiate)
-
-    def compute(self, x, ids, gates, parameters):
-        self.meet("forward", x.device.type)
-        return compute(x, ids, gates, parameters)
-
-    def meet(self, step: str, place: str) -> None:
-        self.threads[step, place] = threading.get_ident()
-        if place == "cpu":
-            self.seen.append(f"{step}: the host's has begun")
-            self.begun.set()
-        elif self.begun.wait(20):
-            self.begun.clear()
-            self.seen.append(f"{step}: the accelerator's goes on")
-
-
-def test_the_host_computes_while_the_accelerator_is_given_its_share(monkeypatch, own_link):
-    """Forward and backward; what the accelerator is given, the caller gives it, and nobody waits for it."""
-    p = problem(BF16, "dense")
-    (placement,) = placed([p], "compute", [1, 4])
-    meeting = Meeting(monkeypatch)
-    x = p.x.detach().to(LATE).requires_grad_()
-    out = placement.sum(x, p.ids.to(LATE), p.gates.detach().to(LATE), p.parameters, meeting.compute)
-    behind = torch.Event(LATE)
-    behind.record()
-    assert not behind.query()  # all of it is still to be done, the host's share excepted
-    out.backward(torch.ones_like(out))
-    assert meeting.seen == [
-        f"{step}: {told}"
-        for step in ("forward", "backward")
-        for told in ("the host's has begun", "the accelerator's goes on")
-    ]
-    where = meeting.threads
-    assert where["forward", LATE.type] == threading.get_ident()
-    assert where["backward", LATE.type] != threading.get_ident()  # autograd's for the device
-    assert where["forward", "cpu"] == where["backward", "cpu"]
-    assert len(set(where.values())) == 3
 
 
 def test_buffers_are_reused_and_bounded():
