@@ -12,6 +12,7 @@ import threading
 import weakref
 from pathlib import Path
 
+import late_device
 import pytest
 import torch
 from beside_layers import BF16, LATE, E, Here, compute, placed, problem, run, same
@@ -182,6 +183,20 @@ def test_what_the_host_computes_with(monkeypatch, own_link):
     with torch.autocast(LATE.type, torch.float16), torch.no_grad():  # the host follows the device's
         placement.sum(*inputs)
     assert seen["cpu"][2] == [torch.float16] * 2 and seen[LATE.type][2] == [False, torch.float16]
+
+
+@pytest.mark.parametrize("streams", [0, 2])
+@pytest.mark.parametrize(("way", "hot"), [("compute", HOT), ("compute", []), ("bring", [])])
+def test_training_after_inference_mode(way, hot, streams, own_link):
+    """What the first calls made and left is good for those that need gradients."""
+    problems = [problem(BF16, kind) for kind in ("dense", "nf4")]
+    placements = placed(problems, way, hot)
+    with late_device.eager(streams):
+        with torch.inference_mode():
+            for p, placement in zip(problems, placements, strict=True):
+                placement.sum(p.x.to(LATE), p.ids.to(LATE), p.gates.to(LATE), p.parameters, compute)
+        torch.accelerator.synchronize()
+        assert same(run(problems, placements, LATE), run(problems, [Here(hot, E)] * 2, "cpu"))
 
 
 def test_autocast(own_link):

@@ -49,9 +49,9 @@ class Worker:
 
     def _begin(self, here: Callable[[], B], threads: int) -> Future[B] | None:
         """None if the worker is not to be had."""
+        guards = _guards(self.device)
         if not self._idle.acquire(blocking=False):
             return None
-        guards = _guards(self.device)
 
         def run() -> B:
             try:
@@ -66,15 +66,21 @@ class Worker:
 
         try:
             if self._thread is None:
-                # Autocast's cache is everybody's: a thread that never is outside of it clears nothing.
-                begin = torch.autocast_increment_nesting
-                thread = ThreadPoolExecutor(1, thread_name_prefix="moelora-host", initializer=begin)
+                thread = ThreadPoolExecutor(1, "moelora-host", _enter, (self.device,))
                 thread.submit(int).result()
                 self._thread = thread
             return self._thread.submit(copy_context().run, run)
         except RuntimeError:  # the interpreter is ending, or there are no more threads
             self._idle.release()
             return None
+
+
+def _enter(device: torch.device) -> None:
+    """What the thread begins with: a device, so that it opens no other one, and autocast, for its cache is
+    everybody's, and whoever leaves autocast altogether clears it.
+    """
+    torch.accelerator.set_device_index(device)
+    torch.autocast_increment_nesting()
 
 
 def _bound() -> bool:
