@@ -173,18 +173,24 @@ class Bench:
         peak = torch.accelerator.max_memory_allocated(self.device) if peak else None
         return Result(name, statistics.median(found), peak)
 
-    def overlap(self, computes: list[Callable[..., Tensor]], trace: Path | None) -> float | None:
-        """Of the time in which the accelerator computes, the part in which the CPU computes its share too."""
+    def events(self, computes: list[Callable[..., Tensor]], trace: Path | None) -> list[Any]:
+        """What torch's profiler sees of a step, in all threads: the host's share has one of its own."""
         run = self.step(computes, self.device)
-        with torch.profiler.profile() as profiler:
+        everybody = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+        with torch.profiler.profile(experimental_config=everybody) as profiler:
             run()
             torch.accelerator.synchronize(self.device)
         if trace is not None:
             profiler.export_chrome_trace(str(trace))
-        host = [e.time_range for e in profiler.events() if e.name.startswith("moelora share on cpu")]
+        return profiler.events()
+
+    def overlap(self, computes: list[Callable[..., Tensor]], trace: Path | None) -> float | None:
+        """Of the time in which the accelerator computes, the part in which the CPU computes its share too."""
+        events = self.events(computes, trace)
+        host = [e.time_range for e in events if e.name.startswith("moelora share on cpu")]
         kernels = [
             e.time_range
-            for e in profiler.events()
+            for e in events
             if e.device_type != torch.autograd.DeviceType.CPU and not e.name.startswith(("moelora", "Mem"))
         ]
         total = sum(k.elapsed_us() for k in kernels)

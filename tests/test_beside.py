@@ -10,7 +10,7 @@ import pytest
 import torch
 from beside_layers import BF16, LATE, STREAMS, WIDE, E, H, Here, compute, placed, problem, run, same
 from moelora.placement import beside
-from moelora.placement.beside import buffers, link, order, rates, resident, ways
+from moelora.placement.beside import buffers, link, order, rates, resident
 
 from benchmarks import beside as bench
 
@@ -82,7 +82,7 @@ REMOVED = {
     "rows leave behind what makes them": ("compute", lambda m: m.setattr(link, "after", _no_wait)),
     "the host waits for rows": ("compute", lambda m: m.setattr(link, "wait", _no_wait)),
     "a buffer in use is nobody else's": (
-        "compute",
+        "bring",  # which sends factors of a size one after the other
         lambda m: m.setattr(buffers.Buffers, "give", _behind_nothing(buffers.Buffers.give)),
     ),
     "the host waits for a full buffer": ("limit", lambda m: m.setattr(buffers, "wait", _no_wait)),
@@ -136,32 +136,6 @@ def test_nobody_waits_for_the_device(own_link):
         assert after.stream_synchronisations == before.stream_synchronisations
         # Rows of three layers out and their gradients; where weights come over, LoRA's gradients alone.
         assert after.event_synchronisations - before.event_synchronisations == (9 if way == "compute" else 3)
-
-
-def test_the_accelerator_is_given_its_share_first(monkeypatch):
-    """Forward and backward; and the host does not wait for it."""
-    p = problem(BF16, "dense")
-    (placement,) = placed([p], "compute", [1, 4])
-    seen = []
-    made, gradients = ways.Share.__init__, ways.Share.gradients
-
-    def make(self, *args, **kwargs):
-        made(self, *args, **kwargs)
-        seen.append(("forward", self.out.device.type))
-
-    def differentiate(self, dy, retain):
-        seen.append(("backward", self.out.device.type))
-        return gradients(self, dy, retain)
-
-    monkeypatch.setattr(ways.Share, "__init__", make)
-    monkeypatch.setattr(ways.Share, "gradients", differentiate)
-    x = p.x.detach().to(LATE).requires_grad_()
-    out = placement.sum(x, p.ids.to(LATE), p.gates.detach().to(LATE), p.parameters, compute)
-    behind = torch.Event(LATE)
-    behind.record()
-    assert not behind.query()  # all of it is still to be done, the host's share excepted
-    out.backward(torch.ones_like(out))
-    assert seen == [("forward", "late"), ("forward", "cpu"), ("backward", "late"), ("backward", "cpu")]
 
 
 def test_buffers_are_reused_and_bounded():
@@ -381,6 +355,19 @@ def test_benchmark():
     for results in kinds.values():
         assert all(result["milliseconds"] > 0 for result in results.values())
         assert {"both at work", "brought over", "everything there", "everything on the CPU"} <= set(results)
+
+
+def test_the_profiler_sees_both_shares():
+    """Of each layer forward and backward, each in its own thread: an overlap is read from these."""
+    layers = [bench.build(8, 64, 64, 4, "dense", BF16, seed) for seed in range(bench.LAYERS)]
+    b = bench.Bench(LATE, layers, 20, 2, [0, 1])
+    events = [e for e in b.events(b.placed("compute", b.hot), None) if e.name.startswith("moelora share")]
+    names = [e.name for e in events]
+    for place in ("cpu", LATE.type):
+        for step in ("", ", backward"):
+            assert names.count(f"moelora share on {place}{step}") == bench.LAYERS
+    host = {e.thread for e in events if "share on cpu" in e.name}
+    assert len(host) == 1 and not host & {e.thread for e in events if "share on cpu" not in e.name}
 
 
 def test_no_device_is_named():

@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
-from moelora.placement.beside.order import wait
+from moelora.placement.beside.order import for_all_calls, wait
 
 LIMIT = 256 << 20  # bytes that are kept for the next who asks
 LEAST = 4096
@@ -57,6 +57,7 @@ class Buffers:
                 self.allocated -= other
 
 
+@for_all_calls()
 def _page_locked(size: int) -> Tensor:
     try:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)

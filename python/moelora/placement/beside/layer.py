@@ -14,7 +14,7 @@ from moelora.placement.beside import rates as rule
 from moelora.placement.beside import ways
 from moelora.placement.beside.hot import BIASES, WEIGHTS, Hot
 from moelora.placement.beside.link import Link, link_of
-from moelora.placement.beside.order import after, mark
+from moelora.placement.beside.order import after, for_all_calls, mark
 from moelora.placement.beside.resident import Load, Resident
 from torch_moelora.formats import PackedWeight
 
@@ -157,7 +157,8 @@ class Beside:
     def _hot_on(self, device: torch.device, parameters: dict[str, Any]) -> Hot:
         with self._lock:
             if self._hot is None:
-                self._hot = Hot(self.ids, self.experts, parameters, device)
+                with for_all_calls():
+                    self._hot = Hot(self.ids, self.experts, parameters, device)
                 self._copied = mark(device)
             stream = torch.accelerator.current_stream(device)  # perhaps not the one of the copies
             after(stream, self._copied)

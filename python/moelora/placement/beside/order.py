@@ -26,6 +26,13 @@ def wait(event: torch.Event) -> None:
 
 
 @contextlib.contextmanager
+def for_all_calls() -> Iterator[None]:
+    """What is made within outlives the call: in inference mode it would be of no use to those that train."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
 def on(stream: torch.Stream) -> Iterator[None]:
     """`with stream`, for one that threads share: torch keeps in the stream itself what was current before."""
     index, own = torch.accelerator.current_device_index(), torch.accelerator.current_stream(stream.device)

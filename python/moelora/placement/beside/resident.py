@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moelora.placement.beside.buffers import typed
 from moelora.placement.beside.link import Link
-from moelora.placement.beside.order import after, mark, on
+from moelora.placement.beside.order import after, for_all_calls, mark, on
 from torch_moelora.formats import PackedWeight
 
 CHUNK = 16 << 20  # bytes that are staged at a time
@@ -165,6 +165,7 @@ class Resident:
         while len(self._slots) < 2:
             self._allocate_one()
 
+    @for_all_calls()
     def _allocate_one(self) -> Slot:
         size = max(load.nbytes for load in self.loads)
         slot = Slot(torch.empty(size, dtype=torch.uint8, device=self.link.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,6 +11,45 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from moelora.experts import Compute
+
+
+class Kept:
+    """What autograd saves of a share, taken out of its graph to be saved by that of the model.
+
+    Hooks for what is saved, those of checkpointing and of offloading, are a thread's, and checkpointing
+    computes anew for every pass of autograd that asks: another thread must not ask, nor a share's own pass
+    within the model's.
+    """
+
+    def __init__(self) -> None:
+        self._boxes: list[list[Tensor | None]] = []
+
+    @staticmethod
+    def wanted() -> bool:
+        """Whether there are such hooks."""
+        return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+    def hooks(self) -> AbstractContextManager:
+        """For the forward, in whichever thread."""
+        return torch.autograd.graph.saved_tensors_hooks(self._put, lambda box: box[0])
+
+    def _put(self, t: Tensor) -> list[Tensor | None]:
+        self._boxes.append([t.detach()])
+        return self._boxes[-1]
+
+    def take(self) -> list[Tensor]:
+        """All of it, in the order of the forward: no longer in the graph."""
+        found = [box[0] for box in self._boxes]
+        self.give([None] * len(found))
+        return found
+
+    def give(self, tensors: Sequence[Tensor | None]) -> None:
+        """Back again, for a backward. `take` empties it anew."""
+        for box, t in zip(self._boxes, tensors, strict=True):
+            box[0] = t
+
+    def __len__(self) -> int:
+        return len(self._boxes)
 
 
 class Share:
@@ -41,6 +81,19 @@ class Share:
         with torch.set_grad_enabled(bool(needed or others)), record_function(self._label):
             self._out = compute(x, ids, gates, parameters)
         self.out = self._out.detach()
+        self.apart = self._on_host_alone()  # whether any thread can do its backward
+
+    def _on_host_alone(self) -> bool:
+        """Whether its backward meets no other device, whose thread of autograd's may be waiting for it."""
+        nodes = [self._out.grad_fn] if self._out.grad_fn is not None else []
+        met = set(nodes)
+        for node in nodes:  # grows
+            if any(one.device.type != "cpu" for one in node._input_metadata):
+                return False
+            following = {after for after, _ in node.next_functions if after is not None} - met
+            met |= following
+            nodes += following
+        return True
 
     def gradients(self, dy: Tensor, retain: bool) -> dict[str | int, Tensor | None]:
         """By the names of `needed`, and of the others by their numbers."""

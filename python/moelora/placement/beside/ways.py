@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from moelora.experts import Compute
 from moelora.placement.beside.hot import BIASES, FACTORS, WEIGHTS, Hot
-from moelora.placement.beside.link import Link
+from moelora.placement.beside.link import Arrival, Link
 from moelora.placement.beside.resident import Resident
-from moelora.placement.beside.shares import Share, as_on
+from moelora.placement.beside.shares import Kept, Share, as_on
 
 Gradients = dict[str | int, Tensor | None]
 
@@ -31,12 +34,16 @@ class Call:
     hot: Hot | None  # experts that are on the accelerator too
     resident: Resident | None  # where the weights are brought; None: rows go to the host
     index: int  # of the layer there
+    threads: int = field(default_factory=torch.get_num_threads)  # of the host's share
     shares: tuple[Share, ...] = ()  # what the backward follows
+    kept: tuple[Kept, ...] = ()  # what it reads, if hooks save it: of the accelerator's share, the host's
 
     def forward(
         self, x: Tensor, ids: Tensor, gates: Tensor, tensors: list[Tensor], needed: set[str]
     ) -> Tensor:
         """[T, H] on x's device."""
+        if Kept.wanted() and (needed or self.others):
+            self.kept = (Kept(), Kept())
         given = dict(zip(self.names, tensors, strict=True))
         if self.resident is not None:
             return self._bring(x, ids, gates, given, needed)
@@ -45,16 +52,26 @@ class Call:
     def _visit(
         self, x: Tensor, ids: Tensor, gates: Tensor, given: dict[str, Tensor], needed: set[str]
     ) -> Tensor:
-        """The accelerator's experts are launched, then the host computes the others."""
+        """The host computes its experts while the accelerator's are launched."""
         hot, link, kept = self.hot, self.link, bool(needed or self.others)
         rest = self.rest | ({"sum_fp32": True} if hot else {})
         with link.fetch(x, gates, ids) as arrival:
-            first = self._hot(x, ids, gates, given, needed) if hot else None
-            # Page-locked memory is soon somebody else's; what the backward reads is not.
-            x_here, gates_here, ids_here = (t.clone() if kept else t for t in arrival.wait())
-            ids_here = hot.elsewhere(ids_here) if hot else ids_here
-            inputs = {"x": x_here, "gates": gates_here} | given
-            share = as_on(x.device, lambda: Share(self.compute, inputs, ids_here, rest, needed, self.others))
+
+            def here() -> Share:
+                # Page-locked memory is soon somebody else's; what the backward reads is not.
+                x_here, gates_here, ids_here = (t.clone() if kept else t for t in arrival.wait())
+                ids_here = hot.elsewhere(ids_here) if hot else ids_here
+                inputs = {"x": x_here, "gates": gates_here} | given
+                with self._keeping(1):
+                    return as_on(
+                        x.device, lambda: Share(self.compute, inputs, ids_here, rest, needed, self.others)
+                    )
+
+            if hot:
+                there = partial(self._hot, x, ids, gates, given, needed)
+                first, share = link.worker.both(there, here, self.threads)
+            else:
+                first, share = None, here()
             out = link.send(share.out)
         if kept:
             self.shares = (share,) if first is None else (first, share)
@@ -66,14 +83,18 @@ class Call:
     def _hot(
         self, x: Tensor, ids: Tensor, gates: Tensor, given: dict[str, Tensor], needed: set[str]
     ) -> Share:
-        factors = {
-            name: self.link.send(given[name].detach()[self.hot.rows]) for name in FACTORS if name in given
-        }
+        names = [name for name in FACTORS if name in given]
+        sent = self.link.send_rows([given[name] for name in names], self.hot.rows)
+        factors = dict(zip(names, sent, strict=True))
         rest = (
             {n: v for n, v in self.rest.items() if n not in WEIGHTS} | self.hot.weights | {"sum_fp32": True}
         )
         inputs = {"x": x, "gates": gates} | factors
-        return Share(self.compute, inputs, self.hot.here(ids), rest, needed & set(inputs))
+        with self._keeping(0):
+            return Share(self.compute, inputs, self.hot.here(ids), rest, needed & set(inputs))
+
+    def _keeping(self, which: int) -> AbstractContextManager:
+        return self.kept[which].hooks() if self.kept else nullcontext()
 
     def _bring(
         self, x: Tensor, ids: Tensor, gates: Tensor, given: dict[str, Tensor], needed: set[str]
@@ -82,14 +103,21 @@ class Call:
         inputs = {"x": x, "gates": gates} | sent
         with self.resident.layer(self.index, bool(needed)) as weights:
             rest = {n: v for n, v in self.rest.items() if n not in WEIGHTS} | weights
-            with self.resident.saved(self.index) if needed else nullcontext():
+            with self._keeping(0), self.resident.saved(self.index) if needed else nullcontext():
                 share = Share(self.compute, inputs, ids, rest, needed)
         if needed:
             self.shares = (share,)
         return share.out
 
-    def backward(self, dy: Tensor) -> Gradients:
-        """By the names of what needs one: of x and gates on the accelerator, of all else on the host."""
+    def taken(self) -> list[Tensor]:
+        """What autograd is to save, with whatever hooks there are."""
+        return [t for kept in self.kept for t in kept.take()]
+
+    def backward(self, dy: Tensor, saved: Callable[[], Sequence[Tensor]]) -> Gradients:
+        """By the names of what needs one: of x and gates on the accelerator, of all else on the host.
+
+        saved: returns what `taken` did.
+        """
         if not self.shares:
             raise RuntimeError(
                 "experts beside an accelerator: this backward is a second one, and the first has freed what "
@@ -97,24 +125,40 @@ class Call:
             )
         retain = torch._C._autograd._get_current_graph_task_keep_graph()
         shares, self.shares = self.shares, self.shares if retain else ()
-        if self.resident is not None:
-            return self._bring_backward(dy, shares[0], retain)
-        return self._visit_backward(dy, shares, retain)
+        again = iter(saved() if self.kept else ())
+        for kept in self.kept:
+            kept.give(list(islice(again, len(kept))))
+        try:
+            if self.resident is not None:
+                return self._bring_backward(dy, shares[0], retain)
+            return self._visit_backward(dy, shares, retain)
+        finally:
+            self.taken()
 
     def _visit_backward(self, dy: Tensor, shares: tuple[Share, ...], retain: bool) -> Gradients:
         link, host = self.link, shares[-1]
         with ExitStack() as stack:
             arrival = stack.enter_context(link.fetch(dy))
-            there = shares[0].gradients(dy, retain) if self.hot else {}
-            factors = [name for name in FACTORS if there.get(name) is not None]
-            late = stack.enter_context(link.fetch(*(there[name] for name in factors)))
-            found = host.gradients(arrival.wait()[0], retain)
-            for name, rows in zip(factors, late.wait(), strict=True):
-                found[name][self.hot.rows] = rows
+
+            def there() -> tuple[Gradients, list[str], Arrival]:
+                found = shares[0].gradients(dy, retain)
+                names = [name for name in FACTORS if found.get(name) is not None]
+                return found, names, stack.enter_context(link.fetch(*(found[name] for name in names)))
+
+            def here() -> Gradients:
+                return host.gradients(arrival.wait()[0], retain)
+
+            if not self.hot:
+                found = here()
+            else:
+                both = link.worker.both(there, here, self.threads, host.apart)
+                (first, factors, late), found = both
+                for name, rows in zip(factors, late.wait(), strict=True):
+                    found[name].index_copy_(0, self.hot.rows, rows)
         for name in ("x", "gates"):
             if found.get(name) is not None:
-                here = link.send(found[name])
-                found[name] = _sum(there[name], here) if self.hot else here
+                second = link.send(found[name])
+                found[name] = _sum(first[name], second) if self.hot else second
         return found
 
     def _bring_backward(self, dy: Tensor, share: Share, retain: bool) -> Gradients:
@@ -139,7 +183,7 @@ def _result_dtype(x: Tensor) -> torch.dtype:
 
 class _Placed(torch.autograd.Function):
     """A call as one step of autograd, whose backward runs on the accelerator's thread: it launches what is
-    the accelerator's, then computes what is the host's. So sums have one order, whoever is ready first.
+    the accelerator's while the worker computes what is the host's. Sums have one order, whoever is first.
     """
 
     @staticmethod
@@ -148,12 +192,14 @@ class _Placed(torch.autograd.Function):
         ctx.names = ["", "x", "", "gates", *call.names, *range(len(call.others))]
         needed = {n for n, need in zip(ctx.names, ctx.needs_input_grad, strict=True) if need}
         own = {n for n in needed if isinstance(n, str)}
-        return call.forward(x, ids, gates, list(tensors[: len(call.names)]), own)
+        out = call.forward(x, ids, gates, list(tensors[: len(call.names)]), own)
+        ctx.save_for_backward(*call.taken())
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.call.backward(dy)
+        found = ctx.call.backward(dy, lambda: ctx.saved_tensors)
         wanted = zip(ctx.names, ctx.needs_input_grad, strict=True)
         return tuple(found.get(name) if need else None for name, need in wanted)
 
