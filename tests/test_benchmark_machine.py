@@ -105,7 +105,7 @@ def test_every_contestant_has_a_colour_and_a_heading():
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_no_tile_is_faster_than_the_arithmetic_ceiling(dtype):
-    """The best of short windows, in turn. Others on the machine only lower a rate: then longer, up to 10 s."""
+    """The best of short windows, in turn; others on the machine only lower a rate: then more, up to 10 s."""
     peak = tile = 0.0
     start = time.monotonic()
     for count in itertools.count(1):
