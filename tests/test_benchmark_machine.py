@@ -1,11 +1,13 @@
 """What a benchmark says of the machine: ceilings, torch's own products, and the names of result files."""
 
+import itertools
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,7 +105,12 @@ def test_every_contestant_has_a_colour_and_a_heading():
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_no_tile_is_faster_than_the_arithmetic_ceiling(dtype):
-    """In turn, and the best of several: others may be using the machine."""
-    found = [(_C.measure_peak_rate(dtype, 1, 0.01), _C.measure_dot_rate(dtype, 1, 0.01)) for _ in range(10)]
-    peak, tile = (max(rates) for rates in zip(*found, strict=True))
+    """The best of short windows, in turn; others on the machine only lower a rate: then more, up to 10 s."""
+    peak = tile = 0.0
+    start = time.monotonic()
+    for count in itertools.count(1):
+        peak = max(peak, _C.measure_peak_rate(dtype, 1, 0.002))
+        tile = max(tile, _C.measure_dot_rate(dtype, 1, 0.002))
+        if count >= 50 and (peak >= 0.9 * tile or time.monotonic() - start > 10):
+            break
     assert peak >= 0.9 * tile > 0

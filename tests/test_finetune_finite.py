@@ -18,7 +18,7 @@ from finetune_tiny import (
 from model_tiny import adapt, build, one_thread, tokens  # noqa: F401  (one_thread is autouse)
 from moelora import MoeloraError, checkpoints, standin
 from moelora.__main__ import main
-from moelora.commands import finite, reloading, threads
+from moelora.commands import finite, reloading, threads, training
 from safetensors.torch import load_file
 
 from torch_moelora import formats
@@ -74,7 +74,17 @@ def test_packed_weights(form, part, nan):
         _check(model)
 
 
-def test_data_on_which_the_base_overflows(arguments, model_dir, tmp_path, capsys):  # noqa: F811
+@pytest.mark.parametrize("wide_loss", [False, True])
+def test_data_on_which_the_base_overflows(
+    arguments,  # noqa: F811
+    model_dir,  # noqa: F811
+    tmp_path,
+    capsys,
+    monkeypatch,
+    wide_loss,
+):
+    """Whether the loss tells it or, with logits in float32 as on CPUs with slow 16-bit products, does not."""
+    monkeypatch.setattr(training, "slow_in_torch", lambda weight: wide_loss)
     head = load_file(model_dir / WEIGHTS)["lm_head.weight"] * 3e4
     directory = copy(model_dir, tmp_path / "m", **{"lm_head.weight": head})
     told = fails(changed(arguments, model=directory, dtype="float16"), capsys)
@@ -105,6 +115,11 @@ def test_losses_are_told_apart():
     assert "nan after step 7" in _told(finite.check_held_out, NAN, 7, model)
     assert "inf before anything was trained" in _told(finite.check_held_out, INF, 0, model)
     finite.check_held_out(1.0, 7, model)
+    finite.check_logits(tokens().double(), model, "with the adapter")
+    logits = torch.tensor([[1.0, INF, NAN]])
+    assert "logits have 1 NaN and 1 Inf among 3 elements with the adapter" in _told(
+        finite.check_logits, logits, model, "with the adapter"
+    )
     name, parameter = finite.trainable(model)[1]
     with torch.no_grad():
         parameter.view(-1)[0] = INF

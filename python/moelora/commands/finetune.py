@@ -241,6 +241,10 @@ def train(run: Run) -> dict[str, Any]:
     What the base does is looked at when the training is over: nobody waits for it before the first step.
     """
     trainer, progress = _trainer(run)
+    if training.hides_overflow(run.model):
+        with run.model.disable_adapter(), torch.no_grad():
+            logits = run.model(input_ids=_first_ids(run).to(run.model.device)).logits
+        finite.check_logits(logits, run.model, "before anything was trained")
     profiler = profiling.Profiler(run.out, run.options.profile) if run.options.profile else None
     if profiler is not None:
         trainer.add_callback(profiler)
@@ -308,12 +312,18 @@ def show(run: Run, adapter: Path, summary: dict[str, Any]) -> None:
     if run.options.compare:
         summary["race"] = showcase.race(run.model, run.batch(), run.options.compare)
         print(_told(summary["race"]))
-    ids = torch.tensor([run.tokens.held_out[0]["input_ids"][:RELOAD_TOKENS]])
     how = "PEFT on packed experts" if any(installed(run.model)) else "plain PEFT"
-    difference = reloading.reload(run.model, adapter, lambda: _base(run.options, run.source)[0], ids)
+    difference = reloading.reload(
+        run.model, adapter, lambda: _base(run.options, run.source)[0], _first_ids(run)
+    )
     summary["reload_difference"] = difference
     told = "all are zero" if difference is None else f"relative difference {difference:.0e}"
     print(f"adapter reloaded with {how}: logits agree ({told})")
+
+
+def _first_ids(run: Run) -> Tensor:
+    """[1, n] int64 of the held-out data."""
+    return torch.tensor([run.tokens.held_out[0]["input_ids"][:RELOAD_TOKENS]])
 
 
 def _told(race: dict[str, Any]) -> str:

@@ -123,6 +123,17 @@ def check_loss(loss: Tensor, model: nn.Module, inputs: dict[str, Any], step: int
     )
 
 
+def check_logits(logits: Tensor, model: nn.Module, when: str) -> None:
+    """Looks at a model's own logits [..., V], which its dtype may not hold where those of the loss are wider.
+
+    Raises: MoeloraError if they are not finite, saying `when`.
+    """
+    if not whole(logits):
+        raise MoeloraError(
+            f"the logits have {_counts(logits)} {when}, from finite weights: {_overflow(model)}"
+        )
+
+
 def check_gradients(model: nn.Module, step: int) -> None:
     """Raises: MoeloraError naming the first gradient of optimizer step `step` that is not finite."""
     graded = [(name, p.grad) for name, p in trainable(model) if p.grad is not None]

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import moelora
+from moelora.commands import finite
 from moelora.errors import MoeloraError
 from moelora.standin import StandIn, installed
 
@@ -30,12 +31,14 @@ def reload(
     The median over tokens: in half precision, rounding sends a few tokens to other experts. The weights of
     `model` are let go first, so that a large base is not in memory twice; `model` is used up.
 
-    Raises: MoeloraError if the logits differ by more than rounding, or the adapter's tensors at all.
+    Raises: MoeloraError if the logits are not finite or differ by more than rounding, or if the adapter's
+        tensors differ at all.
     """
     model.eval()
     rows = rows.to(model.device)
     with torch.no_grad():
-        tuned = model(input_ids=rows).logits.double()
+        tuned = model(input_ids=rows).logits
+    finite.check_logits(tuned, model, "with the adapter")
     tensors = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
     moelora.disable(model)
     for parameter in model.parameters():
@@ -53,7 +56,7 @@ def reload(
         raise MoeloraError(f"{adapter} reloaded with plain PEFT lacks {next(iter(tensors))}")
     with torch.no_grad():
         reloaded = plain(input_ids=rows).logits.double()
-    difference, allowed = relative(tuned, reloaded), TOLERANCE[plain.dtype]
+    difference, allowed = relative(tuned.double(), reloaded), TOLERANCE[plain.dtype]
     if difference is not None and not difference <= allowed:
         raise MoeloraError(
             f"{adapter} reloaded with plain PEFT gives other logits: relative difference {difference:.1e}, "

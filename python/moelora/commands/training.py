@@ -215,8 +215,17 @@ def trainer(
 def _widen_slow_head(model: nn.Module) -> None:
     """TRL takes the logits in pieces, by products of torch: in float32 where 16-bit ones are slow."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if slow_in_torch(base.get_output_embeddings().weight):
+    if _slow_head(base):
         add_fused_lm_head(base, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy", "is_top1"))
+
+
+def _slow_head(model: nn.Module) -> bool:
+    return slow_in_torch(model.get_output_embeddings().weight)
+
+
+def hides_overflow(model: nn.Module) -> bool:
+    """Whether the loss has logits in float32 that the model's own float16 may not hold."""
+    return model.dtype is torch.float16 and _slow_head(model)
 
 
 def evaluating(every: int, keep_best: bool, patience: int, save_every: int) -> dict[str, Any]:
