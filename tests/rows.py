@@ -86,7 +86,7 @@ def short_runs() -> list[Run]:
             ("tests", f"--ignore={AHEAD_OF_TIME}", "-m", "not long"),
         ),
         Run("beside", "experts beside an accelerator, on a device that is late on purpose",
-            ("tests/test_beside.py", "tests/test_beside_models.py")),
+            ("tests/test_beside.py", "tests/test_beside_models.py", "tests/test_beside_ranks.py")),
         Run("triton", "the operators through the Triton kernels, interpreted", (*OPERATORS, SPARSE), TRITON,
             why_not=no_triton),
         Run("compiled", "the Triton kernels, compiled for GPUs", (AHEAD_OF_TIME, "-m", "not long"),
