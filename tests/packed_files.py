@@ -101,18 +101,18 @@ def fp8_rows(rows: int, columns: int, gen: torch.Generator) -> Drawn:
     return {"weight": codes, "weight_scale": scale}, _rounded(codes, scale)
 
 
-def int4(rows: int, columns: int, gen: torch.Generator, symmetric: bool = True) -> Drawn:
-    """compressed-tensors' pack-quantized, groups of 32."""
-    nibbles, scale = _codes(rows, columns, gen), _scales(rows, columns // 32, gen, 5e-3).to(BF16)
+def int4(rows: int, columns: int, gen: torch.Generator, symmetric: bool = True, group: int = 32) -> Drawn:
+    """compressed-tensors' pack-quantized."""
+    nibbles, scale = _codes(rows, columns, gen), _scales(rows, columns // group, gen, 5e-3).to(BF16)
     stored = {
         "weight_packed": _words(nibbles), "weight_scale": scale,
         "weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
     }  # fmt: skip
-    zero = torch.full((rows, columns // 32), 8, dtype=torch.uint8)
+    zero = torch.full((rows, columns // group), 8, dtype=torch.uint8)
     if not symmetric:
-        zero = _codes(rows, columns // 32, gen)
+        zero = _codes(rows, columns // group, gen)
         stored["weight_zero_point"] = _words(zero.t().contiguous()).t().contiguous()  # packed along N
-    return stored, _rounded(nibbles.int() - zero.int().repeat_interleave(32, 1), scale)
+    return stored, _rounded(nibbles.int() - zero.int().repeat_interleave(group, 1), scale)
 
 
 def _nvfp4(rows: int, columns: int, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -56,6 +56,11 @@ CASES = [
         {f"{FIRST}.gate_up_proj.codes": lambda t: t.float()},
         f"{FIRST}.gate_up_proj: .*float32",
     ),
+    (
+        "ours nf4 nested",
+        {f"{DEEP}.down_proj.codes": lambda t: t.view(torch.float8_e4m3fn)},
+        f"{DEEP}.down_proj: .*float8_e4m3fn",
+    ),
     ("ours fp8 interleaved", {f"{FIRST}.gate_up_proj.scale": wide}, f"{FIRST}.gate_up_proj: .*scale"),
     (
         "ours fp8 interleaved",

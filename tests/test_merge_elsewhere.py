@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import moelora
 import pytest
 import torch
 from model_tiny import one_thread  # noqa: F401  (autouse)
+from moelora import weights
 from moelora.__main__ import main
-from packed_models import adapted, checkpoints  # noqa: F401  (a fixture)
-from transformers import AutoModelForCausalLM
+from moelora.layouts import Files
+from packed_files import TABLE
+from packed_models import adapted, checkpoints, experts  # noqa: F401  (checkpoints: a fixture)
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+ROUNDING = 0.2  # of random codes that are packed anew, relative to all of a weight
+# `merge` reads gpt-oss' own files and ours as they are.
+APART = [layout.name for layout in TABLE if not layout.stacked]
 
 
-@pytest.mark.parametrize("layout", ["awq"])
+@pytest.mark.parametrize("layout", APART)
 def test_merged_by_way_of_our_layout(layout, checkpoints, tmp_path, capsys):  # noqa: F811
     """The line that refuses it says how, and plain transformers computes what was tuned."""
     there, saved, adapter, out = (checkpoints(layout), *(tmp_path / n for n in ("saved", "adapter", "out")))
@@ -23,8 +32,24 @@ def test_merged_by_way_of_our_layout(layout, checkpoints, tmp_path, capsys):  # 
     there.model().save_pretrained(saved)
     assert main(["merge", str(saved), str(adapter), str(out), "--format", "float32"]) == 0
     tokens = torch.arange(24)[None]
+    merged = AutoModelForCausalLM.from_pretrained(out)
     with torch.no_grad():
         expected = tuned(input_ids=tokens).logits
-        found = AutoModelForCausalLM.from_pretrained(out)(tokens).logits
+        found = merged(tokens).logits
     assert (found - expected).norm() < 1e-4 * expected.norm()
     assert main(["merge", str(saved), str(adapter), str(tmp_path / "same")]) == 0
+    _near(tmp_path / "same", saved, merged)
+
+
+def _near(same: Path, saved: Path, merged: PreTrainedModel) -> None:
+    """Packed again it is what was merged, but for rounding; what has no adapter has its very codes."""
+    again, before = (moelora.from_pretrained(path, dtype=torch.float32) for path in (same, saved))
+    for module, other, base in zip(experts(again), experts(merged), experts(before), strict=True):
+        for name in ("gate_up_proj", "down_proj"):
+            packed, dense = weights.weight_of(module, name), getattr(other, name)
+            assert packed.format == weights.weight_of(base, name).format
+            error = (packed.dequantize(torch.float32) - dense).norm() / dense.norm()
+            assert error < ROUNDING, (name, error)
+    there, here = (Files(path.glob("*.safetensors")) for path in (same, saved))
+    frozen = [name for name in here.names if ".o_proj." in name]
+    assert len(frozen) > 2 and all(torch.equal(there[name], here[name]) for name in frozen)

@@ -210,7 +210,7 @@ class Source:
 
     def _packed(self, name: str, parts: dict[str, Stored], own: Tensor) -> PackedSource:
         module = self.experts.get(name)
-        choice = self.layout.linears if module is None else self.layout.experts
+        choice = self.layout.choice(name, module is not None)
         shape = (1, *own.shape) if module is None else tuple(oriented(module, own).shape)
         if choice is None:
             raise MoeloraError(f"{name} in {self.directory} is packed, its configuration does not say how")

@@ -24,7 +24,7 @@ from torch_moelora.formats import PackedWeight
 def _ours(name: str, parts: Parts, settings: dict) -> PackedWeight:
     layout = packed_layout.read(settings)
     # Experts have the parameter's own name, linear layers `.weight`.
-    choice = layout.linears if name.endswith(".weight") else layout.experts
+    choice = layout.choice(name, not name.endswith(".weight"))
     if choice is None:
         raise MoeloraError(
             f"{name} is packed, and config.json has no format for it in {packed_layout.SECTION}"

@@ -13,13 +13,16 @@ Every other tensor is as in the dense checkpoint. config.json has
     "quantization_config": {"quant_method": "moelora", "version": 1, "linears": null,
                             "experts": {"format": "nf4", "group_size": 64, "nested": true}}
 
-where group_size is `torch_moelora.formats.quantize`'s, 0 for the whole row, and `linears` null or such a
-choice.
+where group_size is `torch_moelora.formats.quantize`'s, 0 for the whole row (of fp8: for whatever grid its
+scales have), and `linears` null or such a choice. A checkpoint with weights that are packed otherwise has
+version 2 and their choices, by name, under `others`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +33,7 @@ from torch_moelora.formats import FORMATS, NESTED_RUN, PackedWeight
 
 SECTION = "quantization_config"
 METHOD = "moelora"
-VERSION = 1
+VERSION, MIXED = 1, 2  # the second of checkpoints with `others`, which a reader must know of
 PARTS = ("codes", "scale", "scale2", "zero")  # suffixes, the fields of PackedWeight
 
 
@@ -79,19 +82,35 @@ class Choice:
 
 @dataclass(frozen=True)
 class Layout:
-    """What of a checkpoint is packed, and how."""
+    """What of a checkpoint is packed, and how.
 
-    experts: Choice
+    experts, linears: most of them. others: what is packed otherwise, by the weight's name.
+    """
+
+    experts: Choice | None
     linears: Choice | None = None
+    others: Mapping[str, Choice] = field(default_factory=dict)
+
+    def choice(self, name: str, expert: bool) -> Choice | None:
+        """How the weight of a name is packed; None for dense."""
+        return self.others.get(name, self.experts if expert else self.linears)
+
+    def __str__(self) -> str:
+        kinds = {"experts": self.experts, "linear layers": self.linears}
+        told = [f"{what} {one}" for what, one in kinds.items() if one is not None]
+        told += [f"{many} weights {one}" for one, many in Counter(self.others.values()).items()]
+        return "; ".join(told)
 
     def section(self) -> dict[str, Any]:
         """The value of "quantization_config"."""
-        linears = None if self.linears is None else asdict(self.linears)
+        experts, linears = (one and asdict(one) for one in (self.experts, self.linears))
+        others = {"others": {name: asdict(one) for name, one in self.others.items()}} if self.others else {}
         return {
             "quant_method": METHOD,
-            "version": VERSION,
-            "experts": asdict(self.experts),
+            "version": MIXED if others else VERSION,
+            "experts": experts,
             "linears": linears,
+            **others,
         }
 
 
@@ -111,11 +130,16 @@ def read(section: dict[str, Any]) -> Layout:
     Raises: MoeloraError that names the field that is missing or of another kind than expected.
     """
     version = section.get("version")
-    if version != VERSION:
-        raise MoeloraError(f'"version" of {SECTION} is {version!r}, expected {VERSION}')
-    linears = section.get("linears")
+    if version not in (VERSION, MIXED):
+        raise MoeloraError(f'"version" of {SECTION} is {version!r}, expected {VERSION} or {MIXED}')
+    linears, others = section.get("linears"), section.get("others") or {}
+    if not isinstance(others, dict):
+        raise MoeloraError(f'"others" of {SECTION} is {others!r}, expected formats by names of weights')
+    experts = section.get("experts")
     return Layout(
-        _choice("experts", section.get("experts")), None if linears is None else _choice("linears", linears)
+        None if experts is None and linears is not None else _choice("experts", experts),
+        None if linears is None else _choice("linears", linears),
+        {name: _choice(f"others.{name}", value) for name, value in others.items()},
     )
 
 

@@ -10,7 +10,7 @@ transformers' models.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,17 +42,19 @@ class MoeloraConfig(QuantizationConfigMixin):
         version: int = VERSION,
         experts: dict | None = None,
         linears: dict | None = None,
+        others: dict | None = None,
         source: dict | None = None,
         cache_dir: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = METHOD
-        self.version, self.experts, self.linears = version, experts, linears
+        self.version, self.experts, self.linears, self.others = version, experts, linears, others
         self.source, self.cache_dir = source, cache_dir
 
     def to_dict(self) -> dict[str, Any]:
-        named = ("quant_method", "version", "experts", "linears")
-        return {name: getattr(self, name) for name in named}
+        named = ("quant_method", "version", "experts", "linears", "others")
+        found = {name: getattr(self, name) for name in named}
+        return found if self.others else {name: value for name, value in found.items() if name != "others"}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -173,13 +175,16 @@ class MoeloraQuantizer(HfQuantizer):
 
     def _describe(self) -> None:
         """The section of a config.json of our own layout, which the model is saved in."""
-        from moelora.unpacking import choice
+        from moelora.packed_layout import Layout
+        from moelora.unpacking import described
 
-        self.quantization_config.source = None
+        config, found, others = self.quantization_config, {}, {}
         for field, kept in (("experts", self._experts), ("linears", self._linears)):
-            weights = [weight for _, _, weight in kept.values()]
-            found = asdict(choice(weights[0])) if len({weight.format for weight in weights}) == 1 else None
-            setattr(self.quantization_config, field, found)
+            found[field], apart = described({name: weight for name, (_, _, weight) in kept.items()})
+            others |= apart
+        section = Layout(**found, others=others).section()
+        config.source, config.version = None, section["version"]
+        config.experts, config.linears, config.others = (*map(section.get, found), section.get("others"))
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
         """Our own layout, whatever the model was loaded from."""
@@ -188,15 +193,6 @@ class MoeloraQuantizer(HfQuantizer):
         state = model.state_dict()
         kept = list(standin.installed(model))
         _refuse_parts(kept)
-        for field in ("experts", "linears"):
-            formats = {
-                beside.format for _, _, name, beside in kept if (name == "weight") == (field == "linears")
-            }
-            if len(formats) > 1:
-                raise MoeloraError(
-                    f"the model's {field} are packed in several formats, {', '.join(sorted(formats))}: "
-                    "one checkpoint cannot have them"
-                )
         for where, _, name, packed in kept:
             for part in packed_layout.PARTS:
                 state.pop(f"{where}.{name}{standin.BESIDE}.{part}", None)

@@ -21,7 +21,7 @@ from transformers.core_model_loading import (
 
 from moelora.errors import MoeloraError
 from moelora.experts import is_experts, outside, projections
-from moelora.layouts import Files, Layout, Source, sources
+from moelora.layouts import OURS, Files, Layout, Source, sources
 from moelora.matrices import OTHER_WAY, checked
 from torch_moelora.formats import E4M3, FORMATS, MIDDLE, NESTED_RUN, PackedWeight
 
@@ -72,6 +72,8 @@ def plan(model: nn.Module, files: Files, layout: Layout) -> Plan:
         target, converter, at = names.of(source.name)
         if layout.stacked and source.name in stacks:  # named as in memory, whatever the map says
             target, converter = source.name, None
+        if layout is OURS:  # which says by the model's names what is packed how
+            source = Source(target, source.tensors)
         if target in stacks and layout.stacked and converter is None:
             stacks[target].sources, stacks[target].stacked = [[source]], True
         elif target in stacks:

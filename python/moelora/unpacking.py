@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -122,3 +124,20 @@ def choice(weight: PackedWeight) -> Choice:
         blocks = weight.scale.shape[1:] == (-(-rows // least), -(-columns // least))
         return Choice(weight.format, least if blocks else 0)
     return Choice(weight.format, columns // groups if groups > 1 else 0, weight.is_nested)
+
+
+def described(weights: Mapping[str, PackedWeight]) -> tuple[Choice | None, dict[str, Choice]]:
+    """How most of the weights are packed, and by name those that are packed otherwise."""
+    found = {name: choice(weight) for name, weight in weights.items()}
+    columns = {name: weight._replace(transposed=False).shape[2] for name, weight in weights.items()}
+
+    def so(name: str, one: Choice) -> bool:
+        """A group as long as the row is the whole row."""
+        return found[name] == replace(
+            one, group_size=0 if one.group_size == columns[name] else one.group_size
+        )
+
+    most = max(
+        dict.fromkeys(found.values()), key=lambda one: sum(so(name, one) for name in found), default=None
+    )
+    return most, {name: one for name, one in found.items() if not so(name, most)}

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from moelora import checkpoints
+from moelora import checkpoints, packed_layout
 from moelora.advice import unconverted
 from moelora.commands import memory
 from moelora.experts import bind, is_experts, projections
@@ -101,7 +101,11 @@ def main(explicit: dict) -> None:
     rank, which, tokens = explicit["rank"], explicit["projections"], explicit["tokens"]
     total, dtype = checkpoints.count(outline), groups[0].dtype
     print(f"{directory}: {type(outline).__name__}, {_count(total)} parameters, {_name(dtype)}")
-    print(f"stored   {stored(directory, hasattr(config, 'quantization_config'))}\n")
+    print(f"stored   {stored(directory, hasattr(config, 'quantization_config'))}")
+    section = getattr(config, packed_layout.SECTION, None)
+    if packed_layout.is_ours(section):
+        print(f"packed   {packed_layout.read(section)}")
+    print()
     print(_table(groups, rank, which))
     found = Cost(groups, total, config.get_text_config().hidden_size, rank, which, tokens)
     plan = memory.Plan(

@@ -34,11 +34,9 @@ class Target(NamedTuple):
 
     def choice(self, source: Source, name: str) -> Choice | None:
         """How a weight is packed; None for dense."""
-        if self.layout is None:
+        if self.layout is None or not (name in source.experts or name in source.linears):
             return None
-        if name in source.experts:
-            return self.layout.experts
-        return self.layout.linears if name in source.linears else None
+        return self.layout.choice(name, name in source.experts)
 
 
 def main(explicit: dict[str, Any]) -> None:
@@ -139,11 +137,13 @@ def table(source: Source, target: Target, rows: list[dict[str, Any]]) -> str:
     for heading in ("weights", "tensors", "written as", "kept of the adapter", "least", "rounding / adapter"):
         shown.add_column(heading, justify="left" if heading in ("weights", "written as") else "right")
     for kind, same in kinds.items():
-        choice = target.choice(source, same[0]["name"])
-        dtype = target.dtype or source.weights[same[0]["name"]].dtype
+        written = {
+            str(target.choice(source, row["name"]) or target.dtype or source.weights[row["name"]].dtype)
+            for row in same
+        }
         whole = total(same)
         shown.add_row(
-            *(kind, str(len(same)), str(choice or dtype).removeprefix("torch.")),
+            *(kind, str(len(same)), " or ".join(sorted(written)).replace("torch.", "")),
             *(percent(share(whole)), percent(min(map(share, same))), f"{noise(whole):.2g}"),
         )
     return rewriting.rendered(shown)

@@ -54,7 +54,8 @@ def main(explicit: dict[str, Any]) -> None:
 def kept(source: Source, wanted: Layout) -> Layout:
     """The layout, with linear layers as they are packed already if nothing else is asked for."""
     if wanted.linears is None and source.layout is not None:
-        return Layout(wanted.experts, source.layout.linears)
+        others = {n: one for n, one in source.layout.others.items() if n not in source.experts}
+        return Layout(wanted.experts, source.layout.linears, others)
     return wanted
 
 
@@ -62,7 +63,7 @@ def to_pack(source: Source, layout: Layout) -> dict[str, Choice]:
     """The weights that are to be packed, or packed otherwise than they are."""
     found = {}
     for name, weight in source.weights.items():
-        choice = layout.experts if name in source.experts else layout.linears
+        choice = layout.choice(name, name in source.experts)
         if choice is not None and getattr(weight, "choice", None) != choice:
             found[name] = choice
     return found

@@ -42,11 +42,12 @@ class Group:
         group = group or dist.group.WORLD
         ranks = dist.get_process_group_ranks(group)
         self.timeout = _timeout(group)
-        number = next(_NUMBERS)
+        number, backend = next(_NUMBERS), dist.get_backend_config(group)
+        self._devices = set(dist.BackendConfig(dist.Backend(backend)).get_device_backend_map())
         self.own = dist.new_group(
             ranks,
             timeout=self.timeout,
-            backend=dist.get_backend_config(group),
+            backend=backend,
             use_local_synchronization=True,
             group_desc=f"moelora_{number}",
         )
@@ -64,8 +65,12 @@ class Group:
     def exchange(self, rows: Tensor, sent: list[int], received: list[int], where: str) -> Tensor:
         """Rows to each rank, `sent[r]` of them, in order of ranks; what came, `received[r]` from each.
 
+        By way of the host where the group's backend does not reach the rows' device.
+
         Raises: MoeloraError that names the rank that did not take part.
         """
+        device = rows.device
+        rows = rows if device.type in self._devices else rows.cpu()
         found = rows.new_empty((sum(received), *rows.shape[1:]))
         try:
             dist.all_to_all_single(found, rows.contiguous(), received, sent, group=self.own)
@@ -75,7 +80,7 @@ class Group:
             where if rank == self.rank or many else before
             for rank, (many, before) in enumerate(zip(received, self._seen, strict=True))
         ]
-        return found
+        return found.to(device)
 
     @contextmanager
     def telling(self, where: str) -> Iterator[None]:
