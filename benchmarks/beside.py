@@ -37,6 +37,7 @@ class Layer:
     parameters: dict[str, Any]
     experts: int
     hidden: int
+    dtype: torch.dtype  # of its inputs
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -87,7 +88,7 @@ def build(
         "down_lora_a": (experts, rank, inner), "down_lora_b": (experts, hidden, rank),
     }  # fmt: skip
     lora = {name: normal(*shape, as_=torch.float32).requires_grad_() for name, shape in factors.items()}
-    return Layer(weights | lora, experts, hidden)
+    return Layer(weights | lora, experts, hidden, dtype)
 
 
 def _compute(x: Tensor, ids: Tensor, gates: Tensor, parameters: dict[str, Any]) -> Tensor:
@@ -110,9 +111,7 @@ class Bench:
         self.device, self.layers, self.hot = device, layers, hot
         gen = torch.Generator().manual_seed(1)
         first = layers[0]
-        dtype = first.parameters["gate_up_weight"]
-        dtype = dtype.dtype if isinstance(dtype, Tensor) else torch.bfloat16
-        self.x = torch.randn(tokens, first.hidden, generator=gen).to(dtype)
+        self.x = torch.randn(tokens, first.hidden, generator=gen).to(first.dtype)
         self.gates, self.ids = torch.rand(tokens, first.experts, generator=gen).topk(top_k)
 
     def step(self, computes: list[Callable[..., Tensor]], device: torch.device | str) -> Callable[[], None]:

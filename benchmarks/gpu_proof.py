@@ -30,9 +30,12 @@ from .registry import SHAPES
 ROOT = Path(__file__).parents[1]
 FIRST = "qwen3-30b-a3b"
 WITHOUT_SEARCH = "ours,peft,grouped-mm"
-# The first in many processes: most of their time is compilation.
+# In several processes, for most of their time is compilation: as many as there are cores, and memory for the
+# references.
 TESTS = ("tests/test_cuda.py", "tests/test_cuda_layers.py", "tests/test_cuda_packed.py")
-BESIDE = "tests/test_cuda_beside.py"
+MEMORY = 14 << 30
+# These need the memory, or the time, for themselves.
+ALONE = ("tests/test_cuda_large.py", "tests/test_cuda_beside.py")
 LEAST = 15  # seconds under which a step is not begun
 
 
@@ -62,6 +65,11 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
     return sys.executable, "-m", "pytest", "-o", "addopts=", "-ra", *arguments
 
 
+def _processes() -> int:
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    return max(1, min(os.cpu_count() or 1, memory // MEMORY))
+
+
 def _benchmark(folder: Path, shape: str, contestants: str, *arguments: str) -> tuple[str, ...]:
     return (
         sys.executable, "-m", "benchmarks.run", "--device", "cuda", "--output", str(folder),
@@ -82,8 +90,7 @@ def _sanitizer() -> str | None:
 
 def make_steps(folder: Path) -> Iterator[Step]:
     """The most telling first. scattermoe searches its configurations for minutes: last, and kept apart."""
-    processes = str(min(os.cpu_count() or 1, 14))
-    for name, arguments in (("tests", (*TESTS, "-n", processes)), ("beside tests", (BESIDE,))):
+    for name, arguments in (("tests", (*TESTS, "-n", str(_processes()))), ("tests alone", ALONE)):
         report = f"--junit-xml={folder / name.replace(' ', '_')}.xml"
         yield Step(name, _pytest(*arguments, report), 240)
     sizes = ("--layer", "--rank", "16,64", "--repeats", "10")
@@ -97,7 +104,7 @@ def make_steps(folder: Path) -> Iterator[Step]:
     yield Step(
         "sanitizer",
         (sanitizer or "", "--tool", "memcheck", "--error-exitcode", "9",
-         *_pytest(*TESTS, BESIDE, "-k", "test_small")),
+         *_pytest(*TESTS, *ALONE, "-k", "test_small")),
         180,
         (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
         None if sanitizer else "compute-sanitizer is not installed (it comes with the CUDA toolkit)",

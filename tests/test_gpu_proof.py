@@ -55,7 +55,7 @@ def test_steps(tmp_path):
                 assert parsed.rank == [16, 64] and parsed.tokens is None
         elif "benchmarks.beside" not in step.command:
             tested[step.name] = {argument for argument in step.command if argument.startswith("tests/")}
-    every = {*gpu_proof.TESTS, gpu_proof.BESIDE}
+    every = {*gpu_proof.TESTS, *gpu_proof.ALONE}
     assert tested.pop("sanitizer") == every == set().union(*tested.values())
     assert every == {f"tests/{path.name}" for path in Path(__file__).parent.glob("test_cuda*.py")}
     assert shapes == set(SHAPES)
