@@ -28,6 +28,7 @@ COLOURS = {
 
 
 PANEL = 8  # groups of bars side by side
+MANY = 6  # contestants: more of them get narrow bars, and a legend beside them
 BEYOND = "peak_memory_beyond_weights_bytes"
 Group = tuple  # of what the rows of one group of bars have in common
 
@@ -51,20 +52,22 @@ def _bars(axes: Axes, rows: list[dict], height: Callable[[dict], float], text: C
     """One group of bars for each case, one bar for each contestant."""
     groups = list(dict.fromkeys(map(_group, rows)))
     names = list(dict.fromkeys(row["contestant"] for row in rows))
-    width = 0.8 / len(names)
+    width, many = 0.8 / len(names), len(names) > MANY
     colours = {name: plt.colormaps["tab20"](i % 20) for i, name in enumerate(names)} | COLOURS
     for i, name in enumerate(names):
         mine = [row for row in rows if row["contestant"] == name]
         at = [groups.index(_group(row)) + (i - (len(names) - 1) / 2) * width for row in mine]
         bars = axes.bar(at, [height(row) for row in mine], width * 0.92, label=name, color=colours[name])
-        axes.bar_label(bars, [text(row) for row in mine], fontsize=7, padding=2)
+        upright = {"rotation": 90} if many else {}
+        axes.bar_label(bars, [text(row) for row in mine], fontsize=7, padding=2, **upright)
     axes.set_xticks(range(len(groups)), map(_label, groups), fontsize=7)
-    axes.set_xlim(-0.5, max(len(groups), 4) - 0.5)
+    axes.set_xlim(-0.5, max(len(groups), 1 if many else 4) - 0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.margins(y=0.12)
-    axes.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(names))
+    axes.margins(y=0.2 if many else 0.12)
+    place = ("upper left", 1) if many else ("lower right", len(names))
+    axes.legend(fontsize=7, frameon=False, loc=place[0], bbox_to_anchor=(1, 1), ncols=place[1])
 
 
 def _draw_times(axes: Axes, rows: list[dict], title: str) -> None:

@@ -99,17 +99,17 @@ def make_steps(folder: Path) -> Iterator[Step]:
     yield Step(f"formats {FIRST}", _benchmark(folder, FIRST, "ours", *formats), 120)
     for kind in ("dense", "nf4"):
         yield Step(f"beside {kind}", _beside(folder / f"beside-{kind}", kind), 60)
+    yield Step(f"operators {FIRST}", _benchmark(folder, FIRST, "ours", "--operators", "--tokens", "4096"), 60)
     sanitizer = _sanitizer()
     # Each tensor in an allocation of its own: an access past its end is one past an allocation's.
     yield Step(
         "sanitizer",
         (sanitizer or "", "--tool", "memcheck", "--error-exitcode", "9",
          *_pytest(*TESTS, *ALONE, "-k", "test_small")),
-        180,
+        240,
         (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
         None if sanitizer else "compute-sanitizer is not installed (it comes with the CUDA toolkit)",
     )  # fmt: skip
-    yield Step(f"operators {FIRST}", _benchmark(folder, FIRST, "ours", "--operators", "--tokens", "4096"), 60)
     for shape in SHAPES:
         if shape != FIRST:
             yield Step(f"layer {shape}", _benchmark(folder, shape, WITHOUT_SEARCH, *sizes), 120)

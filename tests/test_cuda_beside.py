@@ -38,7 +38,7 @@ def results(b: beside.Bench, computes: list, device) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize("way", ["compute", "bring"])
 def test_small_values(way, kind):
-    """In float32: a layer is about quadratic, so that three make of one rounding seven, and more of a gradient."""
+    """In float32: a layer is about quadratic, so that three make seven of one rounding, more in gradients."""
     b = bench(kind, 100, dtype=torch.float32)
     expected = results(b, b.here(), "cpu")
     found = results(b, b.placed(way, HOT if way == "compute" else []), b.device)
