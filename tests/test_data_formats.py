@@ -177,6 +177,18 @@ def test_files_whose_messages_differ_come_together(tmp_path):
         ("a.txt", "ab".encode("utf-16"), {}, "a.txt is not UTF-8 text"),
         ("a.txt", b' {"text": "x"}\n{"text": "y"}\n', {}, "a.txt is JSON under a name for plain text"),
         ("a.txt", b'[{"text":\n"x"}]', {}, "a.txt is JSON under a name for plain text"),
+        (
+            "a.txt",
+            b"id,text\n1,x\n",
+            {},
+            "begins with the columns id, text under a name for plain text: call it .csv",
+        ),
+        (
+            "a.md",
+            b"\nPrompt\tCompletion\nx\ty\n",
+            {},
+            "begins with the columns prompt, completion under a name for plain text",
+        ),
         ("a.docx", b"PK", {}, "a.docx is of no known kind: expected a name in .jsonl"),
         ("a.csv", b"a,b\n1,2\n", {}, "a.csv is of no known format, it has the fields a, b"),
         ("a.csv", b"text,b\n1,2,3\n", {}, "a.csv line 2 has 3 fields, expected the 2 of its first line"),
@@ -254,3 +266,11 @@ def test_named_formats_and_fields(tmp_path):
     assert list(_read(path, text_field="body").rows) == [{"text": "y"}]
     page = _write(tmp_path, "a.html", b'{"text": "as it is"}')
     assert list(_read(page, wanted="text").rows) == [{"text": '{"text": "as it is"}'}]
+
+
+def test_prose_is_no_table(tmp_path):
+    """Commas and known words at its head, and a table that is said to be text."""
+    for content in (b"Text, messages and more\nfollow here, as ever\n", b"text,output\n", b"a,b\n1,2\n"):
+        assert _read(_write(tmp_path, "a.txt", content)).format == "text"
+    path = _write(tmp_path, "b.txt", b"id,text\n1,x\n")
+    assert _read(path, wanted="text").format == "text"

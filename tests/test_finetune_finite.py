@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from model_tiny import adapt, build, one_thread, tokens  # noqa: F401  (one_thre
 from moelora import MoeloraError, checkpoints, standin
 from moelora.__main__ import main
 from moelora.commands import finite, reloading, threads, training
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from torch_moelora import formats
 
@@ -181,6 +182,22 @@ def test_reload_takes_the_base_from_disk(arguments, model_dir, tmp_path, capsys,
     monkeypatch.setattr(reloading, "reload", reload)
     told = fails(changed(arguments, model=directory, steps=1), capsys)
     assert "reloaded with plain PEFT gives other logits: relative difference 3" in told
+
+
+def test_reload_compares_the_adapter_to_the_bit(arguments, tmp_path, capsys, monkeypatch):  # noqa: F811
+    real, changed_one = reloading.reload, []
+
+    def reload(model, adapter, base, rows):
+        file = shutil.copytree(adapter, tmp_path / "other") / "adapter_model.safetensors"
+        tensors = load_file(file)
+        changed_one.append(name := max(tensors))
+        tensors[name].view(-1)[0] += 1e-6
+        save_file(tensors, file, {"format": "pt"})
+        return real(model, file.parent, base, rows)
+
+    monkeypatch.setattr(reloading, "reload", reload)
+    told = fails(changed(arguments, steps=1), capsys)
+    assert f"reloaded with plain PEFT has another {changed_one[0]} than the one trained" in told
 
 
 # ---- threads and options

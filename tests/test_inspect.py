@@ -116,7 +116,7 @@ def test_advice():
     estimator = _estimator(memory.Base(20 * 10**9, 0, 5 * 10**9), plan)
     whole = estimator.memory()
     assert (whole.lora, whole.gradients, whole.moments) == (10**9, 10**9, 2 * 10**9)
-    assert whole.total == 20e9 + 4e9 + (12.5e9 + 2e9) + whole.logits + 1e9 + memory.DATA
+    assert whole.total == 20e9 + 4e9 + (10e9 + 1e9) + whole.logits + 1e9 + memory.DATA
     assert f"{whole.total / 1e9:.2f} GB at the peak: 20.00 GB weights, 1.00 GB LoRA" in whole.told()
     assert estimator.advice(whole.total)[0].startswith("fits into the ")
     one = estimator.advice(whole.total - 10**8)

@@ -20,7 +20,7 @@ from transformers import (
 
 import moelora
 from moelora import adapter_deltas, checkpoints
-from moelora.commands import options
+from moelora.commands import finite, options
 from moelora.errors import MoeloraError, one_line
 
 
@@ -92,14 +92,17 @@ def _line() -> str:
 
 class _Finite(LogitsProcessor):
     """Stops where no token can be chosen: sampling raises in words of its own, and the likeliest of NaN is
-    some token.
+    some token. Looks through the weights only then, for the one to blame.
     """
+
+    def __init__(self, model: torch.nn.Module, directory: Path) -> None:
+        self._model, self._directory = model, directory
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if bool((scores.isnan() | scores.isposinf()).any()):
-            raise MoeloraError(
-                "the logits have NaN or Inf: weights of the model or of the adapter have, or overflow"
-            )
+            for name, weight in finite.weights(self._model):
+                finite.check_weight(name, weight, self._directory)
+            raise MoeloraError("the logits have NaN or Inf, from finite weights: the model overflows")
         return scores
 
 
@@ -126,7 +129,7 @@ def _answer(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=given["tokens"],
             do_sample=warm,
-            logits_processor=[_Finite()],
+            logits_processor=[_Finite(model, Path(given["model_dir"]))],
             **({"temperature": given["temperature"], "top_p": 0.95} if warm else {}),
             pad_token_id=padding,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),

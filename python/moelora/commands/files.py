@@ -29,6 +29,9 @@ READERS = {
     **dict.fromkeys((".txt", ".text", ".md", ".rst", ".tex", ".py", ""), "text"),
 }
 PACKED = ".gz"
+# Columns that rows are recognised by, so that a line of them at the head of a text makes it a table.
+COLUMNS = {"text", "messages", "conversations", "prompt", "completion", "instruction", "output"}
+_COLUMN = re.compile(r"[a-z_][\w-]*")
 LOOKED_AT = 20  # lines of a text that begins like JSON: one of them may be damaged
 _BYTE = re.compile("[\udc80-\udcff]")  # that was not decoded
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
@@ -200,7 +203,8 @@ def _refuse_torn_cells(path: Path) -> None:
 
 
 def _refuse_disguised(path: Path, text: str) -> None:
-    """Rows of JSON are never prose, whatever their file is called."""
+    """Rows of JSON are never prose, whatever their file is called, nor is a table with columns of ours."""
+    _refuse_table(path, text)
     start = text.lstrip()[:1]
     if start not in ("{", "["):
         return
@@ -212,6 +216,19 @@ def _refuse_disguised(path: Path, text: str) -> None:
         if isinstance(rows, dict) or (isinstance(rows, list) and rows and isinstance(rows[0], dict)):
             raise MoeloraError(
                 f"{path} is JSON under a name for plain text: call it .jsonl or .json, or give --format text"
+            )
+
+
+def _refuse_table(path: Path, text: str) -> None:
+    lines = [line for line in text.split("\n", LOOKED_AT)[:LOOKED_AT] if line.strip()]
+    for comma in (",", "\t"):
+        columns = [name.strip().lower() for name in next(csv.reader(lines[:1], delimiter=comma), [])]
+        named = len(columns) > 1 and all(map(_COLUMN.fullmatch, columns))
+        if named and len(lines) > 1 and COLUMNS.intersection(columns):
+            kind = "csv" if comma == "," else "tsv"
+            raise MoeloraError(
+                f"{path} begins with the columns {', '.join(columns[:4])} under a name for plain text: call "
+                f"it .{kind}, or give --format text if it is prose"
             )
 
 

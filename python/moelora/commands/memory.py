@@ -29,8 +29,8 @@ from moelora.linears import slow_in_torch
 
 PERIOD = 4  # layers of different kinds alternate with at most this period in the models that there are
 HEAD_TILES = 8  # float32 tiles of logits that TRL's loss holds at its peak
-# By measurements of whole runs: what malloc keeps between blocks that stay, and what data and their library
-# take beside those that are imported here.
+# By measurements of whole runs: what malloc keeps between inputs of layers, which stay while each layer is
+# recomputed, and what data and their library take beside those that are imported here.
 FRAGMENTATION, DATA = 1.25, 250 * 10**6
 VOCABULARY_PIECE = 32768  # columns of such a tile
 
@@ -134,8 +134,8 @@ class Estimator:
         smaller = plan.rank / self.plan.rank
         parameters = kept.fixed + (kept.parameters - kept.fixed) * smaller
         held = kept.largest * smaller if plan.step_in_backward else parameters
-        # The backward of a layer has gradients of its intermediate results, and temporary ones, beside these.
-        activations = FRAGMENTATION * kept.activations + 2 * kept.layer
+        # The backward of a layer has gradients of its intermediate results beside these.
+        activations = kept.activations + kept.layer
         if plan.checkpointing:
             activations = FRAGMENTATION * kept.layer_inputs + 3 * kept.layer
         tile = min(plan.tokens, chunked_logprob.TOKEN_CHUNK_SIZE) * min(self.vocabulary, VOCABULARY_PIECE)

@@ -27,7 +27,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from moelora.commands import optimizers
+from moelora.commands import heap, optimizers
 from moelora.commands.data import Tokens, padded, spread
 from moelora.commands.saving import AtomicCheckpoints
 from moelora.errors import MoeloraError, writing
@@ -130,6 +130,15 @@ class Progress(TrainerCallback):
         return (self.seen[-1] - before) / sum(self.seconds[: len(self.seen)][-last:])
 
 
+class Trim(TrainerCallback):
+    """Keeps no more memory from step to step than is in use."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        heap.trim()
+
+    on_train_begin = on_train_end = on_step_end
+
+
 class JsonLines(TrainerCallback):
     """Appends a line to a file when the first step begins, and one for each thing that Trainer logs: objects
     with the step and the seconds since the process started.
@@ -204,7 +213,7 @@ def trainer(
         train_dataset=tokens.train,
         eval_dataset=spread(tokens.held_out, rows),
         processing_class=padded(tokenizer),
-        callbacks=[progress],
+        callbacks=[progress, Trim()],
     )
     _widen_slow_head(model)
     result.remove_callback(PrinterCallback)
