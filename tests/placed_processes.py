@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 ENDING = ("raises_in_attention", "raises_in_dataloader", "raises_in_optimizer")  # rank 1, as scripts end
 ALONE = ("killed", "failing", "failing_backward", "memory", "keeps_nothing", *ENDING)  # not after others
+WAITING = ("killed", "failing", "failing_backward")  # most of their time: beside each other
 LIMIT = 400.0  # seconds for the checks of one number of processes
 
 
@@ -62,8 +63,8 @@ def process(here: Here, names: list[str]) -> None:
         gc.collect()
 
 
-def run(world: int, directory: Path, names: list[str]) -> list[int]:
-    """The exit status of each process; negative: the signal that ended it."""
+def start(world: int, directory: Path, names: list[str]) -> dict[int, int]:
+    """Process id → rank."""
     found = {}
     for rank in range(world):
         pid = os.fork()
@@ -77,7 +78,12 @@ def run(world: int, directory: Path, names: list[str]) -> list[int]:
             finally:
                 os._exit(status)
         found[pid] = rank
-    status, limit = [-1] * world, time.monotonic() + LIMIT
+    return found
+
+
+def wait(found: dict[int, int]) -> list[int]:
+    """The exit status of each process; negative: the signal that ended it."""
+    status, limit = [-1] * len(found), time.monotonic() + LIMIT
     while found and time.monotonic() < limit:
         for pid in list(found):
             done, code = os.waitpid(pid, os.WNOHANG)
@@ -97,9 +103,16 @@ def main(directory: Path, names: list[str]) -> None:
     if any(name.endswith(".memory") for name in names):
         placed_checks.prepare_large(directory)
     checks = [(int(world), name) for world, _, name in (name.partition(".") for name in names)]
+    waiting = []
     for (world, _), group in groupby(checks, key=lambda check: (check[0], check[1] * (check[1] in ALONE))):
-        status = run(world, directory, [name for _, name in group])
-        print(world, status, flush=True)
+        names = [name for _, name in group]
+        processes = start(world, directory, names)
+        if names[0] in WAITING:
+            waiting.append((world, processes))
+        else:
+            print(world, wait(processes), flush=True)
+    for world, processes in waiting:
+        print(world, wait(processes), flush=True)
 
 
 if __name__ == "__main__":
