@@ -15,11 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import moelora
-<<<<<<< HEAD
-from moelora.commands import finite
-=======
-from moelora.commands import heap
->>>>>>> h-leftovers
+from moelora.commands import finite, heap
 from moelora.errors import MoeloraError
 from moelora.standin import StandIn, installed
 
@@ -42,14 +38,9 @@ def reload(
     model.eval()
     rows = rows.to(model.device)
     with torch.no_grad():
-<<<<<<< HEAD
         tuned = model(input_ids=rows).logits
     finite.check_logits(tuned, model, "with the adapter")
-    tensors = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
-=======
-        tuned = model(input_ids=rows).logits.double()
     tensors = {name: (t.dtype, _digest(t)) for name, t in get_peft_model_state_dict(model).items()}
->>>>>>> h-leftovers
     moelora.disable(model)
     for parameter in model.parameters():
         if not isinstance(parameter, StandIn):  # what is packed is in its files
