@@ -47,11 +47,7 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    # The last case does what the second does, and shows more of it.
-    [
-        pytest.param(name, marks=[pytest.mark.long] * ("recomputed" in name or "mxfp4" in name))
-        for name in CASES
-    ],
+    [pytest.param(name, marks=[pytest.mark.long] * (name != "nf4")) for name in CASES],
 )
 def test_the_estimate_is_near_the_measured_peak(case, tmp_path):
     """0.2 GB of files and up to 0.6 GB of activations, beside what Python and its libraries take."""
