@@ -168,8 +168,7 @@ def grouped_gemm(
         x_row = row_of(position, last, slot, top_k, X_ROWS)
         # int64: K·stride
         x_at = x + x_row[:, None] * x_strides[0] + k[None, :].to(tl.int64) * x_strides[1]
-        # Clamped, for lists made of malformed offsets.
-        own = tl.minimum(tl.maximum(expert - first, 0), tl.minimum(after, E) - first - 1)
+        own = expert - first
         w_at = weights.first_tile(w, w_strides, own, start, N, WEIGHT, BLOCK_N, BLOCK_K)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         for done in range(0, steps_k, BLOCK_K):
