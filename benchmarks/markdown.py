@@ -28,6 +28,13 @@ HEADINGS = {
     "grouped-mm": "`grouped_mm` by hand",
     "grouped-mm-fp32": "`grouped_mm` by hand **in fp32**",
 }
+COPIES = {  # who makes a dense copy, and by the end of the contestant's name when and for whom
+    "bitsandbytes": {
+        "-loop": "dense copy, `torch.mm` loop",
+        "-kept": "dense copy kept for the backward, our operators",
+        "": "dense copies forward and backward, our operators",
+    }
+}
 FORMATS = "--formats"
 DENSE = "ours"  # the contestant
 Key = tuple[str, int, int, str]  # shape, tokens, rank, routing
@@ -115,12 +122,12 @@ def _of_weights(name: str, found: dict) -> str:
     if name == DENSE:
         return f"dense {found['options']['dtype']}"
     who, _, format = name.rpartition("-") if name.startswith("kt-kernel") else name.partition("-")
-    kind = format.removesuffix("-loop")
     if who == DENSE:
-        return kind
-    how = {"bitsandbytes": " dense copy, our operators"}.get(who, "")
-    how = " dense copy, `torch.mm` loop" if format != kind else how
-    return f"{kind}, {found['versions'][name]}{how}"
+        return format
+    if who not in COPIES:
+        return f"{format}, {found['versions'][name]}"
+    suffix = next(suffix for suffix in COPIES[who] if format.endswith(suffix))
+    return f"{format.removesuffix(suffix)}, {found['versions'][name]} {COPIES[who][suffix]}"
 
 
 def _beside_dense(row: dict | None, dense: dict) -> str:

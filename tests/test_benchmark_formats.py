@@ -19,7 +19,7 @@ from benchmarks.registry import Shape
 
 SMALL = Shape("small", DISTINCT + 3, 256, 128, 2)
 OURS = [f"ours-{name}" for name in FORMATS]
-BITSANDBYTES = ["bitsandbytes-nf4", "bitsandbytes-fp4-loop"]
+BITSANDBYTES = ["bitsandbytes-nf4", "bitsandbytes-fp4-kept", "bitsandbytes-fp4-loop"]
 
 
 @pytest.mark.parametrize("name", OURS + BITSANDBYTES)
@@ -39,7 +39,8 @@ def test_contestants_compute_with_their_own_numbers(name, tokens):
 
 
 def test_contestants_of_a_format():
-    assert contestants_of(["nf4"]) == ["ours-nf4", "bitsandbytes-nf4", "bitsandbytes-nf4-loop"]
+    others = [f"bitsandbytes-nf4{suffix}" for suffix in ("", "-kept", "-loop")]
+    assert contestants_of(["nf4"]) == ["ours-nf4", *others]
     assert contestants_of(["nf4-nested", "int8"]) == ["ours-nf4-nested", "ours-int8"]
     assert contestants_of(["mxfp4"]) == ["ours-mxfp4", "kt-kernel-mxfp4"]
 

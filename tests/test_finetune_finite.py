@@ -228,6 +228,20 @@ def test_slow_numbers_of_threads_are_given_up(monkeypatch):
     assert calls.count(8) == 1 and calls.count(4) == threads.ROUNDS + 1
 
 
+def test_a_disturbance_does_not_decide_the_number_of_threads(monkeypatch):
+    """Two of the three rounds are disturbed, as by files that are written back."""
+    calls, now = [], [0.0]
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: calls[-1] if calls else 2)
+
+    def step():
+        disturbed = calls.count(2) != threads.ROUNDS
+        now[0] += (2.2 if disturbed else 1.0) if torch.get_num_threads() == 2 else 1.05
+
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: now[0])
+    assert threads.choose(step) == calls[-1] == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

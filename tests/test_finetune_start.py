@@ -91,6 +91,34 @@ def test_reading_ends_with_the_run(model_dir):  # noqa: F811
         vets.digests()
 
 
+def test_what_is_measured_waits_for_the_reader(tmp_path, monkeypatch):
+    """The thread that vets a base is not in the middle of a piece while threads are measured."""
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    reading, pieces = threading.Event(), []
+
+    def read(path, ended):
+        while not ended():
+            reading.set()
+            pieces.append("begun")
+            time.sleep(0.02)
+            pieces[-1] = "done"
+
+    monkeypatch.setattr(fingerprints, "file", read)
+    with vetting.Vetting() as vets:
+        vets.start(torch.nn.Linear(2, 2), tmp_path, {})
+        assert reading.wait(5)
+        for _ in range(3):
+            with vets.paused():
+                count = len(pieces)
+                assert pieces[-1] == "done"
+                time.sleep(0.05)
+                assert len(pieces) == count
+            time.sleep(0.05)
+        assert len(pieces) > count
+        with pytest.raises(TimeoutError), vets.paused():
+            raise TimeoutError
+
+
 def test_threads_are_measured_while_nothing_is_read(arguments, monkeypatch):  # noqa: F811
     pieces, measured, until = itertools.count(), [], time.monotonic() + 60
 
@@ -99,7 +127,6 @@ def test_threads_are_measured_while_nothing_is_read(arguments, monkeypatch):  # 
             next(pieces)
 
     def choose(step):
-        time.sleep(0.05)  # the piece that was begun
         before = next(pieces)
         time.sleep(0.1)
         measured.append(next(pieces) - before)

@@ -1,17 +1,21 @@
 """Packed weights: ours on them in place, and what one does without: a dense copy of them in every step.
 
 `ours-F` for a format F of torch_moelora.formats, `ours-F-nested` where it has nested scales.
-`bitsandbytes-F` turns the active experts' codes into a dense copy and gives that to our dense operators;
-`bitsandbytes-F-loop` to the loop over experts. Both keep the copy from forward to backward.
+`bitsandbytes-F` turns the active experts' codes into a dense copy for our dense operators, in the forward and
+again in the backward, as bitsandbytes' own product does. `bitsandbytes-F-kept` keeps the copy from forward to
+backward, for which a model of many layers has no room; so does `bitsandbytes-F-loop`, for the loop over experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from torch_moelora import formats
 from torch_moelora.formats import PackedWeight
@@ -22,7 +26,7 @@ from .base import AutogradRunner, Contestant
 from .ours import layer_function
 from .packings import NESTED, Packings
 
-LOOP = "-loop"
+KEPT, LOOP = "-kept", "-loop"
 OURS, BITSANDBYTES, KT_KERNEL = "ours-", "bitsandbytes-", "kt-kernel-"
 
 
@@ -71,10 +75,10 @@ class OursPacked(Packed):
 class Dequantised(Packed):
     """bitsandbytes makes a dense copy of the experts that have rows."""
 
-    def __init__(self, name: str, loop: bool) -> None:
-        super().__init__(BITSANDBYTES, name, LOOP if loop else "")
-        self.loop = loop
-        self.stand_in = BITSANDBYTES + name if loop else None
+    def __init__(self, name: str, suffix: str) -> None:
+        super().__init__(BITSANDBYTES, name, suffix)
+        self.loop, self.again = suffix == LOOP, not suffix
+        self.stand_in = BITSANDBYTES + name if self.loop else None
 
     def missing_here(self, case: Case) -> str | None:
         try:
@@ -90,14 +94,17 @@ class Dequantised(Packed):
 
     def load_here(self, layer: Layer) -> AutogradRunner:
         packed = Packings.of(layer, self.format)
-        forward = _on_copies(layer, packed, self.loop)
+        forward = _on_copies(layer, packed, self.loop, self.again)
         runner = AutogradRunner(forward, [layer.lora[name] for name in LORA_NAMES])
         runner.packed = packed
         return runner
 
 
-def _on_copies(layer: Layer, packed: Packings, in_loop: bool):
-    """The layer's function of (x, expert_idxs, gates), with a copy of the active experts in each call."""
+def _on_copies(layer: Layer, packed: Packings, in_loop: bool, again: bool):
+    """The layer's function of (x, expert_idxs, gates), with a copy of the active experts in each call.
+
+    `again`: the copy goes with the forward, and the backward makes its own.
+    """
     from torch_moelora.functional import moe_mlp
 
     dtype, experts = DTYPES[layer.case.dtype], layer.shape.experts
@@ -107,15 +114,26 @@ def _on_copies(layer: Layer, packed: Packings, in_loop: bool):
         active, ids = expert_idxs.unique(return_inverse=True)
         every = len(active) == experts
         chosen = (lambda t: t) if every else (lambda t: None if t is None else t[active])
-        copies = {name: _copy(weight, chosen, dtype) for name, weight in parts.items()}
+        make = {name: partial(_copy, weight, chosen, dtype) for name, weight in parts.items()}
+        copies = {name: copy() for name, copy in make.items()}
         biases = {name: chosen(bias) for name, bias in layer.biases.items()}
         lora = {name: chosen(value) for name, value in layer.lora.items()}
         shape = replace(layer.shape, experts=len(active))
         mine = Layer(replace(layer.case, shape=shape), copies, biases, lora)
         run = loop.make_forward(mine) if in_loop else layer_function(moe_mlp, mine, copies)
-        return run(x, ids, gates)
+        with _not_saved(copies, make) if again else nullcontext():
+            return run(x, ids, gates)
 
     return forward
+
+
+def _not_saved(copies: dict[str, Tensor], make: dict[str, Callable[[], Tensor]]) -> saved_tensors_hooks:
+    """Autograd keeps a copy's name instead of it, and has it made again when the backward asks."""
+    names = {copy.data_ptr(): name for name, copy in copies.items()}
+    return saved_tensors_hooks(
+        lambda saved: names.get(saved.data_ptr(), saved),
+        lambda kept: make[kept]() if isinstance(kept, str) else kept,
+    )
 
 
 def _unnested(weight: PackedWeight) -> PackedWeight:
@@ -139,7 +157,7 @@ def contestants_of(names: Iterable[str]) -> list[str]:
     for name in names:
         found.append(OURS + name)
         if formats.FORMATS[name.removesuffix(NESTED)].nested and not name.endswith(NESTED):
-            found += [BITSANDBYTES + name, BITSANDBYTES + name + LOOP]
+            found += [BITSANDBYTES + name + suffix for suffix in ("", KEPT, LOOP)]
         if KT_KERNEL + name in MODULES:
             found.append(KT_KERNEL + name)
     return found
@@ -150,4 +168,5 @@ def find(name: str) -> Contestant:
     if name.startswith(OURS):
         return OursPacked(OURS, name.removeprefix(OURS))
     inner = name.removeprefix(BITSANDBYTES)
-    return Dequantised(inner.removesuffix(LOOP), inner.endswith(LOOP))
+    suffix = next((suffix for suffix in (KEPT, LOOP) if inner.endswith(suffix)), "")
+    return Dequantised(inner.removesuffix(suffix), suffix)

@@ -14,7 +14,8 @@ from moelora.errors import MoeloraError
 
 ROUNDS = 3
 SECONDS = 15.0  # spent on measuring, about: a step that takes longer is measured once
-HOPELESS = 2.0  # times slower than the best: not measured again
+HOPELESS = 4.0  # times slower than the best: not measured again
+WORTH = 1.1  # times faster that fewer threads must be
 PIECE = 0.3  # seconds of a forward pass that are enough to compare by
 PER_CPU = 4
 
@@ -32,7 +33,8 @@ def choose(step: Callable[[], object]) -> int:
     """Leaves torch with all its threads, half of them or one, whichever is fastest; returns how many.
 
     The operations of a small model are short: on a machine with other work its threads wait for each other
-    longer than they compute. Hyperthreads can slow large ones down.
+    longer than they compute. Hyperthreads can slow large ones down. What disturbs a measurement, files being
+    written back for one, is over when the training runs: the best round counts, and the rounds take turns.
     """
     every = torch.get_num_threads()
     seconds: dict[int, list[float]] = {count: [] for count in (every, every // 2, 1) if count}
@@ -50,7 +52,8 @@ def choose(step: Callable[[], object]) -> int:
         seconds = {n: spent for n, spent in seconds.items() if min(spent) <= HOPELESS * fastest}
         if len(seconds) == 1 or time.perf_counter() - started > SECONDS:
             break
-    best = min(seconds, key=lambda count: sum(seconds[count]))
+    fastest = min(map(min, seconds.values()))
+    best = max(count for count, spent in seconds.items() if min(spent) <= WORTH * fastest)
     torch.set_num_threads(best)
     return best
 

@@ -24,8 +24,8 @@ class Vetting:
     """A thread that reads through a base. As a context it is over at the end, finished or not."""
 
     def __init__(self) -> None:
-        self._over, self._may_read = threading.Event(), threading.Event()
-        self._may_read.set()
+        self._over, self._changed = threading.Event(), threading.Condition()
+        self._may_read, self._reading = True, False
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
         self._digests: dict[str, str] = {}
@@ -54,6 +54,7 @@ class Vetting:
                 self._problem = problem
             finally:
                 weights.clear()
+                self._is_reading(False)
 
         self._thread = threading.Thread(target=read, name="vetting", daemon=True)
         self._thread.start()
@@ -61,15 +62,29 @@ class Vetting:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Nothing is read meanwhile: what is measured has all cores, and the file cache, to itself."""
-        self._may_read.clear()
+        with self._changed:
+            self._may_read = False
+            self._changed.wait_for(lambda: not self._reading)
         try:
             yield
         finally:
-            self._may_read.set()
+            with self._changed:
+                self._may_read = True
+                self._changed.notify_all()
+
+    def _is_reading(self, whether: bool) -> None:
+        with self._changed:
+            self._reading = whether
+            self._changed.notify_all()
 
     def _ended(self) -> bool:
-        """Asked by the thread between two pieces of what it reads; answered when it may go on."""
-        self._may_read.wait()
+        """Asked by the thread before each piece of what it reads; answered when it may go on."""
+        with self._changed:
+            if not self._may_read:
+                self._reading = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._may_read)
+            self._reading = True
         return self._over.is_set()
 
     def check(self, patience: float | None = 0.0) -> None:
