@@ -3,7 +3,8 @@
 `ours-F` for a format F of torch_moelora.formats, `ours-F-nested` where it has nested scales.
 `bitsandbytes-F` turns the active experts' codes into a dense copy for our dense operators, in the forward and
 again in the backward, as bitsandbytes' own product does. `bitsandbytes-F-kept` keeps the copy from forward to
-backward, for which a model of many layers has no room; so does `bitsandbytes-F-loop`, for the loop over experts.
+backward, for which a model of many layers has no room; so does `bitsandbytes-F-loop` for the loop over
+experts.
 """
 
 from __future__ import annotations
