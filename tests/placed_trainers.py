@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import moelora
+import pytest
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from model_tiny import adapt, build, difference, tokens
 from moelora.commands.default_model import byte_tokenizer
 from peft import LoraConfig
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -27,8 +30,8 @@ def _arguments(out: Path, here: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _trainer(here: Any, out: Path) -> Trainer:
-    arguments = TrainingArguments(**_arguments(out, here))  # under torchrun, they make the process group
+def _trainer(here: Any, out: Path, **more: Any) -> Trainer:
+    arguments = TrainingArguments(**_arguments(out, here), **more)  # under torchrun, they make the process group
     torch.manual_seed(4)
     model = adapt(build("qwen3_moe"), targets=["o_proj"])
     moelora.enable(model)
@@ -61,6 +64,27 @@ def trainer(here: Any) -> None:
         assert (out / "again" / "adapter_model.safetensors").read_bytes() == last
         assert (out / "end" / "adapter_model.safetensors").read_bytes() == last
         _like(out / "end", here.directory / "trainer1" / "end")
+
+
+def trainer_sharded(here: Any) -> None:
+    """With its fsdp_config, told by accelerate's own variable what to leave alone: as one process, saved too."""
+    out = here.directory / "fsdp"
+    asked = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "Qwen3MoeDecoderLayer"}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")  # accelerate sets it itself, for good
+        patch.setenv("FSDP_IGNORED_MODULES", r".*\.experts")
+        run = _trainer(here, out, **asked)
+        # As it does itself where processes have accelerators, but not where they have CPUs.
+        state = run.accelerator.state
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**run.args.fsdp_plugin_args)
+        run.is_fsdp_enabled = True
+        run.train()
+        for name, parameter in run.model.named_parameters():
+            assert isinstance(parameter, DTensor) == (".experts." not in name), name
+        run.save_model(str(out / "end"))
+    torch.distributed.barrier()
+    _like(out / "end", here.directory / "trainer1" / "end")
 
 
 def trainer_elsewhere(here: Any) -> None:

@@ -17,7 +17,7 @@ CHECKS = [
         (2, name)
         for name in (
             "families", "packed_families", "accumulated_and_clipped", "sharded", "accelerated", "recomputed",
-            "autocast", "several_forwards", "loaded", "trainer", "sft_trainer",
+            "autocast", "several_forwards", "loaded", "trainer", "trainer_sharded", "sft_trainer",
         )
     ),
     *(
