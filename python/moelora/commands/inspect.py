@@ -17,15 +17,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedConfig
 
 from moelora import checkpoints, packed_layout
 from moelora.advice import unconverted
 from moelora.commands import memory
 from moelora.experts import bind, is_experts, projections
+from moelora.linears import slow_in_torch
 from moelora.stored import files, header
 from moelora.survey import activation, weights
-from torch_moelora.functional import moe_mlp
+from torch_moelora.functional import linear_lora, moe_mlp
 
 MEASURED_BYTES = 2**28  # of weights: enough to be out of the caches, drawn in a second
 REPEATS = 3
@@ -277,9 +279,10 @@ def stored(directory: Path, packed: bool = False) -> str:
 
 
 def _dense_seconds(parameters: int, tokens: int, hidden: int, dtype: torch.dtype) -> float:
-    """Forward and dX of `parameters` frozen weights, from a product of their width."""
-    x, weight = torch.ones(tokens, hidden, dtype=dtype), torch.ones(hidden, 2 * hidden, dtype=dtype)
-    return 2 * _median(lambda: x @ weight) * parameters / weight.numel()
+    """Forward and dX of `parameters` frozen weights, from a product of their width by what will compute it."""
+    x, weight = torch.ones(tokens, hidden, dtype=dtype), torch.ones(2 * hidden, hidden, dtype=dtype)
+    product = linear_lora if slow_in_torch(weight) else linear
+    return 2 * _median(lambda: product(x, weight)) * parameters / weight.numel()
 
 
 def _median(step: Callable[[], object]) -> float:
