@@ -136,6 +136,18 @@ def test_time_is_measured(tmp_path, capsys):
     assert whole == pytest.approx(experts + rest, rel=0.1) and experts > 0
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_time_is_that_of_what_computes(slow, tmp_path, capsys, monkeypatch):
+    """Where torch's products in 16 bits take hours, nothing waits for one."""
+    CONFIGS["qwen3_moe"]().save_pretrained(tmp_path)
+    called = []
+    monkeypatch.setattr(inspect, "slow_in_torch", lambda weight: slow)
+    for name in ("linear", "linear_lora"):
+        monkeypatch.setattr(inspect, name, lambda x, w, name=name: called.append(name) or x)
+    _told(capsys, tmp_path, "--tokens", 32)
+    assert set(called) == {"linear_lora" if slow else "linear"}
+
+
 def test_stored_layouts(tmp_path):
     matrix = torch.zeros(2, 2)
     single = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": matrix.clone() for e in range(3)}
