@@ -29,7 +29,7 @@ from placed_failures import (  # noqa: F401  (checks, too)
     raises_in_optimizer,
 )
 from placed_fsdp import accelerated  # noqa: F401  (a check, too)
-from placed_trainers import sft_trainer, trainer, trainer_elsewhere  # noqa: F401  (checks, too)
+from placed_trainers import sft_trainer, trainer, trainer_elsewhere, trainer_sharded  # noqa: F401  (checks)
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

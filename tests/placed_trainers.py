@@ -8,9 +8,11 @@ from typing import Any
 import moelora
 import pytest
 import torch
-from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from model_tiny import adapt, build, difference, tokens
+from moelora import MoeloraError
 from moelora.commands.default_model import byte_tokenizer
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -31,7 +33,7 @@ def _arguments(out: Path, here: Any) -> dict[str, Any]:
 
 
 def _trainer(here: Any, out: Path, **more: Any) -> Trainer:
-    arguments = TrainingArguments(**_arguments(out, here), **more)  # under torchrun, they make the process group
+    arguments = TrainingArguments(**_arguments(out, here), **more)  # make torchrun's process group
     torch.manual_seed(4)
     model = adapt(build("qwen3_moe"), targets=["o_proj"])
     moelora.enable(model)
@@ -66,25 +68,40 @@ def trainer(here: Any) -> None:
         _like(out / "end", here.directory / "trainer1" / "end")
 
 
+def _sharded(here: Any, out: Path, patch: pytest.MonkeyPatch, **more: Any) -> Trainer:
+    """With the trainer's fsdp_config, and accelerate's own variable for what FSDP2 leaves alone."""
+    patch.setenv("ACCELERATE_USE_FSDP", "true")  # accelerate sets it itself, for good
+    patch.setenv("FSDP_IGNORED_MODULES", r".*\.experts")
+    run = _trainer(
+        here,
+        out,
+        fsdp=True,
+        fsdp_config={"transformer_layer_cls_to_wrap": "Qwen3MoeDecoderLayer"},
+        optim="adamw_torch",  # a fused step takes DTensors or others, not both
+        **more,
+    )
+    # As accelerate does itself where processes have accelerators, but not where they have CPUs.
+    patch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    patch.setattr(AcceleratorState, "is_fsdp2", True)
+    run.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**run.args.fsdp_plugin_args)
+    run.is_fsdp_enabled = True
+    return run
+
+
 def trainer_sharded(here: Any) -> None:
-    """With its fsdp_config, told by accelerate's own variable what to leave alone: as one process, saved too."""
+    """Trains and saves as one process does; writes no checkpoint that it could not go on from."""
     out = here.directory / "fsdp"
-    asked = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "Qwen3MoeDecoderLayer"}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_FSDP", "true")  # accelerate sets it itself, for good
-        patch.setenv("FSDP_IGNORED_MODULES", r".*\.experts")
-        run = _trainer(here, out, **asked)
-        # As it does itself where processes have accelerators, but not where they have CPUs.
-        state = run.accelerator.state
-        state.distributed_type = DistributedType.FSDP
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(**run.args.fsdp_plugin_args)
-        run.is_fsdp_enabled = True
+        with pytest.raises(MoeloraError, match="save_only_model is False, expected True: under FSDP"):
+            _sharded(here, out, patch)
+        run = _sharded(here, out, patch, save_only_model=True)
         run.train()
         for name, parameter in run.model.named_parameters():
             assert isinstance(parameter, DTensor) == (".experts." not in name), name
         run.save_model(str(out / "end"))
     torch.distributed.barrier()
-    _like(out / "end", here.directory / "trainer1" / "end")
+    for name in ("end", "checkpoint-4"):
+        _like(out / name, here.directory / "trainer1" / "end")
 
 
 def trainer_elsewhere(here: Any) -> None:

@@ -76,6 +76,22 @@ def test_activations_are_what_autograd_keeps(checkpointing):
     assert kept.parameters == checkpoints.count(model, trainable=True)
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_what_multiplies_in_float32_is_planned_so(slow, monkeypatch):
+    """A model without storage is taken for what it will be on the CPU: attention keeps float32 there."""
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: not slow)
+    found = {}
+    for device in ("cpu", "meta"):
+        model = build("gpt_oss", torch.bfloat16).to(device)
+        plan = memory.Plan(4, "both", ("q_proj",), 2, 32)
+        found[device] = memory.Estimator(model, memory.Base(0, 0), plan).kept
+    assert found["cpu"] == found["meta"]
+    heads, scores = model.config.num_attention_heads, 2 * 32 * 32
+    if slow:
+        assert found["meta"].activations >= model.config.num_hidden_layers * heads * scores * 4
+
+
 def test_layers_beyond_the_first_ones_are_like_them():
     config = CONFIGS["qwen3_moe"]()
     found = {}

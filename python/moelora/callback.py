@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 
+from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from moelora.attach import enable, report
+from moelora.errors import MoeloraError
 from moelora.placement.saving import Keeping
 from moelora.placement.spreading import is_placed
 
@@ -21,15 +23,23 @@ class Callback(TrainerCallback):
     they take transformers callbacks. It logs `enable`'s report. A trainer of a placed model (`moelora.place`)
     needs it: it saves on one rank, for which the callback gathers adapters and optimizer state from all.
 
-    Raises: MoeloraError when the training begins, if no layer of the model can use the operators.
+    Raises: MoeloraError when the training begins, if no layer of the model can use the operators; when a
+        trainer is made that would write checkpoints of a placed model under FSDP to go on from.
     """
 
     def __init__(self) -> None:
         self._keeping: Keeping | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        if is_placed(model):  # the optimizer must see what is here of the adapters
-            enable(model)
+        if not is_placed(model):
+            return
+        fsdp = args.fsdp or getattr(AcceleratorState(), "fsdp_plugin", None)
+        if fsdp and args.save_strategy != SaveStrategy.NO and not args.save_only_model:
+            raise MoeloraError(
+                "save_only_model is False, expected True: under FSDP what a checkpoint has to go on from is, of "
+                "placed experts, one rank's alone; save_only_model=True writes whole adapters"
+            )
+        enable(model)  # the optimizer must see what is here of the adapters
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         logger.info("%s", enable(model))

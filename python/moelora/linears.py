@@ -25,8 +25,10 @@ DTYPES = (torch.float32, *HALF)
 
 
 def slow_in_torch(weight: Tensor) -> bool:
-    """Whether torch multiplies by a weight of this dtype and device without its fast library."""
-    if weight.device.type != "cpu" or weight.dtype not in HALF:
+    """Whether torch multiplies by a weight of this dtype and device without its fast library. One without
+    storage, of a model that is planned, counts as on the CPU.
+    """
+    if weight.device.type not in ("cpu", "meta") or weight.dtype not in HALF:
         return False
     mkldnn = torch.ops.mkldnn
     fast = (

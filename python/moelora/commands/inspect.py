@@ -279,7 +279,7 @@ def stored(directory: Path, packed: bool = False) -> str:
 
 
 def _dense_seconds(parameters: int, tokens: int, hidden: int, dtype: torch.dtype) -> float:
-    """Forward and dX of `parameters` frozen weights, from a product of their width by what will compute it."""
+    """Forward and dX of `parameters` frozen weights, by one product of their width on what will do it."""
     x, weight = torch.ones(tokens, hidden, dtype=dtype), torch.ones(2 * hidden, hidden, dtype=dtype)
     product = linear_lora if slow_in_torch(weight) else linear
     return 2 * _median(lambda: product(x, weight)) * parameters / weight.numel()

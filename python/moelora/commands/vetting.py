@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from moelora.commands import fingerprints, finite
 from moelora.errors import MoeloraError
 
-PATIENCE = 2.0  # seconds for which a run waits: all of it, of a small base
+PATIENCE = 2.0  # seconds for which a run waits: for all of a small base
 
 
 class Vetting:
@@ -61,10 +61,13 @@ class Vetting:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing is read meanwhile: what is measured has all cores, and the file cache, to itself."""
+        """Nothing is read meanwhile: what is measured has all cores, and the file cache, to itself.
+
+        It begins when the piece that is being read is done, or after PATIENCE.
+        """
         with self._changed:
             self._may_read = False
-            self._changed.wait_for(lambda: not self._reading)
+            self._changed.wait_for(lambda: not self._reading, PATIENCE)
         try:
             yield
         finally:
