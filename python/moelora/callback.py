@@ -36,8 +36,8 @@ class Callback(TrainerCallback):
         fsdp = args.fsdp or getattr(AcceleratorState(), "fsdp_plugin", None)
         if fsdp and args.save_strategy != SaveStrategy.NO and not args.save_only_model:
             raise MoeloraError(
-                "save_only_model is False, expected True: under FSDP a checkpoint would have, to go on from, one "
-                "rank's part of placed experts alone; save_only_model=True writes whole adapters"
+                "save_only_model is False, expected True: under FSDP a checkpoint to go on from would have "
+                "one rank's part of placed experts; save_only_model=True writes whole adapters"
             )
         enable(model)  # the optimizer must see what is here of the adapters
 
