@@ -54,7 +54,8 @@ class Vetting:
                 self._problem = problem
             finally:
                 weights.clear()
-                self._is_reading(False)
+                with self._changed:
+                    self._rest()
 
         self._thread = threading.Thread(target=read, name="vetting", daemon=True)
         self._thread.start()
@@ -75,17 +76,15 @@ class Vetting:
                 self._may_read = True
                 self._changed.notify_all()
 
-    def _is_reading(self, whether: bool) -> None:
-        with self._changed:
-            self._reading = whether
-            self._changed.notify_all()
+    def _rest(self) -> None:
+        self._reading = False
+        self._changed.notify_all()
 
     def _ended(self) -> bool:
         """Asked by the thread before each piece of what it reads; answered when it may go on."""
         with self._changed:
             if not self._may_read:
-                self._reading = False
-                self._changed.notify_all()
+                self._rest()
                 self._changed.wait_for(lambda: self._may_read)
             self._reading = True
         return self._over.is_set()
