@@ -176,9 +176,10 @@ def _found(options, base: Path, out: Path, tune: list[str], seen: Watched, ceili
 def _told(found: dict) -> str:
     private, mapped = found["peak_private_bytes"] / GB, found["peak_mapped_bytes"] / GB
     losses = found["losses"]
+    rate = max(found[when]["rate"] for when in ("ceilings", "ceilings_at_the_end"))
     return (
         f"{found['tokens_per_second']:.1f} tokens/s in steps of {found['tokens_a_step']} tokens, "
-        f"{100 * found['share_of_ceiling']:.0f} % of {found['ceilings']['rate'] / GB:.0f} GF/s; peak "
+        f"{100 * found['share_of_ceiling']:.0f} % of {rate / GB:.0f} GF/s; peak "
         f"{private + mapped:.1f} GB ({private:.1f} private, {mapped:.1f} mapped); "
         f"{found['seconds_to_first_step']:.0f} s to the first step, "
         f"{found['seconds_to_end_of_first_step']:.0f} s to its end; "

@@ -28,12 +28,10 @@ HEADINGS = {
     "grouped-mm": "`grouped_mm` by hand",
     "grouped-mm-fp32": "`grouped_mm` by hand **in fp32**",
 }
-COPIES = {  # who makes a dense copy, and by the end of the contestant's name when and for whom
-    "bitsandbytes": {
-        "-loop": "dense copy, `torch.mm` loop",
-        "-kept": "dense copy kept for the backward, our operators",
-        "": "dense copies forward and backward, our operators",
-    }
+COPIES = {  # bitsandbytes' dense ones: when and for whom, by the end of the contestant's name
+    "-loop": "dense copy, `torch.mm` loop",
+    "-kept": "dense copy kept for the backward, our operators",
+    "": "dense copies forward and backward, our operators",
 }
 FORMATS = "--formats"
 DENSE = "ours"  # the contestant
@@ -124,10 +122,10 @@ def _of_weights(name: str, found: dict) -> str:
     who, _, format = name.rpartition("-") if name.startswith("kt-kernel") else name.partition("-")
     if who == DENSE:
         return format
-    if who not in COPIES:
+    if who != "bitsandbytes":
         return f"{format}, {found['versions'][name]}"
-    suffix = next(suffix for suffix in COPIES[who] if format.endswith(suffix))
-    return f"{format.removesuffix(suffix)}, {found['versions'][name]} {COPIES[who][suffix]}"
+    suffix = next(suffix for suffix in COPIES if format.endswith(suffix))
+    return f"{format.removesuffix(suffix)}, {found['versions'][name]} {COPIES[suffix]}"
 
 
 def _beside_dense(row: dict | None, dense: dict) -> str:

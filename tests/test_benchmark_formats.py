@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installe
 
 from benchmarks import correctness, markdown, run
 from benchmarks.layer import DISTINCT, Case, make_batch, make_layer
-from benchmarks.peers import find_contestant
+from benchmarks.peers import find_contestant, quantised
 from benchmarks.peers.packings import FORMATS
 from benchmarks.peers.quantised import contestants_of
 from benchmarks.registry import Shape
@@ -36,6 +36,18 @@ def test_contestants_compute_with_their_own_numbers(name, tokens):
     rounding = correctness.errors(got, correctness.expected(layer, batch))["y"]
     assert 5e-3 < rounding < 0.3
     assert contestant.weight_bytes(layer) < 0.6 * find_contestant("ours").weight_bytes(layer)
+
+
+@pytest.mark.parametrize(("suffix", "calls"), [("", 4), ("-kept", 2), ("-loop", 2)])
+def test_when_bitsandbytes_makes_copies(suffix, calls, monkeypatch):
+    """Of two weights in the forward, and of both again in the backward unless it keeps them."""
+    case, contestant = Case(SMALL, 24, 4), find_contestant(f"bitsandbytes-nf4{suffix}")
+    if reason := contestant.missing(case):
+        pytest.skip(reason)
+    made, real = [], quantised._copy
+    monkeypatch.setattr(quantised, "_copy", lambda *args: made.append(1) or real(*args))
+    contestant.load(make_layer(case), 1).results(make_batch(case))
+    assert len(made) == calls
 
 
 def test_contestants_of_a_format():

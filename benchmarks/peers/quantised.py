@@ -78,8 +78,8 @@ class Dequantised(Packed):
 
     def __init__(self, name: str, suffix: str) -> None:
         super().__init__(BITSANDBYTES, name, suffix)
-        self.loop, self.again = suffix == LOOP, not suffix
-        self.stand_in = BITSANDBYTES + name if self.loop else None
+        self.suffix = suffix
+        self.stand_in = BITSANDBYTES + name if suffix == LOOP else None
 
     def missing_here(self, case: Case) -> str | None:
         try:
@@ -95,16 +95,16 @@ class Dequantised(Packed):
 
     def load_here(self, layer: Layer) -> AutogradRunner:
         packed = Packings.of(layer, self.format)
-        forward = _on_copies(layer, packed, self.loop, self.again)
+        forward = _on_copies(layer, packed, self.suffix)
         runner = AutogradRunner(forward, [layer.lora[name] for name in LORA_NAMES])
         runner.packed = packed
         return runner
 
 
-def _on_copies(layer: Layer, packed: Packings, in_loop: bool, again: bool):
+def _on_copies(layer: Layer, packed: Packings, suffix: str):
     """The layer's function of (x, expert_idxs, gates), with a copy of the active experts in each call.
 
-    `again`: the copy goes with the forward, and the backward makes its own.
+    Without a suffix the copy goes with the forward, and the backward makes its own.
     """
     from torch_moelora.functional import moe_mlp
 
@@ -121,8 +121,8 @@ def _on_copies(layer: Layer, packed: Packings, in_loop: bool, again: bool):
         lora = {name: chosen(value) for name, value in layer.lora.items()}
         shape = replace(layer.shape, experts=len(active))
         mine = Layer(replace(layer.case, shape=shape), copies, biases, lora)
-        run = loop.make_forward(mine) if in_loop else layer_function(moe_mlp, mine, copies)
-        with _not_saved(copies, make) if again else nullcontext():
+        run = loop.make_forward(mine) if suffix == LOOP else layer_function(moe_mlp, mine, copies)
+        with nullcontext() if suffix else _not_saved(copies, make):
             return run(x, ids, gates)
 
     return forward

@@ -25,10 +25,8 @@ DTYPES = (torch.float32, *HALF)
 
 
 def slow_in_torch(weight: Tensor) -> bool:
-    """Whether torch multiplies by a weight of this dtype and device without its fast library. One without
-    storage, of a model that is planned, counts as on the CPU.
-    """
-    if weight.device.type not in ("cpu", "meta") or weight.dtype not in HALF:
+    """Whether torch multiplies by a weight of this dtype and device without its fast library."""
+    if weight.device.type != "cpu" or weight.dtype not in HALF:
         return False
     mkldnn = torch.ops.mkldnn
     fast = (
@@ -191,16 +189,21 @@ def _wanted(linear: nn.Linear, every: bool | None) -> bool:
     return slow_in_torch(weight) if every is None else every
 
 
+def _may_be_slow(weight: Tensor) -> bool:
+    """As `slow_in_torch`; without storage, as on the CPU. OwnProducts asks again in each call."""
+    return slow_in_torch(torch.empty(0, dtype=weight.dtype) if weight.is_meta else weight)
+
+
 def _slow_matrix(module: nn.Module) -> bool:
     own = None if isinstance(module, nn.Embedding) else module._parameters.get("weight")
-    return own is not None and own.ndim == 2 and not own.requires_grad and slow_in_torch(own)
+    return own is not None and own.ndim == 2 and not own.requires_grad and _may_be_slow(own)
 
 
 def _slow_attention(module: nn.Module) -> bool:
     """Whether it is transformers' attention, of a model in a dtype that is slow in torch."""
     if getattr(module, "is_causal", None) is None or not hasattr(module, "scaling"):
         return False
-    return any(slow_in_torch(p) for p in module.parameters())
+    return any(_may_be_slow(p) for p in module.parameters())
 
 
 def unhook(model: nn.Module) -> None:
