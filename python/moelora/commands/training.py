@@ -27,7 +27,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from moelora.commands import heap, optimizers
+from moelora.commands import head, heap, optimizers
 from moelora.commands.data import Tokens, padded, spread
 from moelora.commands.saving import AtomicCheckpoints
 from moelora.errors import MoeloraError, writing
@@ -215,17 +215,20 @@ def trainer(
         processing_class=padded(tokenizer),
         callbacks=[progress, Trim()],
     )
-    _widen_slow_head(model)
+    _prepare_head(model)
     result.remove_callback(PrinterCallback)
     result.remove_callback(ProgressCallback)
     return result, progress
 
 
-def _widen_slow_head(model: nn.Module) -> None:
-    """TRL takes the logits in pieces, by products of torch: in float32 where 16-bit ones are slow."""
+def _prepare_head(model: nn.Module) -> None:
+    """TRL takes the logits in pieces, by products of torch: in float32 where 16-bit ones are slow. Where the
+    head is frozen, in two products instead of three.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if _slow_head(base):
         add_fused_lm_head(base, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy", "is_top1"))
+    head.use(base)
 
 
 def _slow_head(model: nn.Module) -> bool:
