@@ -297,6 +297,7 @@ def _fails(arguments: list[str], message: str, capsys) -> None:
         ({"seq_length": 129}, "--seq-length is 129, the model reads at most 128 tokens"),
         ({"held_out": 1e-6}, "the held-out text is 1 tokens long, expected at least --seq-length (32)"),
         ({"target_modules": "nonsense"}, "--target-modules nonsense names no layer of Qwen3MoeForCausalLM"),
+        ({"target_modules": "lm_head"}, "--target-modules has lm_head, the head of Qwen3MoeForCausalLM"),
         ({"target_modules": "mlp"}, "PEFT cannot adapt Qwen3MoeForCausalLM"),
         ({"profile": 5}, "--profile is 5, expected at most 4: --steps is 6"),
         ({"resume": True}, "expected a checkpoint of an unfinished run"),

@@ -123,6 +123,7 @@ def _estimator(base: memory.Base, plan: memory.Plan) -> memory.Estimator:
     """Without a model: 1 GB of LoRA parameters in float32, 10 GB of activations."""
     estimator = object.__new__(memory.Estimator)
     estimator.base, estimator.plan, estimator.process, estimator.vocabulary = base, plan, 10**9, 1000
+    estimator.head = None
     estimator.kept = memory.Kept(2.5e8, 2.5e6, 10e9, 1e8, 1e9)
     return estimator
 

@@ -60,7 +60,7 @@ class _Scores(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, wanted: bool
     ) -> tuple[Tensor, ...]:
         computed = torch.float32 if slow_in_torch(weight) else weight.dtype
-        running = _Running(hidden.detach().to(computed), targets, wanted)
+        running = _Running(hidden.detach().to(computed), targets, len(weight), wanted)
         for start in range(0, len(weight), PIECE):
             piece = slice(start, start + PIECE)
             columns = weight[piece].to(computed)
@@ -86,7 +86,7 @@ class _Running:
     target's column: so the gradient of a target that is nearly certain is no difference of equal numbers.
     """
 
-    def __init__(self, hidden: Tensor, targets: Tensor, wanted: bool) -> None:
+    def __init__(self, hidden: Tensor, targets: Tensor, vocabulary: int, wanted: bool) -> None:
         n, width = hidden.shape
         self.hidden, self.targets = hidden, targets
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -97,7 +97,7 @@ class _Running:
         self.others = zeros(n)  # Σ exp(z)
         self.mean = zeros(n)  # Σ exp(z) z
         self.pull = zeros(n, width) if wanted else None  # Σ exp(z) W
-        tile = (min(n, ROWS), PIECE)
+        tile = (min(n, ROWS), min(vocabulary, PIECE))
         self._logits = torch.empty(tile, dtype=hidden.dtype)
         self._apart, self._shares = (torch.empty(tile, dtype=self.dtype) for _ in range(2))
 
@@ -162,10 +162,11 @@ def memory(tokens: int, weight: Tensor) -> int:
 
     tokens: N. weight: as for `scores`, or one on the meta device that stands for one of the CPU's.
     """
-    width, slow = weight.shape[1], slow_in_torch(torch.empty(0, dtype=weight.dtype))
-    itemsize = 4 if slow else weight.itemsize
-    tile, rows = min(tokens, ROWS) * PIECE, tokens * width
-    return tile * (itemsize + 2 * 4) + rows * (itemsize + 4) + (PIECE * width * itemsize if slow else 0)
+    slow = slow_in_torch(torch.empty(0, dtype=weight.dtype))
+    vocabulary, width = weight.shape
+    columns, itemsize = min(vocabulary, PIECE), 4 if slow else weight.itemsize
+    tile, rows = min(tokens, ROWS) * columns, tokens * width
+    return tile * (itemsize + 2 * 4) + rows * (itemsize + 4) + (columns * width * itemsize if slow else 0)
 
 
 def fits(model: PreTrainedModel) -> bool:

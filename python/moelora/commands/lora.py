@@ -41,6 +41,7 @@ def adapt(
         target_parameters=sorted(targets),
     )
     kind = type(model).__name__
+    head = next((name for name, m in model.named_modules() if m is model.get_output_embeddings()), None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
@@ -48,6 +49,11 @@ def adapt(
     except ValueError as error:
         raise MoeloraError(f"PEFT cannot adapt {kind}: {one_line(error)}") from None
     found = adapted.base_model.targeted_module_names
+    if head in found:
+        raise MoeloraError(
+            f"--target-modules has {head}, the head of {kind}: the loss reads its weight, so that LoRA on it "
+            "would never be trained; leave it out"
+        )
     for name in target_modules:
         if not any(module == name or module.endswith(f".{name}") for module in found):
             raise MoeloraError(f"--target-modules {name} names no layer of {kind}")

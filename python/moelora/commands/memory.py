@@ -24,14 +24,14 @@ from transformers import PreTrainedModel
 from trl.kernels import chunked_logprob
 
 import moelora
-from moelora.commands import depth, lora, optimizers
+from moelora.commands import depth, head, lora, optimizers
 from moelora.linears import slow_in_torch
 
 PERIOD = 4  # layers of different kinds alternate with at most this period in the models that there are
 HEAD_TILES = 8  # float32 tiles of logits that TRL's loss holds at its peak
 # By measurements of whole runs: what malloc keeps between inputs of layers, which stay while each layer is
 # recomputed, and what data and their library take beside those that are imported here.
-FRAGMENTATION, DATA = 1.25, 250 * 10**6
+FRAGMENTATION, DATA = 1.25, 200 * 10**6
 VOCABULARY_PIECE = 32768  # columns of such a tile
 
 
@@ -126,6 +126,8 @@ class Estimator:
         import_module("moelora.commands.finetune")  # with all that it takes
         self.process = psutil.Process().memory_info().rss
         self.vocabulary = model.config.get_text_config().vocab_size
+        model.requires_grad_(False)
+        self.head = model.get_output_embeddings().weight.to("meta") if head.fits(model) else None
         self.kept = _kept(model, plan)
 
     def memory(self, plan: Plan | None = None, packed: bool = False) -> Memory:
@@ -138,7 +140,6 @@ class Estimator:
         activations = kept.activations + kept.layer
         if plan.checkpointing:
             activations = FRAGMENTATION * kept.layer_inputs + 3 * kept.layer
-        tile = min(plan.tokens, chunked_logprob.TOKEN_CHUNK_SIZE) * min(self.vocabulary, VOCABULARY_PIECE)
         return Memory(
             base=0 if packed else self.base.private,
             mapped=self.base.if_nf4 if packed else self.base.mapped,
@@ -146,9 +147,16 @@ class Estimator:
             gradients=int(4 * held),
             moments=int(optimizers.MOMENTS[plan.optimizer] * parameters),
             activations=int(activations),
-            logits=HEAD_TILES * 4 * tile,
+            logits=self._logits(plan.tokens),
             process=self.process + DATA,
         )
+
+    def _logits(self, tokens: int) -> int:
+        """With their gradients."""
+        if self.head is not None:
+            return head.memory(tokens, self.head)
+        tile = min(tokens, chunked_logprob.TOKEN_CHUNK_SIZE) * min(self.vocabulary, VOCABULARY_PIECE)
+        return HEAD_TILES * 4 * tile
 
     def advice(self, room: int) -> list[str]:
         """Whether a step fits into so many bytes, and if not, what makes it fit, in lines."""
