@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from moelora import stored
+from moelora import attention, stored
 from moelora.errors import MoeloraError, one_line
 from moelora.experts import is_experts, outside
 from moelora.loading import from_pretrained
@@ -78,13 +78,15 @@ def outline(directory: Path) -> tuple[PreTrainedModel, PreTrainedConfig]:
             f"{directory} holds a {type(empty).__name__}, which has no expert layers: expected a "
             f"mixture-of-experts model that follows transformers' experts interface{outside(empty)}"
         )
+    attention.use(empty)
     return empty, config
 
 
 def load(
     directory: Path, dtype: str, fresh: Sequence[str] = (), seed: int = 0
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The causal language model in `directory`, and the keys whose weights are not from there.
+    """The causal language model in `directory`, and the keys whose weights are not from there. Attention with
+    sinks is on `moelora.attention`.
 
     Args:
         dtype: a name or "auto".
@@ -114,6 +116,7 @@ def load(
     }
     if told := "; ".join(f"{what}: {listed(keys)}" for what, keys in problems.items() if keys):
         raise MoeloraError(f"the weights in {directory} do not fit its configuration. {told}")
+    attention.use(model)
     return model, sorted(info["missing_keys"] | set(shapes))
 
 

@@ -46,6 +46,12 @@ is treated in the same way.
 |---|---|---|---|---|
 {followers}
 
+## Attention with sinks
+
+gpt-oss and its like add a sink to each row of attention scores, and transformers computes them step by step:
+a third of a training step on CPUs. Commands of `python -m moelora` run such models on torch's fused attention
+there. Elsewhere, `import moelora.attention; model.set_attn_implementation(moelora.attention.NAME)` does it.
+
 ## Outside the interface
 
 `moelora.enable` says so where a model has nothing else.

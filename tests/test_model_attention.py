@@ -1,0 +1,123 @@
+"""Attention with sinks through one fused kernel, beside transformers' own of the families that have them."""
+
+import copy
+
+import pytest
+import torch
+from model_tiny import build, one_thread  # noqa: F401  (one_thread is autouse)
+from moelora import attention
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+_COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 4,
+    "max_position_embeddings": 64,
+    "sliding_window": 5,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "gpt_oss": {},
+    "granitemoe_swa": {},
+    "mimo_v2_flash": {
+        "n_routed_experts": 4,
+        "v_head_dim": 6,
+        "swa_v_head_dim": 6,
+        "swa_head_dim": 8,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "add_swa_attention_sink_bias": True,
+    },
+}
+
+
+def _model(kind: str, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **_COMMON | FAMILIES[kind])
+    model = AutoModelForCausalLM.from_config(
+        config, experts_implementation="eager", attn_implementation="eager"
+    )
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            nn.init.normal_(parameter, std=0.3)
+    assert any("sinks" in name or "sink" in name for name, _ in model.named_parameters())
+    return model.to(dtype).eval()
+
+
+def _both(kind, dtype=torch.float32):
+    own = _model(kind, dtype)
+    fused = copy.deepcopy(own)
+    assert attention.use(fused)
+    assert fused.config.get_text_config()._attn_implementation == attention.NAME
+    return own, fused
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("kind", attention.KNOWN)
+def test_as_transformers(kind, padded):
+    """Logits, and gradients of all parameters, sinks among them; sequences longer than a sliding window."""
+    own, fused = _both(kind)
+    gen = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 64, (3, 17), generator=gen)
+    here = torch.ones_like(ids)
+    if padded:
+        here[0, :4] = here[2, 11:] = 0
+    weight = torch.randn(3, 17, 64, generator=gen) * here[..., None]
+    for model in (own, fused):
+        logits = model(input_ids=ids, attention_mask=here).logits
+        (logits * weight).sum().backward()
+        model.found = logits.detach() * here[..., None]
+    torch.testing.assert_close(fused.found, own.found, rtol=2e-5, atol=2e-5)
+    moved = 0
+    for (name, a), (_, b) in zip(own.named_parameters(), fused.named_parameters(), strict=True):
+        if a.grad is not None:
+            scale = a.grad.abs().max().item()
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=2e-5 * max(scale, 1e-3), msg=name)
+            moved += "sink" in name and scale > 0
+    assert moved
+
+
+@pytest.mark.parametrize("kind", attention.KNOWN)
+def test_generates_the_same(kind):
+    """One query at a time, behind a cache."""
+    own, fused = _both(kind)
+    ids = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(2))
+    here = torch.ones_like(ids)
+    here[1, :3] = 0
+    asked = {"attention_mask": here, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(own.generate(ids, **asked), fused.generate(ids, **asked))
+
+
+def test_bfloat16_is_as_close_to_float64_as_transformers():
+    own, fused = _both("gpt_oss", torch.bfloat16)
+    exact = copy.deepcopy(own).double()
+    ids = torch.randint(1, 64, (2, 30), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        wide, *logits = (model(input_ids=ids).logits.double() for model in (exact, own, fused))
+    theirs, ours = ((found - wide).norm() / wide.norm() for found in logits)
+    assert ours <= 1.2 * theirs
+
+
+def test_without_a_mask_queries_see_what_is_before_them():
+    gen = torch.Generator().manual_seed(4)
+    query, key, value = (torch.randn(2, heads, n, 8, generator=gen) for heads, n in ((4, 3), (2, 5), (2, 5)))
+    seen = torch.ones(3, 5, dtype=torch.bool).tril(2)
+    for sinks in (None, torch.randn(4, generator=gen)):
+        one, _ = attention.attend(nn.Module(), query, key, value, None, s_aux=sinks)
+        other, _ = attention.attend(nn.Module(), query, key, value, seen.expand(2, 1, 3, 5), s_aux=sinks)
+        torch.testing.assert_close(one, other)
+
+
+def test_others_are_left_alone():
+    assert not attention.use(build("qwen3_moe"))
+    flexible = _model("gpt_oss")
+    flexible.set_attn_implementation("flex_attention")
+    assert not attention.use(flexible)
