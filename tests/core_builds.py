@@ -30,8 +30,8 @@ def build(name: str, *options: str, targets: tuple[str, ...] = ()) -> dict[str, 
     environ = os.environ | {"PATH": path}
     configure = [
         "cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, "-DMOELORA_BUILD_OPS=OFF", "-DMOELORA_WERROR=ON",
-        f"-DMOELORA_OUTPUT_DIR={folder}", f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options,
+        "-DMOELORA_FOR_TESTS=ON", f"-DMOELORA_OUTPUT_DIR={folder}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options,
     ]  # fmt: skip
     chosen = ["--target", *targets] if targets else []
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,16 @@ from amx_emulator import build as amx_emulator
 
 ROOT = Path(__file__).resolve().parents[1]
 AMX_KERNELS = "tests/test_amx_kernels.py"
-OPERATORS = ("tests", f"--ignore={AMX_KERNELS}", "-m", "operators and not long")
+# Not the folder: what all other files import takes longer than many a test of the operators.
+OPERATORS = (
+    *(
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if "mark.operators" in path.read_text() and not path.match(AMX_KERNELS)
+    ),
+    "-m",
+    "operators and not long",
+)
 AHEAD_OF_TIME = "tests/test_triton_aot.py"
 QUICK, SPARSE, SEARCH, FUZZ = (
     f"--hypothesis-profile={name}" for name in ("quick", "sparse", "search", "fuzz")
@@ -51,10 +61,15 @@ class Run:
     note: str = ""
 
 
+@functools.cache
 def cpu() -> dict:
-    from torch_moelora import _C
-
-    return _C.isa_report()
+    """What the core says of it; without the package, whose torch each run would wait for."""
+    (folder,) = importlib.util.find_spec("torch_moelora").submodule_search_locations
+    (library,) = Path(folder).glob("_C.*.so")
+    spec = importlib.util.spec_from_file_location("_C", library)
+    core = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(core)
+    return core.isa_report()
 
 
 def no_emulator() -> str | None:
@@ -102,7 +117,7 @@ def short_runs() -> list[Run]:
             (*CORE, "tests/test_wide_emulation.py", AMX_KERNELS, *core_builds.WIDE_PACKAGE, QUICK),
             prepare=core_builds.wide, why_not=no_wide, spare=wide_is_real,
             note="on emulated AVX-512-BF16 and AMX"),
-        Run("amx", "the operators on AMX, emulated", ("tests", *OPERATORS[2:], QUICK),
+        Run("amx", "the operators on AMX, emulated", (AMX_KERNELS, *OPERATORS, QUICK),
             prepare=amx_emulator.environment, why_not=no_emulator),
         *(
             Run(isa, f"the operators on {isa}, two threads", (*OPERATORS, QUICK),
@@ -117,7 +132,7 @@ def long_runs() -> list[Run]:
         Run("rest", "what is marked long: real sizes, leaks, every kernel for every GPU",
             ("tests", "-m", "long")),
         Run("interpreter", "every test of the operators through the Triton kernels, interpreted",
-            (*OPERATORS[:2], "-m", "operators", QUICK), TRITON, why_not=no_triton),
+            (*OPERATORS[:-1], "operators", QUICK), TRITON, why_not=no_triton),
         Run("fuzz", "micro-kernels and drivers on new examples under AddressSanitizer and UBSan",
             (*CORE, FUZZ), prepare=core_builds.sanitized, why_not=core_builds.no_sanitizers),
         Run("search", "the operators on new examples", (*OPERATORS, SEARCH, "-k", "matches_reference")),

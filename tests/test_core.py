@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +18,38 @@ FLAT = next((k for k in KERNEL_SETS if k.compute in k.flat_storage), None)
 WHOLE = next(k for k in KERNEL_SETS if k.lane_step == k.lanes)
 
 
-def dying(code: str) -> str:
-    """What a process says that runs `code` with the same build and is aborted."""
-    prelude = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from core import *; import ctypes\n"
-    )
-    done = subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True)
-    assert done.returncode != 0, "it went on"
-    return done.stderr
+# For each line, which is code and a file: a process that runs the one, with the other as its standard error.
+FORKING = """
+import ctypes, json, os, sys
+sys.path.insert(0, sys.argv[1])
+from core import *
+for line in sys.stdin:
+    code, errors = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        exec(code)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def dying(tmp_path_factory):
+    """What a process says that runs some code with the same build and is aborted. One imports for all."""
+    command = [sys.executable, "-c", FORKING, str(Path(__file__).parent)]
+    errors = tmp_path_factory.mktemp("core") / "errors"
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def run(code: str) -> str:
+            errors.unlink(missing_ok=True)
+            process.stdin.write(json.dumps([code, str(errors)]) + "\n")
+            process.stdin.flush()
+            assert int(process.stdout.readline()) != 0, "it went on"
+            return errors.read_text()
+
+        yield run
+        process.stdin.close()
 
 
 # --- scratch ---
@@ -100,7 +125,7 @@ def test_scratch_is_full_of_nan():
         ("arena.leave(); ctypes.memset(second, 0, 1)", "heap-use-after-free"),
     ],
 )
-def test_the_sanitizer_sees_scratch(access, report):
+def test_the_sanitizer_sees_scratch(dying, access, report):
     taken = "arena = core.Arena(); arena.enter(); first = arena.take(100); "
     assert report in dying(taken + "arena.enter(); second = arena.take(100); " + access)
 
@@ -244,7 +269,7 @@ BROKEN += [(k, "flat_tile", "", 0, "must be a flat tile") for k in KERNEL_SETS i
     [row for row in BROKEN if row[0] is not None],
     ids=lambda v: v.name if hasattr(v, "name") else str(v),
 )
-def test_a_broken_contract_is_reported(k, kernel, change, to, report):
+def test_a_broken_contract_is_reported(dying, k, kernel, change, to, report):
     kernels = f"next(k for k in KERNEL_SETS if k.name == {k.name!r})"
     said = dying(f"core.check_contract({kernels}, {kernel!r}, {change!r}, {to})")
     assert f"{kernel} of {k.name}: " in said and report in said
