@@ -103,8 +103,9 @@ def short_runs() -> list[Run]:
         Run("beside", "experts beside an accelerator, on a device that is late on purpose",
             ("tests/test_beside.py", "tests/test_beside_worker.py", "tests/test_beside_models.py",
              "tests/test_beside_ranks.py")),
-        Run("triton", "the operators through the Triton kernels, interpreted", (*OPERATORS, SPARSE), TRITON,
-            why_not=no_triton),
+        # At real sizes the interpreter takes seconds a test: a long run has them.
+        Run("triton", "the operators through the Triton kernels, interpreted",
+            (*OPERATORS, SPARSE, "-k", "not real"), TRITON, why_not=no_triton),
         Run("compiled", "the Triton kernels, compiled for GPUs", (AHEAD_OF_TIME, "-m", "not long"),
             why_not=no_triton),
         Run("sanitizers", "micro-kernels and drivers under AddressSanitizer and UBSan", (*CORE, QUICK),
