@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import psutil
 
 PERIOD = 0.5  # seconds between two looks
-RARELY = 8  # looks at counters alone for each one at the pages
+RARELY = 6.0  # seconds between two looks at all pages
 
 
 @dataclass
@@ -19,6 +19,7 @@ class Watched:
     private: list[int] = field(default_factory=list)
     mapped: list[int] = field(default_factory=list)
     status: int = 0
+    pages_at: float = float("-inf")  # when they were last counted
 
     def peak(self) -> tuple[int, int]:
         """(private, mapped and resident) bytes where their sum was largest."""
@@ -30,7 +31,7 @@ def watch(command: list[str], period: float = PERIOD, once: bool = False, **pope
 
     once: a page that the process maps several times counts once; of one that other processes map, too, the
     part that is its share. That takes going through all pages, 0.15 s for 20 GB in which the process can map
-    and free no memory: only every RARELY-th look counts pages of files, the others have what it found.
+    and free no memory: it is done every RARELY seconds, and the looks between have what it found.
     """
     seen, started = Watched(), time.perf_counter()
     process = psutil.Popen(command, **popen)
@@ -46,7 +47,7 @@ def watch(command: list[str], period: float = PERIOD, once: bool = False, **pope
 
 
 def _look(process: psutil.Popen, now: float, seen: Watched, once: bool) -> None:
-    whole = once and len(seen.seconds) % RARELY == 0
+    whole = once and now >= seen.pages_at + RARELY
     try:
         memory = process.memory_full_info() if whole else process.memory_info()
     except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
@@ -54,6 +55,7 @@ def _look(process: psutil.Popen, now: float, seen: Watched, once: bool) -> None:
     seen.seconds.append(now)
     seen.private.append(memory.rss - memory.shared)
     if whole:
+        seen.pages_at = now
         seen.mapped.append(max(0, memory.pss - seen.private[-1]))
     else:
         seen.mapped.append(seen.mapped[-1] if once else memory.shared)

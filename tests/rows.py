@@ -63,7 +63,9 @@ class Run:
 
 @functools.cache
 def cpu() -> dict:
-    """What the core says of it; without the package, whose torch each run would wait for."""
+    """What the core says of it; without the package, whose torch each run would wait for. A process that has
+    done so cannot import the package any more.
+    """
     (folder,) = importlib.util.find_spec("torch_moelora").submodule_search_locations
     (library,) = Path(folder).glob("_C.*.so")
     spec = importlib.util.spec_from_file_location("_C", library)

@@ -45,7 +45,9 @@ def dying(tmp_path_factory):
             errors.unlink(missing_ok=True)
             process.stdin.write(json.dumps([code, str(errors)]) + "\n")
             process.stdin.flush()
-            assert int(process.stdout.readline()) != 0, "it went on"
+            status = process.stdout.readline()
+            assert status, "the process that forks has ended"
+            assert int(status) != 0, "it went on"
             return errors.read_text()
 
         yield run

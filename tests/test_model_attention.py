@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from model_tiny import build, one_thread  # noqa: F401  (one_thread is autouse)
-from moelora import attention
+from moelora import attention, checkpoints
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -83,6 +83,26 @@ def test_as_transformers(kind, padded):
             torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=2e-5 * max(scale, 1e-3), msg=name)
             moved += "sink" in name and scale > 0
     assert moved
+
+
+def test_a_mask_that_is_added():
+    """As somebody's own, in four dimensions."""
+    own, fused = _both("gpt_oss")
+    ids = torch.randint(1, 64, (2, 7), generator=torch.Generator().manual_seed(5))
+    seen = torch.ones(7, 7, dtype=torch.bool).tril().expand(2, 1, 7, 7)
+    added = torch.zeros(2, 1, 7, 7).masked_fill(~seen, torch.finfo(torch.float32).min)
+    given = dict.fromkeys(("full_attention", "sliding_attention"), added)
+    with torch.no_grad():
+        expected, found = (model(input_ids=ids, attention_mask=given).logits for model in (own, fused))
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_checkpoints_are_loaded_with_it(tmp_path):
+    """By every command, and outlined so."""
+    _model("gpt_oss").save_pretrained(tmp_path)
+    model, _ = checkpoints.load(tmp_path, "auto")
+    for one in (model, checkpoints.outline(tmp_path)[0]):
+        assert one.config._attn_implementation == attention.NAME
 
 
 @pytest.mark.parametrize("kind", attention.KNOWN)

@@ -37,7 +37,8 @@ def attend(
 
     Args:
         query: [B, H, T, D]; key: [B, Hkv, S, D]; value: [B, Hkv, S, Dv] with Dv ≤ D.
-        attention_mask: bool, [B or 1, 1, T, S], or None for all keys up to each query's position.
+        attention_mask: [B or 1, 1 or H, T, S], bool or what is added to scores; None for all keys up to each
+            query's position.
         scaling: of scores; None: D ** -0.5.
         s_aux: logits of the sinks, [H]; None: none.
     """
@@ -54,7 +55,8 @@ def attend(
         sink = functional.pad((s_aux / scaling).to(key.dtype).view(1, heads, 1, 1), (width, 0))
         key = torch.cat([functional.pad(key, (0, 1)), sink.expand(len(key), -1, -1, -1)], 2)
         value = functional.pad(value, (0, width + 1 - own, 0, 1))
-        attention_mask = functional.pad(attention_mask, (0, 1), value=True)
+        seen = attention_mask.dtype is torch.bool  # else it is added, and nothing to the sink
+        attention_mask = functional.pad(attention_mask, (0, 1), value=seen)
     out = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
     )
@@ -62,8 +64,8 @@ def attend(
 
 
 def mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' for SDPA, always there: a query sees its sink beside the keys."""
-    return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
+    """transformers' for SDPA, whatever it says: a query sees its sink beside the keys."""
+    return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
 AttentionInterface.register(NAME, attend)

@@ -42,8 +42,8 @@ class Scores(NamedTuple):
 def scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Scores:
     """What a frozen head says of targets; only log_probs have a gradient, and only for `hidden`.
 
-    The products are in the weight's dtype, or in float32 where torch's are slow in 16 bits; all else is in
-    float32 (float64 for such a weight).
+    The products are in the wider dtype of `hidden` and the weight, or in float32 where torch's are slow in 16
+    bits; what they are summed to is in float32 (float64 for such a weight).
 
     Args:
         hidden: [N, H].
@@ -59,7 +59,8 @@ class _Scores(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, wanted: bool
     ) -> tuple[Tensor, ...]:
-        computed = torch.float32 if slow_in_torch(weight) else weight.dtype
+        wider = torch.promote_types(hidden.dtype, weight.dtype)
+        computed = torch.float32 if slow_in_torch(weight.new_empty(0, dtype=wider)) else wider
         running = _Running(hidden.detach().to(computed), targets, len(weight), wanted)
         for start in range(0, len(weight), PIECE):
             piece = slice(start, start + PIECE)
@@ -78,7 +79,11 @@ class _Scores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (towards,) = ctx.saved_tensors
-        return (grad[:, None] * towards).to(ctx.dtype), None, None, None, None
+        found = torch.empty_like(towards, dtype=ctx.dtype)
+        for first in range(0, len(found), ROWS):
+            rows = slice(first, first + ROWS)
+            found[rows] = grad[rows, None] * towards[rows]
+        return found, None, None, None, None
 
 
 class _Running:
@@ -157,16 +162,18 @@ class _Running:
 
 
 def memory(tokens: int, weight: Tensor) -> int:
-    """Bytes that `scores` takes at its peak beside its arguments, and without what it keeps for few of the
-    rows at a time.
+    """Bytes that `scores` or its backward takes at its peak beside its arguments, and without what it keeps
+    for few of the rows at a time.
 
-    tokens: N. weight: as for `scores`, or one on the meta device that stands for one of the CPU's.
+    tokens: N. weight: as for `scores`, or one on the meta device that stands for one of the CPU's; `hidden`
+        has its dtype.
     """
     slow = slow_in_torch(torch.empty(0, dtype=weight.dtype))
     vocabulary, width = weight.shape
     columns, itemsize = min(vocabulary, PIECE), 4 if slow else weight.itemsize
-    tile, rows = min(tokens, ROWS) * columns, tokens * width
-    return tile * (itemsize + 2 * 4) + rows * (itemsize + 4) + (columns * width * itemsize if slow else 0)
+    tiles = min(tokens, ROWS) * columns * (itemsize + 2 * 4)
+    converted = (tokens + columns) * width * 4 if slow else 0
+    return tokens * width * 4 + max(tiles + converted, tokens * width * weight.itemsize)
 
 
 def fits(model: PreTrainedModel) -> bool:
@@ -180,7 +187,7 @@ def fits(model: PreTrainedModel) -> bool:
 def use(model: PreTrainedModel) -> None:
     """Lets a model that TRL's `add_fused_lm_head` has prepared score targets by `scores`, where it `fits`.
 
-    TRL's own way remains for calls that want the losses of routers too.
+    TRL's own way remains for calls that want the losses of routers too, or have labels that are shifted.
     """
     if not fits(model):
         return
@@ -191,7 +198,8 @@ def use(model: PreTrainedModel) -> None:
         routers = kwargs.get("output_router_logits") or getattr(
             self.config.get_text_config(), "output_router_logits", False
         )
-        if not fused_lm_head or routers or "labels" not in kwargs:
+        shifted = kwargs.get("shift_labels") is not None or "labels" not in kwargs
+        if not fused_lm_head or routers or shifted:
             return theirs(*args, fused_lm_head=fused_lm_head, **kwargs)
         return _scored(self, *args, **kwargs)
 
@@ -202,10 +210,11 @@ def _scored(
     model: PreTrainedModel, *args: Any, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any
 ) -> FusedCausalLMOutput:
     """As TRL's forward with `fused_lm_head=True`, for labels that are not shifted yet."""
-    states = model.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
-    labels = labels[:, 1:]
-    mask = labels != -100
     head = model.get_output_embeddings()
+    states = model.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
+    # With parts of the model on several devices, not all end where the head is.
+    states, labels = states.to(head.weight.device), labels[:, 1:].to(head.weight.device)
+    mask = labels != -100
     found = scores(states[mask], head.weight, head.bias, labels[mask])
     # Scattered, a batch without a label still has a gradient: zero.
     log_probs, entropy, is_top1 = (t.new_zeros(mask.shape).masked_scatter(mask, t) for t in found)

@@ -6,6 +6,7 @@ from typing import Any
 
 import transformers
 
+from moelora.attention import KNOWN
 from moelora.experts import OUTSIDE
 from moelora.survey import matrix
 
@@ -27,6 +28,7 @@ def markdown() -> str:
         served=served,
         followers="\n".join(followers),
         outside="\n".join(outside),
+        sinks=", ".join(f"`{kind}`" for kind in KNOWN),
     )
 
 
@@ -48,9 +50,10 @@ is treated in the same way.
 
 ## Attention with sinks
 
-gpt-oss and its like add a sink to each row of attention scores, and transformers computes them step by step:
-a third of a training step on CPUs. Commands of `python -m moelora` run such models on torch's fused attention
-there. Elsewhere, `import moelora.attention; model.set_attn_implementation(moelora.attention.NAME)` does it.
+gpt-oss and some others add a sink to each row of attention scores, and transformers computes them step by
+step: a third of a training step on CPUs. There, commands of `python -m moelora` run these on torch's fused
+attention: {sinks}. Elsewhere,
+`import moelora.attention; model.set_attn_implementation(moelora.attention.NAME)` does it.
 
 ## Outside the interface
 
