@@ -139,6 +139,29 @@ def test_a_certain_target_has_an_exact_gradient():
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
 
 
+def test_nan_stays_in_its_row():
+    hidden, *rest = _case(4, 30, 5, torch.float32, False, 4)
+    with torch.no_grad():
+        hidden[1, 2] = float("nan")
+    found = head.scores(hidden, *rest)
+    gradient = _gradient(found.log_probs, hidden, torch.ones(4))
+    for t in (found.log_probs, found.entropy, gradient.sum(-1)):
+        assert t.isnan().tolist() == [False, True, False, False]
+
+
+def test_unlikely_columns_are_zeros_not_subnormal():
+    """Among logits that are far apart, as of a base that was trained for long."""
+    hidden, weight, _, targets = _case(8, 64, 4, torch.float32, False, 5, 40.0)
+    wide, log_probs, *_ = _exact(hidden, weight, None, targets)
+    found = head.scores(hidden, weight, None, targets)
+    assert log_probs.min() < -100
+    torch.testing.assert_close(found.log_probs.double(), log_probs, rtol=1e-5, atol=1e-5)
+    gradient, exact = (
+        _gradient(t, h, torch.ones(8)) for t, h in ((found.log_probs, hidden), (log_probs, wide))
+    )
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-4, atol=1e-3)
+
+
 def test_nothing_is_kept_without_a_gradient():
     hidden, *rest = _case(3, 9, 4, torch.float32, False, 1)
     with torch.no_grad():

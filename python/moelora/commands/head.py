@@ -15,12 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from moelora.linears import slow_in_torch
 
 PIECE, ROWS = 4096, 1024  # columns and rows of a tile of logits
+# Beside the most likely column's 1. Products of subnormal numbers would take ten times as long and more.
+NOTHING = 1e-30
 # What some configurations do to logits: TRL's own loss knows all of them.
 TRANSFORMS = (
     "final_logit_softcapping",
@@ -118,7 +121,7 @@ class _Running:
         before, others = self.highest[rows], self.others[rows]
         highest = torch.maximum(before, logits.amax(-1))
         apart.copy_(logits).sub_(highest[:, None])  # in one step torch would need one more tile
-        torch.exp(apart, out=shares)
+        functional.threshold_(torch.exp(apart, out=shares), NOTHING, 0.0)
         here = ((targets >= 0) & (targets < len(columns))).nonzero().squeeze(1)
         self._look(rows, here, targets[here], logits, before)
         shares[here, targets[here]] = 0
