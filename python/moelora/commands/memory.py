@@ -31,7 +31,7 @@ PERIOD = 4  # layers of different kinds alternate with at most this period in th
 HEAD_TILES = 8  # float32 tiles of logits that TRL's loss holds at its peak
 # By measurements of whole runs: what malloc keeps between inputs of layers, which stay while each layer is
 # recomputed, and what data and their library take beside those that are imported here.
-FRAGMENTATION, DATA = 1.25, 200 * 10**6
+FRAGMENTATION, DATA = 1.25, 225 * 10**6
 VOCABULARY_PIECE = 32768  # columns of such a tile
 
 
