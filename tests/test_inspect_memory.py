@@ -50,8 +50,8 @@ CASES = {
     [pytest.param(name, marks=[pytest.mark.long] * (name != "nf4")) for name in CASES],
 )
 def test_the_estimate_is_near_the_measured_peak(case, tmp_path):
-    """0.2 GB of files and up to 0.6 GB of activations, beside what Python and its libraries take. Peaks of one
-    command differ by some per cent: long runs take the mean of two.
+    """0.2 GB of files and up to 0.6 GB of activations, beside what Python and its libraries take. Peaks of
+    one command differ by some per cent: long runs take the mean of two.
     """
     packed, options = CASES[case]
     Qwen3MoeConfig(vocab_size=257, **SIZES).save_pretrained(tmp_path / "config")
