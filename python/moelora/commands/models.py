@@ -51,9 +51,8 @@ is treated in the same way.
 ## Attention with sinks
 
 gpt-oss and some others add a sink to each row of attention scores, and transformers computes them step by
-step: a third of a training step on CPUs. There, commands of `python -m moelora` run these on torch's fused
-attention: {sinks}. Elsewhere,
-`import moelora.attention; model.set_attn_implementation(moelora.attention.NAME)` does it.
+step. On CPUs, commands of `python -m moelora` run these on torch's fused attention: {sinks}.
+Elsewhere, `import moelora.attention; model.set_attn_implementation(moelora.attention.NAME)` does it.
 
 ## Outside the interface
 
