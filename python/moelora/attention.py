@@ -1,8 +1,9 @@
 """Attention with sinks by torch's own fused kernel, under transformers' name `moelora_sinks`.
 
 transformers computes such attention (gpt-oss's) step by step, a matrix of scores at a time: a third of a
-training step of gpt-oss-20b on a CPU with AMX. A sink is a key that every query sees with the same logit, and whose value is zero. So
-one more dimension, 1 in each query and the logit in that key alone, makes it plain attention.
+training step of gpt-oss-20b on a CPU with AMX. A sink is a key that every query sees with the same logit, and
+whose value is zero. So one more dimension, 1 in each query and the logit in that key alone, makes it plain
+attention.
 
 `model.set_attn_implementation(moelora.attention.NAME)` puts a model on it; importing this module makes the
 name known.
