@@ -12,9 +12,9 @@ import torch
 
 @dataclass(frozen=True)
 class Machine:
-    """name: as the processor calls itself, e.g. "AMD EPYC". family, model: numbers that tell apart what
-    calls itself the same, None where there are none. instruction_set: that of the kernels for the dtype at
-    hand; on CUDA the compute capability. asked_for: MOELORA_ISA, if set.
+    """name: as the processor calls itself, with AMD's generation: "AMD EPYC (Zen 4)". family, model: CPUID's
+    numbers, None where there are none. instruction_set: that of the kernels for the dtype at hand; on CUDA
+    the compute capability. asked_for: MOELORA_ISA, if set.
     """
 
     name: str
@@ -42,6 +42,15 @@ def _cpuinfo() -> dict[str, str]:
     }
 
 
+def _zen(family: int, model: int) -> str | None:
+    """AMD's generation, for virtual machines, where all call themselves "AMD EPYC": by the numbers in Linux,
+    arch/x86/kernel/cpu/amd.c.
+    """
+    if family == 25:
+        return "Zen 4" if model in range(0x10, 0x20) or model in range(0x60, 0xB0) else "Zen 3"
+    return "Zen 5" if family == 26 else None
+
+
 def find(device: str, dtype: str) -> Machine:
     """dtype: bf16, fp16 or fp32."""
     if device == "cuda":
@@ -50,6 +59,8 @@ def find(device: str, dtype: str) -> Machine:
     from torch_moelora import info
 
     cpu, known = info()["cpu"], _cpuinfo()
-    numbers = (int(known[key]) if key in known else None for key in ("cpu family", "model"))
+    family, model = (int(known[key]) if key in known else None for key in ("cpu family", "model"))
     name = known.get("model name") or platform.processor() or platform.machine()
-    return Machine(name, os.cpu_count(), *numbers, cpu["chosen"][dtype], cpu["override"])
+    if known.get("vendor_id") == "AuthenticAMD" and (generation := _zen(family, model)):
+        name = f"{name} ({generation})"
+    return Machine(name, os.cpu_count(), family, model, cpu["chosen"][dtype], cpu["override"])

@@ -41,8 +41,13 @@ def test_products_in_bf16_are_hopeless_without_avx512(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "isa", "arguments", "stem"),
     [
-        ("AMD EPYC", "avx2", [], "amd-epyc-2-cores_avx2_bf16_qwen3-30b-a3b_all"),
-        ("AMD EPYC", "avx512_bf16", ["--layer"], "amd-epyc-2-cores_avx512-bf16_bf16_qwen3-30b-a3b_layer"),
+        ("AMD EPYC (Zen 3)", "avx2", [], "amd-epyc-zen-3-2-cores_avx2_bf16_qwen3-30b-a3b_all"),
+        (
+            "AMD EPYC (Zen 5)",
+            "avx512_bf16",
+            ["--layer"],
+            "amd-epyc-zen-5-2-cores_avx512-bf16_bf16_qwen3-30b-a3b_layer",
+        ),
         (
             "Intel(R) Xeon(R) Processor",
             "amx_bf16",
@@ -54,6 +59,16 @@ def test_products_in_bf16_are_hopeless_without_avx512(monkeypatch):
 def test_names_of_result_files(name, isa, arguments, stem):
     where = machine.Machine(name, 2, 25, 17, isa, None)
     assert results.stem(options.parse(["--threads", "2", *arguments]), where) == stem
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "name"),
+    [(25, 1, " (Zen 3)"), (25, 17, " (Zen 4)"), (25, 160, " (Zen 4)"), (26, 2, " (Zen 5)"), (23, 49, "")],
+)
+def test_processors_of_one_name_are_told_apart(monkeypatch, family, model, name):
+    found = {"vendor_id": "AuthenticAMD", "model name": "AMD EPYC", "cpu family": family, "model": model}
+    monkeypatch.setattr(machine, "_cpuinfo", lambda: {key: str(value) for key, value in found.items()})
+    assert machine.find("cpu", "bf16").name == f"AMD EPYC{name}"
 
 
 def test_result_files_are_named_after_what_they_hold():
