@@ -19,7 +19,7 @@ from finetune_tiny import (
 from model_tiny import adapt, build, one_thread, tokens  # noqa: F401  (one_thread is autouse)
 from moelora import MoeloraError, checkpoints, standin
 from moelora.__main__ import main
-from moelora.commands import finite, reloading, threads, training
+from moelora.commands import finite, head, reloading, threads, training
 from safetensors.torch import load_file, save_file
 
 from torch_moelora import formats
@@ -85,9 +85,10 @@ def test_data_on_which_the_base_overflows(
     wide_loss,
 ):
     """Whether the loss tells it or, with logits in float32 as on CPUs with slow 16-bit products, does not."""
-    monkeypatch.setattr(training, "slow_in_torch", lambda weight: wide_loss)
-    head = load_file(model_dir / WEIGHTS)["lm_head.weight"] * 3e4
-    directory = copy(model_dir, tmp_path / "m", **{"lm_head.weight": head})
+    for module in (training, head):
+        monkeypatch.setattr(module, "slow_in_torch", lambda weight: wide_loss)
+    weight = load_file(model_dir / WEIGHTS)["lm_head.weight"] * 3e4
+    directory = copy(model_dir, tmp_path / "m", **{"lm_head.weight": weight})
     told = fails(changed(arguments, model=directory, dtype="float16"), capsys)
     assert "before anything was trained, from finite weights: float16 ends at 65504" in told
     assert "learning-rate" not in told
