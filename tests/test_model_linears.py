@@ -87,6 +87,19 @@ def test_only_what_is_slow_by_default(slow):
     assert not any(isinstance(module, linears.OwnProducts) for module in model.modules())
 
 
+def test_those_with_lora_where_torch_is_fast(monkeypatch):
+    """In one call each: nothing in float32 but the factors."""
+    monkeypatch.setattr(linears, "slow_in_torch", lambda weight: False)
+    model, wide = _adapted(torch.bfloat16), _adapted(torch.float32)
+    assert moelora.enable(wide).linears == 0
+    assert moelora.enable(model).linears == 2 * len(TARGETS)
+    attention = model.base_model.model.model.layers[0].self_attn
+    assert type(attention.q_proj) is linears.LoraLinear
+    assert not any(isinstance(module, linears.OwnProducts) for module in model.modules())
+    assert moelora.enable(model, linears=False).linears == 0
+    assert moelora.enable(build("qwen3_moe", torch.bfloat16)).linears == 0
+
+
 def test_routers_multiply_on_the_operators(slow):
     model = build("qwen3_moe", torch.bfloat16).requires_grad_(False)
     router = model.model.layers[0].mlp.gate

@@ -32,7 +32,8 @@ def enable(model: nn.Module, linears: bool | None = None) -> Report:
     Args:
         model: a transformers model, or a `PeftModel` around one.
         linears: whether frozen linear layers, and PEFT's LoRA on them, run on the operators too. None: those
-            in 16 bits on a CPU where torch has no fast product of these. Packed ones always do.
+            in 16 bits on a CPU that have LoRA, and all where torch has no fast product of these. Packed ones
+            always do.
     Returns: which layers use the operators, which do not and why, and the adapters of each.
     Raises: MoeloraError if no layer can use them; the model is then unchanged.
     """

@@ -1,7 +1,8 @@
 """Frozen linear layers on the operators, as one expert, with PEFT's LoRA on them.
 
 torch's own 16-bit `mm` is slow on a CPU without AVX-512: hundreds of times slower than float32 in a backward,
-so that a 16-bit base cannot be tuned there whatever its experts do. Layers keep their parameters, names and
+so that a 16-bit base cannot be tuned there whatever its experts do. Where it is fast, layers with LoRA gain:
+PEFT keeps a float32 copy of the input for each adapter and adds two results in float32. Layers keep their parameters, names and
 isinstance relations: an instance gets a subclass of its own class.
 """
 
@@ -166,12 +167,14 @@ def _new(kind: type[nn.Module]) -> nn.Module:
 def hook(model: nn.Module, every: bool | None) -> int:
     """Put frozen linear layers on the operators; returns how many are there now.
 
-    `every`: all of them; None: those that are slow in torch; False: none. Packed ones are there anyway.
+    `every`: all of them; None: those in 16 bits on a CPU that are slow in torch or have LoRA; False: none.
+    Packed ones are there anyway.
     """
     unhook(model)
+    adapted = {id(module.base_layer) for module in model.modules() if type(module) is PeftLinear}
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            if type(module) is nn.Linear and _wanted(module, every):
+            if type(module) is nn.Linear and _wanted(module, every, id(module) in adapted):
                 module.__class__ = FrozenLinear
         elif every is not False and (_slow_matrix(module) or _slow_attention(module)):
             module.__class__ = _with_own_products(type(module))
@@ -181,12 +184,14 @@ def hook(model: nn.Module, every: bool | None) -> int:
     return sum(isinstance(module, FrozenLinear) for module in model.modules())
 
 
-def _wanted(linear: nn.Linear, every: bool | None) -> bool:
+def _wanted(linear: nn.Linear, every: bool | None, adapted: bool) -> bool:
     weight = linear.weight
     frozen = not weight.requires_grad and not (linear.bias is not None and linear.bias.requires_grad)
     if not frozen or weight.dtype not in DTYPES or weight.device.type not in ("cpu", "cuda", "meta"):
         return False
-    return slow_in_torch(weight) if every is None else every
+    if every is not None:
+        return every
+    return slow_in_torch(weight) or (adapted and weight.dtype in HALF and weight.device.type != "cuda")
 
 
 def _may_be_slow(weight: Tensor) -> bool:
