@@ -2,8 +2,8 @@
 
 torch's own 16-bit `mm` is slow on a CPU without AVX-512: hundreds of times slower than float32 in a backward,
 so that a 16-bit base cannot be tuned there whatever its experts do. Where it is fast, layers with LoRA gain:
-PEFT keeps a float32 copy of the input for each adapter and adds two results in float32. Layers keep their parameters, names and
-isinstance relations: an instance gets a subclass of its own class.
+PEFT keeps a float32 copy of the input for each adapter and adds two results in float32. Layers keep their
+parameters, names and isinstance relations: an instance gets a subclass of its own class.
 """
 
 from __future__ import annotations
