@@ -98,6 +98,8 @@ def test_those_with_lora_where_torch_is_fast(monkeypatch):
     assert not any(isinstance(module, linears.OwnProducts) for module in model.modules())
     assert moelora.enable(model, linears=False).linears == 0
     assert moelora.enable(build("qwen3_moe", torch.bfloat16)).linears == 0
+    attention.q_proj.base_layer._hf_hook = None  # accelerate's: where the weight will be is its business
+    assert moelora.enable(model).linears == 2 * len(TARGETS) - 1
 
 
 def test_routers_multiply_on_the_operators(slow):

@@ -158,7 +158,8 @@ def test_sums_over_rows(arch, row, monkeypatch):
 @pytest.mark.parametrize(
     ("arch", "rank"),
     [
-        *(pytest.param(arch, rank, marks=marks(arch)) for arch in triton_aot.TARGETS for rank in (8, 64)),
+        *(pytest.param(arch, 8, marks=marks(arch)) for arch in triton_aot.TARGETS),
+        *(pytest.param(arch, 64, marks=pytest.mark.long) for arch in triton_aot.TARGETS),
         pytest.param("sm_90", 200, marks=pytest.mark.long),
     ],
 )

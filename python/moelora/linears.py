@@ -191,7 +191,9 @@ def _wanted(linear: nn.Linear, every: bool | None, adapted: bool) -> bool:
         return False
     if every is not None:
         return every
-    return slow_in_torch(weight) or (adapted and weight.dtype in HALF and weight.device.type != "cuda")
+    # accelerate's hook may bring a weight that lies here, or nowhere, to another device for each call.
+    stays = weight.device.type != "cuda" and not hasattr(linear, "_hf_hook")
+    return slow_in_torch(weight) or (adapted and stays and weight.dtype in HALF)
 
 
 def _may_be_slow(weight: Tensor) -> bool:
