@@ -88,18 +88,39 @@ def test_only_what_is_slow_by_default(slow):
 
 
 def test_those_with_lora_where_torch_is_fast(monkeypatch):
-    """In one call each: nothing in float32 but the factors."""
+    """In one call each; by itself a layer is torch's."""
     monkeypatch.setattr(linears, "slow_in_torch", lambda weight: False)
-    model, wide = _adapted(torch.bfloat16), _adapted(torch.float32)
-    assert moelora.enable(wide).linears == 0
-    assert moelora.enable(model).linears == 2 * len(TARGETS)
-    attention = model.base_model.model.model.layers[0].self_attn
-    assert type(attention.q_proj) is linears.LoraLinear
-    assert not any(isinstance(module, linears.OwnProducts) for module in model.modules())
-    assert moelora.enable(model, linears=False).linears == 0
+    model, other = _adapted(torch.bfloat16), _adapted(torch.bfloat16)
+    for dtype in (torch.float32, torch.float16):
+        assert moelora.enable(_adapted(dtype)).linears == 0
     assert moelora.enable(build("qwen3_moe", torch.bfloat16)).linears == 0
+    report = moelora.enable(model)
+    assert report.linears == 2 * len(TARGETS) == moelora.report(model).linears
+    assert moelora.enable(other, linears=False).linears == 0
+    attention = model.base_model.model.model.layers[0].self_attn
+    assert type(attention.q_proj) is linears.LoraLinear and type(attention.q_proj.base_layer) is nn.Linear
+    assert not any(isinstance(module, linears.OwnProducts) for module in model.modules())
+    (found, gradients_found), (logits, expected) = gradients(model), gradients(other)
+    assert difference(found, logits) < 2e-2  # of two layers, each product of which is rounded
+    assert expected.keys() == gradients_found.keys() and any("q_proj" in name for name in expected)
     attention.q_proj.base_layer._hf_hook = None  # accelerate's: where the weight will be is its business
     assert moelora.enable(model).linears == 2 * len(TARGETS) - 1
+    moelora.disable(model)
+    assert not any(isinstance(module, linears.LoraLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("every", [None, True])
+def test_lora_in_one_call_is_as_exact_alone(every, monkeypatch):
+    monkeypatch.setattr(linears, "slow_in_torch", lambda weight: False)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(40, 24).bfloat16().requires_grad_(False))
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(model, config)
+    assert linears.hook(model, every) == 1
+    x = torch.randn(5, 40, dtype=torch.bfloat16)
+    found, exact = model(x), copy.deepcopy(model).double()
+    linears.unhook(exact)
+    assert difference(found, exact(x.double())) < 3e-3
 
 
 def test_routers_multiply_on_the_operators(slow):

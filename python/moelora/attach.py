@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from moelora import adapters, advice, experts, weights
 from moelora.errors import MoeloraError
-from moelora.linears import FrozenLinear, hook, unhook
+from moelora.linears import count, hook, unhook
 from moelora.reporting import AdapterReport, LayerReport, Report
 from moelora.watch import has_values, held, nonzero
 from torch_moelora.formats import PackedWeight
@@ -31,9 +31,9 @@ def enable(model: nn.Module, linears: bool | None = None) -> Report:
 
     Args:
         model: a transformers model, or a `PeftModel` around one.
-        linears: whether frozen linear layers, and PEFT's LoRA on them, run on the operators too. None: those
-            in 16 bits on a CPU that have LoRA, and all where torch has no fast product of these. Packed ones
-            always do.
+        linears: whether frozen linear layers, and PEFT's LoRA on them, run on the operators too. None: on a
+            CPU LoRA on those in bf16, and all in 16 bits where torch has no fast product of these. Packed
+            ones always do.
     Returns: which layers use the operators, which do not and why, and the adapters of each.
     Raises: MoeloraError if no layer can use them; the model is then unchanged.
     """
@@ -129,7 +129,7 @@ def report(model: nn.Module) -> Report:
         for layer in layers:
             for adapter in layer.adapters:
                 adapted.setdefault(adapter.adapter, []).append(f"{layer.name}.{adapter.parameter}")
-        on_operators = sum(isinstance(module, FrozenLinear) for module in model.modules())
+        on_operators = count(model)
         return Report(layers, tuple(advice.notes(model, adapted)), on_operators)
 
 

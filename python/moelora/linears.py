@@ -80,12 +80,16 @@ class LoraLinear(PeftLinear):
         self._check_forward_args(x, *args, **kwargs)
         return linear_lora(
             x,
-            self.base_layer.stored,
+            self._stored(),
             self.lora_A[adapter].weight,
             self.lora_B[adapter].weight,
             self.scaling[adapter],
             self.base_layer.bias,
         )
+
+    def _stored(self) -> Tensor | PackedWeight:
+        base = self.base_layer
+        return base.stored if isinstance(base, FrozenLinear) else base.weight
 
     def _adapter(self, x: Tensor, options: dict[str, Any]) -> str | None:
         """The adapter, if the operators compute with it what PEFT does."""
@@ -102,7 +106,7 @@ class LoraLinear(PeftLinear):
         plain = name not in self.lora_variant and type(a) is type(b) is nn.Linear and b.bias is None
         drops = self.training and getattr(self.lora_dropout[name], "p", 0.0) > 0
         fits = a.weight.dtype == b.weight.dtype and a.weight.dtype in (torch.float32, x.dtype)
-        return name if plain and not drops and fits and _runs(x, self.base_layer.stored) else None
+        return name if plain and not drops and fits and _runs(x, self._stored()) else None
 
 
 # Products of activations, in attention.
@@ -167,33 +171,52 @@ def _new(kind: type[nn.Module]) -> nn.Module:
 def hook(model: nn.Module, every: bool | None) -> int:
     """Put frozen linear layers on the operators; returns how many are there now.
 
-    `every`: all of them; None: those in 16 bits on a CPU that are slow in torch or have LoRA; False: none.
-    Packed ones are there anyway.
+    `every`: all of them; None: those that are slow in torch, and in bf16 on a CPU PEFT's LoRA on the others;
+    False: none. Packed ones are there anyway.
     """
     unhook(model)
-    adapted = {id(module.base_layer) for module in model.modules() if type(module) is PeftLinear}
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            if type(module) is nn.Linear and _wanted(module, every, id(module) in adapted):
+            if type(module) is nn.Linear and _wanted(module, every):
                 module.__class__ = FrozenLinear
         elif every is not False and (_slow_matrix(module) or _slow_attention(module)):
             module.__class__ = _with_own_products(type(module))
     for module in model.modules():  # its base layer may come after it
-        if type(module) is PeftLinear and isinstance(module.base_layer, FrozenLinear):
+        if type(module) is PeftLinear and _in_one_call(module.base_layer, every):
             module.__class__ = LoraLinear
-    return sum(isinstance(module, FrozenLinear) for module in model.modules())
+    return count(model)
 
 
-def _wanted(linear: nn.Linear, every: bool | None, adapted: bool) -> bool:
+def count(model: nn.Module) -> int:
+    """How many frozen linear layers run on the operators, alone or with their LoRA."""
+    found = {id(module) for module in model.modules() if isinstance(module, FrozenLinear)}
+    return len(found | {id(module.base_layer) for module in model.modules() if type(module) is LoraLinear})
+
+
+def _wanted(linear: nn.Linear, every: bool | None) -> bool:
     weight = linear.weight
-    frozen = not weight.requires_grad and not (linear.bias is not None and linear.bias.requires_grad)
-    if not frozen or weight.dtype not in DTYPES or weight.device.type not in ("cpu", "cuda", "meta"):
+    if (
+        not _is_frozen(linear)
+        or weight.dtype not in DTYPES
+        or weight.device.type not in ("cpu", "cuda", "meta")
+    ):
         return False
-    if every is not None:
-        return every
+    return slow_in_torch(weight) if every is None else every
+
+
+def _is_frozen(linear: nn.Linear) -> bool:
+    return not linear.weight.requires_grad and not (linear.bias is not None and linear.bias.requires_grad)
+
+
+def _in_one_call(base: nn.Module, every: bool | None) -> bool:
+    """Whether LoRA on a layer is computed with it; by itself the layer may be torch's."""
+    if isinstance(base, FrozenLinear):
+        return True
+    if every is not None or type(base) is not nn.Linear or not _is_frozen(base):
+        return False
     # accelerate's hook may bring a weight that lies here, or nowhere, to another device for each call.
-    stays = weight.device.type != "cuda" and not hasattr(linear, "_hf_hook")
-    return slow_in_torch(weight) or (adapted and stays and weight.dtype in HALF)
+    stays = base.weight.device.type in ("cpu", "meta") and not hasattr(base, "_hf_hook")
+    return stays and base.weight.dtype is torch.bfloat16
 
 
 def _may_be_slow(weight: Tensor) -> bool:
