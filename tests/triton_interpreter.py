@@ -10,6 +10,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+from torch_moelora import batch_invariance
 from torch_moelora.triton import configs
 
 
@@ -45,6 +46,21 @@ def install_bf16() -> None:
         return plain_cast(self, src, dst_type)
 
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
+
+
+def install_rows() -> None:
+    """BLAS sums a row by its place in the tile, as no GPU does: a row at a time where bits are compared."""
+    builder = interpreter.InterpreterBuilder
+    plain_dot = builder.create_dot
+
+    def create_dot(self, a, b, d, *rest, **options):
+        if not batch_invariance.is_batch_invariant() or a.dtype.primitive_bitwidth == 8:
+            return plain_dot(self, a, b, d, *rest, **options)
+        b = b.data.astype(d.data.dtype)
+        rows = np.matmul(a.data.astype(b.dtype)[..., None, :], b[..., None, :, :])
+        return interpreter.TensorHandle(rows[..., 0, :] + d.data, d.dtype.scalar)
+
+    builder.create_dot = create_dot
 
 
 def install_scalars() -> None:
@@ -151,6 +167,7 @@ def other_programs(monkeypatch, count: int) -> None:
 
 def install() -> None:
     """Once per process."""
+    install_rows()
     install_bf16()
     install_scalars()
     install_bounds()
