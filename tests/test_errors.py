@@ -240,7 +240,11 @@ TABLE: dict[str, list[tuple[dict, str]]] = {
         *X_LIKE_DY,
         ({"x": e(6, 7)}, "x must have 8 columns (K of weight), got shape [6, 7]"),
     ],
-    "scatter_lora_dab": [*routing("dy"), *DY_ROWS, *X_ROWS, *X_LIKE_DY, *lora("dy"), *gates("dy")],
+    "scatter_lora_dab": [
+        *(*routing("dy"), *DY_ROWS, *X_ROWS, *X_LIKE_DY, *lora("dy"), *gates("dy")),
+        ({"x": e(6, 0), "lora_a": e(3, 4, 0)}, "lora_a must have a K of at least 1, got shape [3, 4, 0]"),
+        ({"dy": e(6, 0), "lora_b": e(3, 0, 4)}, "lora_b must have an N of at least 1, got shape [3, 0, 4]"),
+    ],
     "scatter_lora_backward": [
         *routing("dy"),
         *DY_ROWS,

@@ -121,6 +121,8 @@ def test_dense():
     assert torch.equal(packed.turned().dequantize(BF16), w.transpose(1, 2).to(BF16))
     assert torch.equal(formats.stack([packed.experts(0, 1), packed.experts(1, 3)]).codes, w)
     assert formats.quantize(w, "dense").codes is w
+    packed.dequantize(FP32).zero_()  # a new tensor, in the weight's own dtype too
+    assert w.any()
 
 
 def test_nbytes_and_device():

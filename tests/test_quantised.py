@@ -199,6 +199,29 @@ def test_a_bad_scale_stays_in_its_row(name):
     assert torch.equal(y[~bad], clean[~bad])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 9])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("scales", [1, 9])
+def test_a_bad_code_stays_in_its_row(rows, turned, scales):
+    """E4M3's NaN under each of several scales: in the result of its row of the weight, and in no other."""
+    n, k = 9, 640
+    codes = torch.randint(0, 0x7E, (1, n, k), dtype=torch.uint8, generator=generator())
+    for row, step in ((2, 5), (3, 639), (6, 200), (7, 300)):
+        codes[0, row, step] = 0x7F | 0x80 * (row % 2)
+    scale = torch.rand(1, scales, k // 128, generator=generator()) + 0.5
+    packed = PackedWeight(codes.view(E4M3), scale, format="fp8")
+    dense = packed.dequantize(BF16)
+    if turned:
+        packed, dense = packed.turned(), dense.transpose(1, 2)
+    x = torch.randn(rows, n if turned else k, generator=generator()).to(BF16)
+    routing = (*problems.call("flatten_sort_count", torch.zeros(rows, 1, dtype=torch.int64), 1), 1)
+    plain = (None, None, 1.0, None, None, False, False)
+    y = problems.call("scatter_lora", x, packed.codes, *routing, *plain, *packed[1:])
+    expected = problems.call("scatter_lora", x, dense, *routing, *plain)
+    assert expected.isnan().sum() == rows * 4
+    assert same(y, expected) if ON_CPU else torch.equal(y.isnan(), expected.isnan())
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64])
 def test_sums_in_fp32(dtype):
     """Of a half x the sums over top_k come back before their rounding, and nothing else does."""

@@ -38,6 +38,23 @@ def hopper(monkeypatch):
     return found
 
 
+@pytest.mark.parametrize("wanted", ["tf32", "ieee"])
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "torch.backends.fp32_precision = {0!r}",
+        "torch.backends.cuda.matmul.fp32_precision = {0!r}",
+        "torch.backends.cuda.matmul.allow_tf32 = {0!r} == 'tf32'",
+        "torch.set_float32_matmul_precision({{'tf32': 'high', 'ieee': 'highest'}}[{0!r}])",
+    ],
+)
+def test_every_switch_for_tf32_is_obeyed(switch, wanted):
+    code = f"import torch\n{switch.format(wanted)}\nfrom torch_moelora.triton import configs\n"
+    code += "print([configs.precision(dtype) for dtype in (torch.float32, torch.float16)])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == str([wanted, "ieee"]), done.stderr
+
+
 @pytest.mark.parametrize("kernel", configs.TABLES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHITECTURES)

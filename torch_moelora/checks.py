@@ -217,9 +217,11 @@ def _lora(op: str, call: NamedTuple, lead_name: str, sizes: tuple) -> None:
     e, n, k = sizes
     _shape(op, "lora_a", a, (e, "R", k), f"E={e}, K={k}")
     require(a.shape[1] >= 1, lambda: f"{op}: lora_a must have a rank R of at least 1, got shape {text(a)}")
+    require(k >= 1, lambda: f"{op}: lora_a must have a K of at least 1, got shape {text(a)}")
     _like(op, "lora_a", a, lead_name, getattr(call, lead_name), or_float32=True)
     r = a.shape[1]
     _shape(op, "lora_b", b, (e, n, r), f"E={e}, N={n}, R={r} of lora_a")
+    require(n >= 1, lambda: f"{op}: lora_b must have an N of at least 1, got shape {text(b)}")
     _like(op, "lora_b", b, "lora_a", a)
 
 

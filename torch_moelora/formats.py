@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -250,14 +250,25 @@ class PackedWeight(NamedTuple):
             raise RuntimeError(f"{op}: dtype must be {weight_checks.either(FLOATS)}, got {dtype}")
         weight = self.checked(op)
         if self.format == "dense":
-            return self.codes.to(dtype)
+            return self.codes.to(dtype, copy=True)
+        columns = weight.codes.shape[2] * FORMATS[self.format].per_byte
+        out = torch.empty((*weight.codes.shape[:2], columns), dtype=dtype, device=self.device)
+        for e, numbers in enumerate(weight.each_in_float32()):
+            out[e] = numbers.T if self.transposed else numbers
+        return out.transpose(1, 2) if self.transposed else out
+
+    def each_in_float32(self) -> Iterator[Tensor]:
+        """The numbers [N, K] of each expert in turn, in float32. Raises as `dequantize`, at the first one."""
+        weight = self.checked("dequantize")
+        if self.format == "dense":
+            yield from (codes.float() for codes in weight.codes)
+            return
         scales = _scales(weight)
         table = byte_values(FORMATS[self.format], self.device)
-        out = torch.empty((*weight.codes.shape[:2], scales.columns), dtype=dtype, device=self.device)
         for e, codes in enumerate(weight.codes):
             values = torch.nn.functional.embedding(codes.view(torch.uint8).int(), table).flatten(1)
-            out[e] = scales.apply(values, e)
-        return out.transpose(1, 2) if self.transposed else out
+            numbers = scales.apply(values, e)
+            yield numbers.T if self.transposed else numbers
 
     def experts(self, start: int, stop: int) -> PackedWeight:
         """Experts start … stop-1, on the same memory.

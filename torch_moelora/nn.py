@@ -182,6 +182,10 @@ class LoRAExperts(nn.Module):
         experts, n, k = shape
         if given is not None and tuple(given.shape) != shape:
             raise ValueError(f"LoRAExperts: {name}_weight must have shape {shape}, got {tuple(given.shape)}")
+        if given is not None and device is not None and given.device.type != torch.device(device).type:
+            raise ValueError(
+                f"LoRAExperts: {name}_weight is on {given.device}, expected it on device={device}"
+            )
         if isinstance(given, PackedWeight):
             setattr(self, f"{name}_weight", given)
             example = torch.empty(0, device=device or given.device, dtype=dtype)
@@ -257,20 +261,19 @@ class LoRAExperts(nn.Module):
         """New (gate_up [E, 2I, H], down [E, H, I]) with scaling·B·A added; one rounding, to `dtype`, or if
         that is None to the weight's own, of a packed one float32.
 
-        Works expert by expert: beyond the results it needs memory for one expert.
+        Works expert by expert: beyond the results it needs memory for a few copies of one expert.
         """
         merged = []
         for name in PROJECTIONS:
             weight = self._weight(name)
-            if isinstance(weight, PackedWeight):
-                weight = weight.dequantize(torch.float32)
-            out = weight.to(dtype or weight.dtype, copy=True)
+            packed = isinstance(weight, PackedWeight)
+            own = torch.float32 if packed else weight.dtype
+            wide = torch.float64 if own == torch.float64 else torch.float32
             a, b = getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
-            if a is not None:
-                wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-                for e in range(self.num_experts):
-                    delta = self.scaling * (b[e].to(wide) @ a[e].to(wide))
-                    out[e] = weight[e].to(wide) + delta
+            out = torch.empty(tuple(weight.shape), dtype=dtype or own, device=weight.device)
+            for e, base in enumerate(weight.each_in_float32() if packed else weight):
+                base = base.to(wide)
+                out[e] = base if a is None else base + self.scaling * (b[e].to(wide) @ a[e].to(wide))
             merged.append(out)
         return tuple(merged)
 

@@ -23,8 +23,8 @@ struct Blocking {
   int64_t packed_flat_rows;  // up to so many rows, some steps of packed weights at a time are unpacked for flat tiles
   int64_t segment;           // weight rows per accumulator block in the row orientation; the block stays in L2
   int64_t depth;             // contraction steps per pass; two packed panels of them fit half of L2
-  int64_t chain;    // steps that are one chain of additions, longer contractions are sums of these; passes divide it
-  int64_t outputs;  // output columns of a task; a quarter of it where a task holds sums of all tokens
+  int64_t chain;          // steps that are one chain of additions, at most `depth` or endless; other passes divide it
+  int64_t outputs;        // output columns of a task; a quarter of it where a task holds sums of all tokens
   int64_t combine_bytes;  // rows that are summed per token are kept apart up to so many bytes
   int64_t token_chunk;    // tokens whose sums a task holds in fp32
   int64_t outer_rows;     // rows of a weight-gradient block

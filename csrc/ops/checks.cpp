@@ -139,11 +139,13 @@ void Checker::lora(const OptionalTensor& a, const OptionalTensor& b, const char*
   });
   const int64_t r = a->size(1);
   require(r >= 1, [&] { return "lora_a must have a rank R of at least 1, got shape " + shape_text(*a); });
+  require(k >= 1, [&] { return "lora_a must have a K of at least 1, got shape " + shape_text(*a); });
   like("lora_a", *a, lead_name, lead, true);
   require(b->dim() == 3 && b->size(0) == e && b->size(1) == n && b->size(2) == r, [&] {
     return "lora_b must have shape [" + text(e) + ", " + text(n) + ", " + text(r) + "] (E=" + text(e) +
            ", N=" + text(n) + ", R=" + text(r) + " of lora_a), got " + shape_text(*b);
   });
+  require(n >= 1, [&] { return "lora_b must have an N of at least 1, got shape " + shape_text(*b); });
   like("lora_b", *b, "lora_a", *a);
 }
 

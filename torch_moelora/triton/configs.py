@@ -169,8 +169,12 @@ def machine(device: torch.device) -> Machine:
 
 def precision(dtype: torch.dtype) -> str:
     """How fp32 operands are multiplied, as `tl.dot` calls it; other dtypes have one way only."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    switches = torch.backends.cuda.matmul
+    # allow_tf32 raises once fp32_precision, which torch has since 2.9, was set; that one follows both.
+    chosen = getattr(switches, "fp32_precision", None) or ("tf32" if switches.allow_tf32 else "ieee")
+    return "tf32" if chosen == "tf32" else "ieee"
 
 
 def dtype_class(dtype: torch.dtype) -> str:
