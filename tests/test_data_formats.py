@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from moelora import MoeloraError
-from moelora.commands import fingerprints, formats
+from moelora.commands import formats
 
 USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 TURNS = [USER, BOT]
@@ -138,13 +138,48 @@ def test_directories_and_several_files(tmp_path):
         _read(tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    "name", ["a[1].jsonl", "a?.jsonl", "a*.jsonl", "zip::a.jsonl", "[2024] a/a.jsonl", "a#b.jsonl"]
+)
+def test_names_that_look_like_patterns(tmp_path, name):
+    """`datasets` would look for others by them."""
+    for other in ("a1.jsonl", "2 a/a.jsonl"):
+        _write(tmp_path, other, _lines({"text": "other"}))
+    for suffix in ("", ".gz"):
+        assert _read(_write(tmp_path, name + suffix, _lines({"text": "x"}))).rows["text"][:] == ["x"]
+
+
+def test_what_runs_wrote_is_no_data(tmp_path):
+    _write(tmp_path, "a.jsonl", _lines({"text": "a"}))
+    _write(tmp_path, "out/.moelora/manifest.json", b"{}")
+    _write(tmp_path, "out/log.jsonl", _lines({"text": "step"}))
+    found = _read(tmp_path)
+    assert found.rows["text"][:] == ["a"] and found.dropped == {"other files in the directories": 1}
+
+
+def test_a_directory_that_cannot_be_read(tmp_path, monkeypatch):
+    _write(tmp_path, "a.jsonl", _lines({"text": "a"}))
+    _write(tmp_path, "closed/b.jsonl", _lines({"text": "b"}))
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(MoeloraError, match=r"cannot read .*closed: Permission denied"):
+        _read(tmp_path)
+
+
 def test_links_in_directories(tmp_path):
     _write(tmp_path, "elsewhere/a.jsonl", _lines({"text": "a"}))
     _write(tmp_path, "d/b.jsonl", _lines({"text": "b"}))
     (tmp_path / "d" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "d")
     assert sorted(_read(tmp_path / "d").rows["text"]) == ["a", "b"]
-    assert len(fingerprints.data([tmp_path / "d"])) == 2
+    (tmp_path / "d" / ".#b.jsonl").symlink_to("editor@machine")  # hidden, as an editor's lock
+    assert sorted(_read(tmp_path / "d").rows["text"]) == ["a", "b"]
     (tmp_path / "d" / "gone.jsonl").symlink_to("/no/such")
     with pytest.raises(MoeloraError, match=r"gone\.jsonl: it is a link to nothing"):
         _read(tmp_path / "d")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_tiny import model
 from model_tiny import (
     build,
     one_thread,  # noqa: F401  (autouse)
@@ -22,6 +23,7 @@ from moelora import MoeloraError
 from moelora.__main__ import main
 from moelora.commands import data, default_model, directory, lora, options, threads, training
 from peft import PeftModel
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -133,6 +135,17 @@ def test_profile(arguments, tmp_path, capsys):
     assert {f"moelora::{name}" for name in operators} <= names
     table = (tmp_path / "out" / "profile.txt").read_text()
     assert "moelora::scatter_lora" in table and table in capsys.readouterr().out
+
+
+def test_layers_called_like_projections_of_experts(arguments):
+    """--target-rank is theirs, not the experts'; where PEFT takes the name for the experts', that is told."""
+    pattern = lora.of_modules("down_proj", {"experts.down_proj", "experts.gate_up_proj"})
+    assert get_pattern_key([pattern], "model.layers.1.mlp.shared_experts.down_proj") == pattern
+    assert get_pattern_key([pattern], "model.layers.1.mlp.down_proj") == pattern
+    assert get_pattern_key([pattern], "model.layers.1.mlp.experts.down_proj") != pattern
+    assert lora.of_modules("q_proj", {"experts.down_proj"}) == "q_proj"
+    with pytest.raises(MoeloraError, match="PEFT takes down_proj for a projection of the experts"):
+        lora.adapt(model("deepseek_v2"), 4, 8.0, "both", ["down_proj"], 2)
 
 
 def test_a_run_that_trains_nothing_is_an_error(arguments, monkeypatch, capsys):

@@ -210,18 +210,53 @@ def test_other_options(stage, middle, capsys):
 
 
 def test_fingerprints(tmp_path):
-    (tmp_path / "d").mkdir()
-    for name in "ab":
-        (tmp_path / "d" / name).write_text(name)
-    one = fingerprints.data([tmp_path / "d"])
+    paths = [tmp_path / name for name in "ab"]
+    for path in paths:
+        path.write_text(path.name)
+    one = fingerprints.files(paths)
     assert [Path(path).name for path in one] == ["a", "b"] and len(set(one.values())) == 2
     fingerprints.compare({"data": one}, {"data": one}, "checkpoint-2")
-    (tmp_path / "d" / "b").unlink()
     with pytest.raises(MoeloraError, match=r"data changed: .*b is gone since the run of checkpoint-2"):
-        fingerprints.compare({"data": one}, {"data": fingerprints.data([tmp_path / "d"])}, "checkpoint-2")
+        fingerprints.compare({"data": one}, {"data": fingerprints.files(paths[:1])}, "checkpoint-2")
     assert fingerprints.texts(["ab", "c"]) != fingerprints.texts(["a", "bc"])
     with pytest.raises(MoeloraError, match=r"cannot read .*nothing"):
         fingerprints.file(tmp_path / "nothing")
+
+
+def test_a_checkpoint_with_folders(tmp_path):
+    """As transformers saves a tokenizer of several chat templates."""
+    checkpoint = tmp_path / "checkpoint-2"
+    for name in (*resuming.NEEDED, "additional_chat_templates/tool.jinja", "other/tool.jinja"):
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_text(name)
+    resuming.complete(checkpoint, {}, {"step": 2})
+    assert resuming.verify(checkpoint) == {"step": 2}
+    (checkpoint / "other" / "tool.jinja").write_text("other/tool.Jinja")
+    with pytest.raises(MoeloraError, match=r"other/tool\.jinja is damaged"):
+        resuming.verify(checkpoint)
+
+
+def test_a_base_with_folders(tmp_path):
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in ("config.json", "additional_chat_templates/tool.jinja"):
+        (tmp_path / name).write_text(name)
+    stamps = fingerprints.stamps(tmp_path)
+    recorded = fingerprints.base(tmp_path, {}, {}, stamps)
+    assert recorded.keys() == stamps.keys() == {"config.json", "additional_chat_templates/tool.jinja"}
+    (tmp_path / "additional_chat_templates" / "tool.jinja").write_text("another")
+    again = fingerprints.base(tmp_path, recorded, stamps, fingerprints.stamps(tmp_path))
+    assert [name for name in again if again[name] != recorded[name]] == [
+        "additional_chat_templates/tool.jinja"
+    ]
+
+
+def test_what_a_resumed_run_keeps():
+    """All that it was started with, but what is of one call."""
+    recorded = {"report_to": ["jsonl"], "save_every": 500, "prompt": "p", "overwrite": True, "profile": 3}
+    kept = options.settle({"resume": True}, recorded)
+    assert (kept.report_to, kept.save_every, kept.prompt) == (["jsonl"], 500, "p")
+    assert not kept.overwrite and kept.profile == options.DEFAULTS["profile"]
+    assert options.settle({"save_every": 7}, recorded).save_every == 7
 
 
 def test_only_more_extends():

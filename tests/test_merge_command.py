@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import moelora
 import pytest
@@ -277,6 +278,42 @@ def _with(adapter, to, **changes):
     path = to / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return to
+
+
+def test_a_tied_head_beside_the_adapter(tmp_path):
+    """PEFT writes embeddings and head, which the base has once."""
+    made = model("qwen3_moe")
+    made.config.tie_word_embeddings = True
+    made.tie_weights()
+    base = save(made, tmp_path / "base")
+    assert "lm_head.weight" not in tensors(base)
+    adapter = adapt(base, tmp_path / "adapter", target_parameters=EXPERTS)
+    path = adapter / "adapter_model.safetensors"
+    embeddings = tensors(base)["model.embed_tokens.weight"].float()
+    copies = {f"base_model.model.{n}.weight": embeddings.clone() for n in ("model.embed_tokens", "lm_head")}
+    save_file(load_file(path) | copies, path)
+    assert main(["merge", str(base), str(adapter), str(tmp_path / "out")]) == 0
+    assert tensors(tmp_path / "out").keys() == tensors(base).keys()
+
+
+@pytest.mark.parametrize("command", ["merge", "quantize"])
+def test_files_beside_are_looked_at_first(dense, tmp_path, capsys, command):
+    base = tmp_path / "base"
+    shutil.copytree(dense("qwen3_moe"), base)
+    adapter = adapt(base, tmp_path / "adapter", target_parameters=EXPERTS)
+    (base / "vocab.json").symlink_to("/no/such")
+    given = [str(base), str(adapter)] if command == "merge" else [str(base)]
+    more = [] if command == "merge" else ["--format", "nf4"]
+    told = fails([command, *given, str(tmp_path / "out"), *more], capsys)
+    assert f"cannot read {base / 'vocab.json'}: it is a link to nothing" in told
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.unfinished").exists()
+
+
+def test_a_mount_point_is_refused(dense, tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "out")
+    told = fails(["quantize", str(dense("qwen3_moe")), str(tmp_path / "out"), "--format", "nf4"], capsys)
+    assert "is a mount point" in told
 
 
 def test_refusals(dense, tmp_path, capsys):

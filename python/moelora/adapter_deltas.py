@@ -64,6 +64,8 @@ def check(directory: Path) -> PeftConfig:
 
     Raises: MoeloraError if there is none, or it is of a kind that is no sum with the base's weights.
     """
+    if not directory.is_dir():  # PEFT would look for it on the network
+        raise MoeloraError(f"{directory} is not an adapter of PEFT: no such directory")
     try:
         config = PeftConfig.from_pretrained(directory)
     except Exception as error:  # whatever is in the file

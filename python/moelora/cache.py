@@ -15,6 +15,7 @@ import logging
 import os
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +91,9 @@ def _write_all(
     with writing(home):
         home.mkdir(parents=True, exist_ok=True)
     for left in home.glob("*.part"):
-        if time.time() - left.stat().st_mtime > STALE:
-            left.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # finished or removed by another process
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink()
     for name, several in tqdm(missing.items(), desc="Stacking experts"):
         with writing(_path(home, name)):
             _write(_path(home, name), several, files, layout, settings)

@@ -63,6 +63,8 @@ def check_free(out: Path) -> None:
         raise MoeloraError(f"OUT is {str(out)!r}, expected the path of a directory to make")
     if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink() and not any(out.iterdir())):
         raise MoeloraError(f"{out} is there already, and nothing is overwritten: choose another OUT")
+    if os.path.ismount(out):
+        raise MoeloraError(f"{out} is a mount point, which no finished directory can take: choose one in it")
     if out.parent.exists() and not out.parent.is_dir():
         raise MoeloraError(f"{out.parent} is a file, expected a directory to make {out.name} in")
 

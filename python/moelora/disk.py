@@ -20,18 +20,23 @@ def sync(path: Path) -> None:
 
 
 def below(directory: Path) -> list[Path]:
-    """The files below a directory, links to directories followed once each.
+    """The files below a directory, links to directories followed once each, what is hidden left out.
 
-    Raises: MoeloraError naming a link to nothing, which stands for data that are not there.
+    Raises: MoeloraError naming a link to nothing, which stands for data that are not there, or a directory
+        that cannot be read.
     """
+
+    def unreadable(error: OSError) -> None:
+        raise MoeloraError(f"cannot read {error.filename}: {error.strerror}")
+
     found, seen = [], set()
-    for top, folders, names in os.walk(directory, followlinks=True):
+    for top, folders, names in os.walk(directory, onerror=unreadable, followlinks=True):
         real = os.path.realpath(top)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
         if real in seen:
-            folders.clear()
             continue
         seen.add(real)
-        for path in (Path(top, name) for name in names):
+        for path in (Path(top, name) for name in names if not name.startswith(".")):
             if not path.exists():
                 raise MoeloraError(f"cannot read {path}: it is a link to nothing")
             if path.is_file():

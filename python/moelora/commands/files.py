@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
 import re
 import shutil
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, Features, Value, load_dataset
 
+from moelora.commands.directory import PRIVATE
 from moelora.disk import below
 from moelora.errors import MoeloraError, one_line
 
@@ -48,8 +48,9 @@ def find(paths: list[str], anything_is_text: bool = False) -> tuple[list[tuple[P
         if not path.is_dir():
             found.append((path, _reader(path, anything_is_text)))
             continue
-        inside = [p for p in below(path) if not _hidden(p.relative_to(path))]
-        known = [(p, READERS[_suffix(p)]) for p in inside if _suffix(p) in READERS and _suffix(p)]
+        inside = below(path)
+        texts = [p for p in inside if _suffix(p) in READERS and _suffix(p) and not _of_a_run(p, path)]
+        known = [(p, READERS[_suffix(p)]) for p in texts]
         if not known:
             raise MoeloraError(f"{path} has no data files in it: expected names in {_known()}")
         skipped += len(inside) - len(known)
@@ -96,7 +97,11 @@ def _load(path: Path, reader: str, options: dict[str, Any]) -> Dataset | None:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         return load_dataset(
-            reader, data_files=[_unpacked(path, reader)], split="train", cache_dir=_scratch().name, **options
+            reader,
+            data_files=[_plainly_named(path, reader)],
+            split="train",
+            cache_dir=_scratch().name,
+            **options,
         )
     except StopIteration:  # an empty file
         return None
@@ -106,14 +111,18 @@ def _load(path: Path, reader: str, options: dict[str, Any]) -> Dataset | None:
         raise
 
 
-def _unpacked(path: Path, reader: str) -> str:
-    """A file that its reader takes: that of Parquet seeks, hence unpacks nothing."""
-    if reader != "parquet" or not path.name.lower().endswith(PACKED):
-        return str(path)
-    handle, name = tempfile.mkstemp(suffix=".parquet", dir=_scratch().name)
-    with gzip.open(path) as packed, os.fdopen(handle, "wb") as file:
-        shutil.copyfileobj(packed, file)
-    return name
+def _plainly_named(path: Path, reader: str) -> str:
+    """The file under a name that `datasets` takes for no pattern and no address, unpacked where the reader
+    unpacks nothing: that of Parquet seeks.
+    """
+    folder = Path(tempfile.mkdtemp(dir=_scratch().name))
+    packed = path.name.lower().endswith(PACKED)
+    if packed and reader == "parquet":
+        with gzip.open(path) as source, (folder / "data").open("wb") as file:
+            shutil.copyfileobj(source, file)
+    else:
+        (folder / "data").symlink_to(path.absolute())
+    return str(folder / "data")
 
 
 @cache
@@ -122,8 +131,9 @@ def _scratch() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="moelora-data-")
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _of_a_run(path: Path, top: Path) -> bool:
+    """Whether a run has written it: no data, though it may end in .json."""
+    return any((folder / PRIVATE).is_dir() for folder in path.parents if top in folder.parents)
 
 
 def _suffix(path: Path) -> str:

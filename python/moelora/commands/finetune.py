@@ -29,6 +29,7 @@ from moelora.commands import (
     data,
     default_model,
     directory,
+    files,
     fingerprints,
     finite,
     formats,
@@ -369,8 +370,9 @@ def _data(chosen: argparse.Namespace) -> dict[str, str]:
     """Fingerprints of the data."""
     if not chosen.data:
         return {"python": fingerprints.texts(data.language_reference())}
-    template = [chosen.chat_template] if chosen.chat_template else []
-    return fingerprints.data([*chosen.data, *(chosen.eval_data or []), *template])
+    found, _ = files.find([*chosen.data, *(chosen.eval_data or [])], chosen.format == formats.TEXT)
+    template = [Path(chosen.chat_template)] if chosen.chat_template else []
+    return fingerprints.files([*(path for path, _ in found), *template])
 
 
 def _same_as_before(

@@ -8,13 +8,20 @@ from pathlib import Path
 
 import xxhash
 
-from moelora.disk import below
 from moelora.errors import MoeloraError
 
 PIECE = 1 << 22
 READERS = 4  # the hash waits for the disk
 # Of a checkpoint's directory, what decides the model and its tokens.
-_BASE = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_BASE = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "additional_chat_templates/*",
+)
 
 
 def file(path: Path, over: Callable[[], bool] = bool) -> str:
@@ -39,17 +46,10 @@ def files(paths: Iterable[Path]) -> dict[str, str]:
         return dict(zip(map(str, paths), pool.map(file, paths), strict=True))
 
 
-def data(paths: Iterable[str | Path]) -> dict[str, str]:
-    """Digests of data files, and of all files in those that are directories."""
-    found: list[Path] = []
-    for path in map(Path, paths):
-        found += below(path) if path.is_dir() else [path]
-    return files(found)
-
-
 def names(directory: Path) -> list[str]:
     """The files of a checkpoint that decide what it is: weights, configuration and tokenizer."""
-    return sorted({p.name for pattern in _BASE for p in directory.glob(pattern) if p.is_file()})
+    found = {p for pattern in _BASE for p in directory.glob(pattern) if p.is_file()}
+    return sorted(p.relative_to(directory).as_posix() for p in found)
 
 
 def stamps(directory: Path) -> dict[str, list[int]]:
@@ -63,8 +63,9 @@ def base(
 ) -> dict[str, str]:
     """Digests of a checkpoint's files: the recorded ones where `earlier` and `now` are the same stamps."""
     same = {name: recorded[name] for name in recorded if now.get(name, 0) == earlier.get(name)}
-    others = files(directory / name for name in now if name not in same)
-    return same | {Path(path).name: digest for path, digest in others.items()}
+    changed = [name for name in now if name not in same]
+    digests = files(directory / name for name in changed)
+    return same | dict(zip(changed, digests.values(), strict=True))
 
 
 def texts(documents: Iterable[str]) -> str:

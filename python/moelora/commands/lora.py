@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -29,7 +30,7 @@ def adapt(
             first, second = projections(module)
             chosen = {"both": (first, second), "gate_up": (first,), "down": (second,)}[which]
             targets |= {f"{name.rpartition('.')[2]}.{projection}" for projection in chosen}
-    own = [] if target_rank is None else target_modules
+    own = [] if target_rank is None else [of_modules(name, targets) for name in target_modules]
     target_rank = target_rank or rank
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -41,6 +42,7 @@ def adapt(
         target_parameters=sorted(targets),
     )
     kind = type(model).__name__
+    layers = [name for name, _ in model.named_modules()]
     head = next((name for name, m in model.named_modules() if m is model.get_output_embeddings()), None)
     try:
         with warnings.catch_warnings():
@@ -55,6 +57,22 @@ def adapt(
             "would never be trained; leave it out"
         )
     for name in target_modules:
-        if not any(module == name or module.endswith(f".{name}") for module in found):
-            raise MoeloraError(f"--target-modules {name} names no layer of {kind}")
+        if _named(found, name):
+            continue
+        if _named(layers, name):
+            raise MoeloraError(
+                f"PEFT takes {name} for a projection of the experts of {kind}, so that no layer of that name "
+                "would be trained: leave it out of --target-modules"
+            )
+        raise MoeloraError(f"--target-modules {name} names no layer of {kind}")
     return adapted
+
+
+def _named(layers: list[str], name: str) -> bool:
+    return any(layer == name or layer.endswith(f".{name}") for layer in layers)
+
+
+def of_modules(name: str, targets: set[str]) -> str:
+    """PEFT's pattern for the layers called `name`, which fits no parameter of experts called so, too."""
+    modules = sorted(target.removesuffix(f".{name}") for target in targets if target.endswith(f".{name}"))
+    return "".join(rf"(?<!\.{re.escape(module)}\.)" for module in modules) + name

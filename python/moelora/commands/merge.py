@@ -48,6 +48,7 @@ def main(explicit: dict[str, Any]) -> None:
     wanted = None if explicit["format"] == SAME else choices.layout(explicit)
     adapter_deltas.check(adapter)
     source = Source(Path(explicit["model_dir"]))
+    rewriting.check_beside(source)
     target = _target(explicit, source, wanted)
     deltas = adapter_deltas.deltas(adapter, model_names.outline(source.plain))
     for name in deltas:

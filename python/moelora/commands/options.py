@@ -304,11 +304,11 @@ _FINETUNE: dict[str, list[Option]] = {
 # These may grow when a run is resumed: it is extended.
 EXTENDABLE = ("steps", "epochs")
 
+# These are of one call: a resumed run has its own.
+OF_A_CALL = ("output", "resume", "overwrite", "profile", "dry_run")
+
 # These may differ when a run is resumed: they do not touch what is trained.
-FREE_ON_RESUME = (
-    *("cache_dir", "output", "save_every", "resume", "overwrite", "profile", "dry_run"),
-    *("compare", "sample", "prompt", "report_to"),
-)
+FREE_ON_RESUME = (*OF_A_CALL, "cache_dir", "save_every", "compare", "sample", "prompt", "report_to")
 
 DEFAULTS: dict[str, Any] = {option.name: option.default for group in _FINETUNE.values() for option in group}
 
@@ -452,9 +452,7 @@ def settle(explicit: dict[str, Any], recorded: dict[str, Any] | None = None) -> 
             raise MoeloraError(
                 f"the run to resume was started {before}, got {_words(value)}: leave {flag} out"
             )
-    kept = {
-        name: value for name, value in recorded.items() if name in DEFAULTS and name not in FREE_ON_RESUME
-    }
+    kept = {name: value for name, value in recorded.items() if name in DEFAULTS and name not in OF_A_CALL}
     options = argparse.Namespace(**{**DEFAULTS, **kept, **explicit})
     _check(options, {**kept, **explicit})
     if options.alpha is None:

@@ -31,6 +31,7 @@ def main(explicit: dict[str, Any]) -> None:
     wanted = choices.layout(explicit)
     workers = choices.workers(explicit)
     source = Source(Path(explicit["model_dir"]))
+    rewriting.check_beside(source)
     layout = kept(source, wanted)
     pack = to_pack(source, layout)
     choices.check_shapes({n: (choice, *source.weights[n].shape[1:]) for n, choice in pack.items()})

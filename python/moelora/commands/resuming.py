@@ -26,10 +26,10 @@ def complete(checkpoint: Path, options: dict[str, Any], facts: dict[str, Any]) -
     """
     (checkpoint / OPTIONS).write_text(json.dumps(options, indent=2), encoding="utf-8")
     files = {
-        name: [entry.size, entry.digest]
+        Path(name).relative_to(checkpoint.name).as_posix(): [entry.size, entry.digest]
         for name, entry in directory.entries(checkpoint.parent, checkpoint.name).items()
     }
-    body = {"version": _VERSION, "facts": facts, "files": {Path(k).name: v for k, v in files.items()}}
+    body = {"version": _VERSION, "facts": facts, "files": files}
     body["digest"] = _digest(body)
     (checkpoint / COMPLETE).write_text(json.dumps(body, indent=1), encoding="utf-8")
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from moelora import packed_layout
 from moelora.checkpoint_reader import Source, natural
 from moelora.checkpoint_writer import Item
+from moelora.errors import MoeloraError
 from moelora.packed_layout import Layout
 from moelora.packing import Copied
 from moelora.shards import Stored
@@ -30,6 +31,21 @@ def items(source: Source, made: dict[str, Item], other: Callable[[str, Stored], 
         else:
             found += [(name, Copied(disk, tensor)) for disk, tensor in weight.by_disk_name().items()]
     return [item for _, item in sorted(found, key=lambda pair: natural(pair[0]))]
+
+
+def check_beside(source: Source) -> None:
+    """Raises: MoeloraError naming a file beside the weights that could not be copied later."""
+    for path in source.beside():
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_dir():
+                continue
+            if not file.is_file():
+                what = "a pipe or a device" if file.exists() else "a link to nothing"
+                raise MoeloraError(f"cannot read {file}: it is {what}")
+            try:
+                file.open("rb").close()
+            except OSError as error:
+                raise MoeloraError(f"cannot read {file}: {error.strerror}") from None
 
 
 def write_config(source: Source, layout: Layout | None, dtype: str | None, directory: Path) -> None:

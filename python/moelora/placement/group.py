@@ -94,7 +94,10 @@ class Group:
             raise
 
     def all_here(self, what: str, seconds: float = 60.0) -> None:
-        """Wait until all ranks are here. Raises: MoeloraError on those that waited in vain."""
+        """Wait until all ranks are here, `seconds` and the group's time-out at most.
+
+        Raises: MoeloraError on those that waited in vain.
+        """
         self._meetings += 1
         limit = time.monotonic() + min(seconds, self.timeout.total_seconds())
         self._notes.set(f"{what}/{self._meetings}/{self.rank}", "here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,7 @@ def _of_all_ranks(plain: Callable[..., None]) -> Callable[..., None]:
                 self, save_directory, *args, **kwargs, state_dict={**(given or self.state_dict()), **kept[1]}
             )
         if kept[0] == -1:
-            group.all_here("save_pretrained")  # the file is there when any of them goes on
+            group.all_here("save_pretrained", math.inf)  # the file is there when any of them goes on
         return None
 
     save_pretrained._moelora = True
