@@ -60,10 +60,12 @@ def _both(kind, dtype=torch.float32):
     return own, fused
 
 
+@pytest.mark.parametrize("block", [256, 5], ids=["", "blocks"])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("kind", attention.KNOWN)
-def test_as_transformers(kind, padded):
+def test_as_transformers(kind, padded, block, monkeypatch):
     """Logits, and gradients of all parameters, sinks among them; sequences longer than a sliding window."""
+    monkeypatch.setattr(attention, "BLOCK", block)
     own, fused = _both(kind)
     gen = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 64, (3, 17), generator=gen)
@@ -133,6 +135,57 @@ def test_without_a_mask_queries_see_what_is_before_them():
     for sinks in (None, torch.randn(4, generator=gen)):
         one, _ = attention.attend(nn.Module(), query, key, value, None, s_aux=sinks)
         other, _ = attention.attend(nn.Module(), query, key, value, seen.expand(2, 1, 3, 5), s_aux=sinks)
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_any_mask(sinks, monkeypatch):
+    """In blocks of queries, a query without any key among them, as by torch's kernel with one more key."""
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    gen = torch.Generator().manual_seed(6)
+    query, key, value = (
+        torch.randn(2, heads, n, 8, generator=gen, dtype=torch.float64, requires_grad=True)
+        for heads, n in ((4, 10), (2, 13), (2, 13))
+    )
+    logits = torch.randn(4, generator=gen, dtype=torch.float64, requires_grad=True) if sinks else None
+    seen = torch.rand(2, 1, 10, 13, generator=gen) < 0.3
+    seen[0, :, 4:8] = False  # a block that sees nothing
+    seen[:, :, 9, 12] = True
+    dy = torch.randn(2, 10, 4, 8, generator=gen, dtype=torch.float64)
+    if not sinks:
+        dy[0, 4:8] = 0
+    inputs = [t for t in (query, key, value, logits) if t is not None]
+    given = (query, key, value, logits, seen, 0.3)
+    found, _ = attention.attend(nn.Module(), query, key, value, seen, 0.3, s_aux=logits)
+    expected = attention._with_another_key(*given, 0.0).transpose(1, 2)
+    rows = dy.abs().sum(-1, keepdim=True) > 0
+    torch.testing.assert_close(found * rows, expected * rows)
+    for one, other in zip(*(torch.autograd.grad(y, inputs, dy) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_keys_that_nobody_sees_are_not_read():
+    """A window's, by their NaN."""
+    gen = torch.Generator().manual_seed(7)
+    query, key, value = (torch.randn(1, 2, 600, 8, generator=gen) for _ in range(3))
+    seen = torch.ones(600, 600, dtype=torch.bool).tril().triu(-20)[None, None]
+    key[:, :, 300:] = torch.nan
+    found, _ = attention.attend(nn.Module(), query, key, value, seen)
+    assert found[:, :256].isfinite().all() and found[:, 300:].isnan().all()
+
+
+def test_compiled():
+    """In one graph, with its backward."""
+    gen = torch.Generator().manual_seed(8)
+    tensors = [torch.randn(1, heads, 9, 8, generator=gen, requires_grad=True) for heads in (4, 2, 2)]
+    sinks = torch.randn(4, generator=gen)
+
+    def loss(query, key, value):
+        return attention.attend(nn.Module(), query, key, value, None, s_aux=sinks)[0].square().sum()
+
+    expected = torch.autograd.grad(loss(*tensors), tensors)
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*tensors), tensors)
+    for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
 

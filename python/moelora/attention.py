@@ -1,9 +1,13 @@
-"""Attention with sinks by torch's own fused kernel, under transformers' name `moelora_sinks`.
+"""Attention by torch's own fused kernel for CPUs, with sinks and without work for keys that nobody sees.
 
-transformers computes such attention (gpt-oss's) step by step, a matrix of scores at a time: a third of a
-training step of gpt-oss-20b on a CPU with AMX. A sink is a key that every query sees with the same logit, and
-whose value is zero. So one more dimension, 1 in each query and the logit in that key alone, makes it plain
-attention.
+transformers computes attention with sinks (gpt-oss's) step by step, a matrix of scores at a time, and torch's
+kernel for CPUs multiplies all queries with up to 512 keys, hidden ones too. Here queries are taken a block at
+a time, each with the keys from the first to the last that any of them sees.
+
+A sink is a key that every query sees with the same logit s, and whose value is zero. With the result o and
+the log-sum-exp l of the other keys, attention is y = σ(l - s)·o, and its gradients are those of o for σ(l -
+s)·dy in place of dy, where the kernel takes y for its result: what it makes of that is Σ dy·y, the share of
+the softmax.
 
 `model.set_attn_implementation(moelora.attention.NAME)` puts a model on it; importing this module makes the
 name known.
@@ -15,12 +19,105 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-NAME = "moelora_sinks"
-KNOWN = ("gpt_oss", "granitemoe_swa", "mimo_v2_flash")  # whose own attention it has been compared with
+NAME = "moelora"
+KNOWN = ("gpt_oss", "granitemoe_swa", "mimo_v2_flash")  # with sinks, compared with transformers' own
+BLOCK = 256  # queries; of fewer than 192 the kernel takes 32 at a time
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def _blocks(mask: Tensor, keys: int) -> list[tuple[slice, slice]]:
+    """Blocks of queries, each with the keys that it sees some of. Where that cannot be asked, with all."""
+    queries = mask.shape[-2]
+    blocks = [slice(start, min(start + BLOCK, queries)) for start in range(0, queries, BLOCK)]
+    if (
+        mask.dtype is not torch.bool
+        or isinstance(mask, FakeTensor)
+        or mask.is_meta
+        or torch.compiler.is_compiling()
+    ):
+        return [(block, slice(0, keys)) for block in blocks]
+    found = []
+    for block in blocks:
+        seen = mask[..., block, :].flatten(0, -2).any(0).nonzero().flatten().tolist()
+        found.append((block, slice(seen[0], seen[-1] + 1) if seen else slice(0, keys)))
+    return found
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores. Never -∞, so that a query without a key has a finite result."""
+    least = torch.finfo(dtype).min
+    if mask.dtype is torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, least)
+    return mask.clamp(min=least).to(dtype)
+
+
+class _Attention(torch.autograd.Function):
+    """(y [B, H, T, D], log-sum-exp of the keys' scores [B, H, T]); the second has no gradient."""
+
+    @staticmethod
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, mask: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        batch, heads, queries, width = query.shape
+        y = query.new_empty(batch, queries, heads, width).transpose(1, 2)
+        sums = torch.empty(batch, heads, queries, dtype=_sums_of(query.dtype), device=query.device)
+        added = _added(mask, query.dtype)
+        for rows, cols in _blocks(mask, key.shape[2]):
+            out, sums[:, :, rows] = _forward(
+                query[:, :, rows],
+                key[:, :, cols],
+                value[:, :, cols],
+                attn_mask=added[..., rows, cols],
+                scale=scale,
+            )
+            y[:, :, rows] = out if sinks is None else out * _shares(sums[:, :, rows], sinks)
+        return y, sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, sinks, mask, ctx.scale = inputs
+        y, sums = output
+        ctx.mark_non_differentiable(sums)
+        ctx.save_for_backward(query, key, value, sinks, mask, y, sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, mask, y, sums = ctx.saved_tensors
+        added = _added(mask, query.dtype)
+        shares = None if sinks is None else _shares(sums, sinks)
+        d_out = dy if shares is None else (dy * shares).to(dy.dtype)
+        d_query = torch.empty_like(query)
+        d_key, d_value = (torch.zeros_like(t, dtype=sums.dtype) for t in (key, value))
+        for rows, cols in _blocks(mask, key.shape[2]):
+            d_query[:, :, rows], of_key, of_value = _backward(
+                d_out[:, :, rows], query[:, :, rows], key[:, :, cols], value[:, :, cols], y[:, :, rows],
+                sums[:, :, rows], 0.0, False, attn_mask=added[..., rows, cols], scale=ctx.scale,
+            )  # fmt: skip
+            d_key[:, :, cols] += of_key
+            d_value[:, :, cols] += of_value
+        d_sinks = None
+        if ctx.needs_input_grad[3]:
+            taken = (dy.to(sums.dtype) * y).sum(-1, keepdim=True) * (shares - 1)
+            d_sinks = taken.sum((0, 2, 3)).to(sinks.dtype)
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_sinks, None, None
+
+
+def _sums_of(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _shares(sums: Tensor, sinks: Tensor) -> Tensor:
+    """What the keys have of the softmax beside the sink: [B, H, T, 1]."""
+    return torch.sigmoid(sums - sinks.to(sums.dtype).view(1, -1, 1))[..., None]
 
 
 def attend(
@@ -43,29 +140,49 @@ def attend(
         scaling: of scores; None: D ** -0.5.
         s_aux: logits of the sinks, [H]; None: none.
     """
-    heads, queries, width = query.shape[1:]
+    queries, width = query.shape[2:]
     keys, own = key.shape[2], value.shape[3]
     scaling = width**-0.5 if scaling is None else scaling
-    key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
     if attention_mask is None:
-        attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-    if s_aux is None:
-        value = functional.pad(value, (0, width - own))
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        attention_mask = seen[None, None]
+    value = functional.pad(value, (0, width - own)) if own < width else value
+    if query.device.type in ("cpu", "meta") and dropout == 0:
+        y, _ = _Attention.apply(query, key, value, s_aux, attention_mask, scaling)
     else:
+        y = _with_another_key(query, key, value, s_aux, attention_mask, scaling, dropout)
+    return y[..., :own].transpose(1, 2).contiguous(), None
+
+
+def _with_another_key(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    mask: Tensor,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """By whatever kernel torch has for it. The sink is a key: one more dimension, 1 in each query and the
+    logit in that key alone, makes it plain attention.
+    """
+    heads, width = query.shape[1], query.shape[3]
+    key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
+    if sinks is not None:
         query = torch.cat([query, query.new_ones(*query.shape[:3], 1)], -1)
-        sink = functional.pad((s_aux / scaling).to(key.dtype).view(1, heads, 1, 1), (width, 0))
+        sink = functional.pad((sinks / scaling).to(key.dtype).view(1, heads, 1, 1), (width, 0))
         key = torch.cat([functional.pad(key, (0, 1)), sink.expand(len(key), -1, -1, -1)], 2)
-        value = functional.pad(value, (0, width + 1 - own, 0, 1))
-        seen = attention_mask.dtype is torch.bool  # else it is added, and nothing to the sink
-        attention_mask = functional.pad(attention_mask, (0, 1), value=seen)
+        value = functional.pad(value, (0, 1, 0, 1))
+        seen = mask.dtype is torch.bool  # else it is added, and nothing to the sink
+        mask = functional.pad(mask, (0, 1), value=seen)
     out = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
     )
-    return out[..., :own].transpose(1, 2).contiguous(), None
+    return out[..., :width]
 
 
 def mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' for SDPA, whatever it says: a query sees its sink beside the keys."""
+    """transformers' for SDPA, whatever it says: blocks are cut by it."""
     return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 

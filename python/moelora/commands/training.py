@@ -27,7 +27,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from moelora.commands import head, heap, optimizers
+from moelora.commands import depth, head, heap, optimizers
 from moelora.commands.data import Tokens, padded, spread
 from moelora.commands.saving import AtomicCheckpoints
 from moelora.errors import MoeloraError, writing
@@ -131,12 +131,20 @@ class Progress(TrainerCallback):
 
 
 class Trim(TrainerCallback):
-    """Keeps no more memory from step to step than is in use."""
+    """Keeps little more memory than is in use, in a step and from step to step."""
+
+    def __init__(self):
+        self._watch: heap.Watch | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._watch = heap.Watch(depth.layers(model))
 
     def on_step_end(self, args, state, control, **kwargs):
-        heap.trim()
+        self._watch.trim()
 
-    on_train_begin = on_train_end = on_step_end
+    def on_train_end(self, args, state, control, **kwargs):
+        self._watch.trim()
+        self._watch.remove()
 
 
 class JsonLines(TrainerCallback):
