@@ -45,7 +45,7 @@ def trim() -> None:
 
 
 def beside() -> int:
-    """Private bytes of this process that malloc has not given out: what was freed, and all that is not its."""
+    """Private bytes of this process that malloc has not given out: what was freed, and what is not its."""
     if _INFO is None:
         return 0
     info = _INFO()
