@@ -174,6 +174,26 @@ def test_keys_that_nobody_sees_are_not_read():
     assert found[:, :256].isfinite().all() and found[:, 300:].isnan().all()
 
 
+def test_dtypes():
+    """Under autocast those of it, as in torch's own; else one."""
+    own, fused = _both("gpt_oss")
+    ids = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(9))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected, found = (model(input_ids=ids).logits.float() for model in (own, fused))
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    query = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="must have one dtype"):
+        attention.attend(nn.Module(), query, query, query.bfloat16(), None)
+
+
+def test_without_storage():
+    """Shapes, with gradients, as where only memory is reckoned."""
+    query, key = (torch.empty(2, heads, 9, 8, device="meta", requires_grad=True) for heads in (4, 2))
+    y, _ = attention.attend(nn.Module(), query, key, key, None, s_aux=torch.empty(4, device="meta"))
+    y.sum().backward()
+    assert y.shape == (2, 9, 4, 8) and key.grad.shape == key.shape
+
+
 def test_compiled():
     """In one graph, with its backward."""
     gen = torch.Generator().manual_seed(8)

@@ -147,7 +147,13 @@ def attend(
         seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
         attention_mask = seen[None, None]
     value = functional.pad(value, (0, width - own)) if own < width else value
-    if query.device.type in ("cpu", "meta") and dropout == 0:
+    device = query.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # as it does before torch's own
+        query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
+    if not query.dtype == key.dtype == value.dtype:
+        found = f"{query.dtype}, {key.dtype} and {value.dtype}"
+        raise ValueError(f"{NAME}: query, key and value must have one dtype, got {found}")
+    if device in ("cpu", "meta") and dropout == 0:
         y, _ = _Attention.apply(query, key, value, s_aux, attention_mask, scaling)
     else:
         y = _with_another_key(query, key, value, s_aux, attention_mask, scaling, dropout)
