@@ -194,6 +194,20 @@ def test_gradients_reach_pefts_parameters():
     torch.testing.assert_close(db, b.grad)
 
 
+@pytest.mark.parametrize("gates", ["none", "same", "fp32"])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_a_bias_in_fp32_has_a_gradient_in_fp32(dtype, gates):
+    """Sums that a half cannot hold: 257 in bf16, more than 65504 in fp16."""
+    case = SMALL.with_(dtype=dtype, lora="fp32", bias="fp32", gates=gates, tokens=257, top_k=1, experts=1)
+    p = problems.build(case)
+    bias = p.bias.requires_grad_()
+    if p.gates is not None:
+        p.gates.fill_(1)
+    out = call(p, {"bias": bias})
+    (found,) = torch.autograd.grad(out, bias, torch.full_like(out, 256))
+    assert found.dtype == FP32 and (found == 257 * 256).all()
+
+
 BACKWARDS = ("x", "weight", "lora_a", "bias")
 
 

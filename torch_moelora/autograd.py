@@ -106,11 +106,18 @@ def scatter_lora_gradients(dy: Tensor, call: ScatterLora, needs: Needs, dtypes: 
     if needs.weight:
         grads["weight"] = ops.scatter_lora_dw(*derive(ScatterLoraDw, call, dy=dy))
     if needs.bias:
-        dbias = ops.scatter_lora_dbias(*derive(ScatterLoraDbias, call, dy=dy))
-        grads["bias"] = dbias.to(dtypes.bias)
+        grads["bias"] = _bias_gradient(dy, call, dtypes.bias)
     if needs.gates:
         grads["gates"] = grads["gates"].to(call.gates.dtype)
     return {name: grad for name, grad in grads.items() if getattr(needs, name)}
+
+
+def _bias_gradient(dy: Tensor, call: ScatterLora, dtype: torch.dtype) -> Tensor:
+    """In the bias's `dtype`. The operator's result has dy's, and the sum of a half's may be none."""
+    if dtype != dy.dtype:
+        gates = None if call.gates is None else call.gates.to(dtype)
+        dy, call = dy.to(dtype), call._replace(gates=gates)
+    return torch.ops.moelora.scatter_lora_dbias(*derive(ScatterLoraDbias, call, dy=dy))
 
 
 def save(ctx, call: NamedTuple) -> None:
