@@ -216,6 +216,8 @@ def test_fingerprints(tmp_path):
     one = fingerprints.files(paths)
     assert [Path(path).name for path in one] == ["a", "b"] and len(set(one.values())) == 2
     fingerprints.compare({"data": one}, {"data": one}, "checkpoint-2")
+    fingerprints.compare({"data": one}, {"data": fingerprints.files(paths[:1])}, "checkpoint-2")  # not read
+    paths[1].unlink()
     with pytest.raises(MoeloraError, match=r"data changed: .*b is gone since the run of checkpoint-2"):
         fingerprints.compare({"data": one}, {"data": fingerprints.files(paths[:1])}, "checkpoint-2")
     assert fingerprints.texts(["ab", "c"]) != fingerprints.texts(["a", "bc"])
@@ -257,6 +259,7 @@ def test_what_a_resumed_run_keeps():
     assert (kept.report_to, kept.save_every, kept.prompt) == (["jsonl"], 500, "p")
     assert not kept.overwrite and kept.profile == options.DEFAULTS["profile"]
     assert options.settle({"save_every": 7}, recorded).save_every == 7
+    assert options.settle({"report_to": ["none"]}, recorded).report_to == []
 
 
 def test_only_more_extends():

@@ -152,16 +152,37 @@ def test_any_mask(sinks, monkeypatch):
     seen[0, :, 4:8] = False  # a block that sees nothing
     seen[:, :, 9, 12] = True
     dy = torch.randn(2, 10, 4, 8, generator=gen, dtype=torch.float64)
-    if not sinks:
-        dy[0, 4:8] = 0
     inputs = [t for t in (query, key, value, logits) if t is not None]
-    given = (query, key, value, logits, seen, 0.3)
     found, _ = attention.attend(nn.Module(), query, key, value, seen, 0.3, s_aux=logits)
-    expected = attention._with_another_key(*given, 0.0).transpose(1, 2)
-    rows = dy.abs().sum(-1, keepdim=True) > 0
-    torch.testing.assert_close(found * rows, expected * rows)
+    expected = attention._with_another_key(query, key, value, logits, seen, 0.3, 0.0).transpose(1, 2)
+    assert (found[0, 4:8] == 0).all()
+    torch.testing.assert_close(found, expected)
     for one, other in zip(*(torch.autograd.grad(y, inputs, dy) for y in (found, expected)), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_any_layout():
+    """Of query, key and value, and a mask for all queries alike."""
+    gen = torch.Generator().manual_seed(10)
+    plain = [torch.randn(2, heads, 5, 8, generator=gen) for heads in (4, 2, 2)]
+    odd = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in plain]
+    seen = torch.rand(2, 1, 1, 5, generator=gen) < 0.7
+    seen[..., 0] = True
+    expected, _ = attention.attend(nn.Module(), *plain, seen.expand(2, 1, 5, 5).contiguous())
+    for tensors in (plain, odd):
+        assert torch.equal(attention.attend(nn.Module(), *tensors, seen)[0], expected)
+    added = torch.zeros(2, 1, 5, 5, requires_grad=True)
+    attention.attend(nn.Module(), *plain, added)[0].square().sum().backward()
+    assert added.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("keys", "mask", "told"), [(0, (1, 1, 3, 0), "S of at least 1"), (3, (1, 3, 3), "must be a 4-D tensor")]
+)
+def test_what_is_refused(keys, mask, told):
+    key = torch.zeros(1, 2, keys, 8)
+    with pytest.raises(ValueError, match=told):
+        attention.attend(nn.Module(), torch.zeros(1, 2, 3, 8), key, key, torch.ones(mask, dtype=torch.bool))
 
 
 def test_keys_that_nobody_sees_are_not_read():

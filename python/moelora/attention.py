@@ -69,7 +69,7 @@ class _Attention(torch.autograd.Function):
         batch, heads, queries, width = query.shape
         y = query.new_empty(batch, queries, heads, width).transpose(1, 2)
         sums = torch.empty(batch, heads, queries, dtype=_sums_of(query.dtype), device=query.device)
-        added = _added(mask, query.dtype)
+        added, least = _added(mask, query.dtype), torch.finfo(query.dtype).min
         for rows, cols in _blocks(mask, key.shape[2]):
             out, sums[:, :, rows] = _forward(
                 query[:, :, rows],
@@ -78,7 +78,7 @@ class _Attention(torch.autograd.Function):
                 attn_mask=added[..., rows, cols],
                 scale=scale,
             )
-            y[:, :, rows] = out if sinks is None else out * _shares(sums[:, :, rows], sinks)
+            y[:, :, rows] = out * _shares(sums[:, :, rows], sinks, least)
         return y, sums
 
     @staticmethod
@@ -93,8 +93,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, mask, y, sums = ctx.saved_tensors
         added = _added(mask, query.dtype)
-        shares = None if sinks is None else _shares(sums, sinks)
-        d_out = dy if shares is None else (dy * shares).to(dy.dtype)
+        shares = _shares(sums, sinks, torch.finfo(query.dtype).min)
+        d_out = (dy * shares).to(dy.dtype)
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.zeros_like(t, dtype=sums.dtype) for t in (key, value))
         for rows, cols in _blocks(mask, key.shape[2]):
@@ -115,8 +115,12 @@ def _sums_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _shares(sums: Tensor, sinks: Tensor) -> Tensor:
-    """What the keys have of the softmax beside the sink: [B, H, T, 1]."""
+def _shares(sums: Tensor, sinks: Tensor | None, least: float) -> Tensor:
+    """What the keys have of the softmax beside the sink, without one all or, where there is no key, nothing:
+    [B, H, T, 1].
+    """
+    if sinks is None:
+        return (sums > least / 2)[..., None]
     return torch.sigmoid(sums - sinks.to(sums.dtype).view(1, -1, 1))[..., None]
 
 
@@ -142,22 +146,39 @@ def attend(
     """
     queries, width = query.shape[2:]
     keys, own = key.shape[2], value.shape[3]
+    if keys == 0:
+        raise ValueError(f"{NAME}: key must have S of at least 1, got shape {list(key.shape)}")
     scaling = width**-0.5 if scaling is None else scaling
     if attention_mask is None:
         seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
         attention_mask = seen[None, None]
+    if attention_mask.dim() != 4:
+        found = list(attention_mask.shape)
+        raise ValueError(
+            f"{NAME}: attention_mask must be a 4-D tensor [B or 1, 1 or H, T, S], got shape {found}"
+        )
+    attention_mask = attention_mask.expand(-1, -1, queries, keys)
     value = functional.pad(value, (0, width - own)) if own < width else value
-    device = query.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # as it does before torch's own
-        query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
+    query, key, value = _as_torch_casts(query, key, value)
     if not query.dtype == key.dtype == value.dtype:
         found = f"{query.dtype}, {key.dtype} and {value.dtype}"
         raise ValueError(f"{NAME}: query, key and value must have one dtype, got {found}")
-    if device in ("cpu", "meta") and dropout == 0:
+    if query.device.type in ("cpu", "meta") and dropout == 0 and not attention_mask.requires_grad:
+        # The kernel reads neighbours, whatever the last stride.
+        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
         y, _ = _Attention.apply(query, key, value, s_aux, attention_mask, scaling)
     else:
         y = _with_another_key(query, key, value, s_aux, attention_mask, scaling, dropout)
     return y[..., :own].transpose(1, 2).contiguous(), None
+
+
+def _as_torch_casts(*tensors: Tensor) -> list[Tensor]:
+    """To autocast's dtype, where it is on: all but float64."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t.dtype is torch.float64 else t.to(dtype) for t in tensors]
 
 
 def _with_another_key(

@@ -252,14 +252,15 @@ class Source:
     def find(self, name: str) -> Stored | None:
         """The tensor on disk that is the model's `name` as it is, or None. What is tied is there once."""
         tied = self.names.model.all_tied_weights_keys
-        names = {name, tied.get(name), *(one for one, other in tied.items() if other == name)}
-        for weight in map(self.weights.get, names):
-            if isinstance(weight, DenseWeight) and None in weight.sources:
-                return weight.sources[None][0]
-        stored = (
-            t for disk, t in self.others.items() if self.names.model_name(disk) in {(n, None) for n in names}
-        )
-        return next(stored, None)
+        also = [tied.get(name), *sorted(one for one, other in tied.items() if other == name)]
+        return next((found for one in (name, *also) if (found := self._stored(one)) is not None), None)
+
+    def _stored(self, name: str | None) -> Stored | None:
+        weight = self.weights.get(name)
+        if isinstance(weight, DenseWeight) and None in weight.sources:
+            return weight.sources[None][0]
+        found = (t for disk, t in self.others.items() if self.names.model_name(disk) == (name, None))
+        return next(found, None)
 
     def fingerprint(self) -> list[Any]:
         """Of the files: names, sizes and times."""

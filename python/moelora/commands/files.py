@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import json
 import re
@@ -122,7 +123,7 @@ def _plainly_named(path: Path, reader: str) -> str:
             shutil.copyfileobj(source, file)
     else:
         (folder / "data").symlink_to(path.absolute())
-    return str(folder / "data")
+    return glob.escape(str(folder / "data"))
 
 
 @cache

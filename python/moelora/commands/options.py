@@ -257,7 +257,7 @@ _FINETUNE: dict[str, list[Option]] = {
             "--report-to",
             [],
             "where the log goes: jsonl (log.jsonl in the output directory), tensorboard, wandb and what else "
-            "transformers knows (default: none)",
+            "transformers knows; none for nothing, also where a resumed run had one (default: none)",
             "NAME",
             nargs="+",
         ),
@@ -455,6 +455,8 @@ def settle(explicit: dict[str, Any], recorded: dict[str, Any] | None = None) -> 
     kept = {name: value for name, value in recorded.items() if name in DEFAULTS and name not in OF_A_CALL}
     options = argparse.Namespace(**{**DEFAULTS, **kept, **explicit})
     _check(options, {**kept, **explicit})
+    if options.report_to == ["none"]:
+        options.report_to = []
     if options.alpha is None:
         options.alpha = 2.0 * options.rank
     if options.max_grad_norm is None:
