@@ -282,10 +282,9 @@ def _with(adapter, to, **changes):
 
 def test_a_tied_head_beside_the_adapter(tmp_path):
     """PEFT writes embeddings and head, which the base has once."""
-    made = model("qwen3_moe")
-    made.config.tie_word_embeddings = True
-    made.tie_weights()
-    base = save(made, tmp_path / "base")
+    config = CONFIGS["qwen3_moe"]()
+    config.tie_word_embeddings = True
+    base = save(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), tmp_path / "base")
     assert "lm_head.weight" not in tensors(base)
     adapter = adapt(base, tmp_path / "adapter", target_parameters=EXPERTS)
     path = adapter / "adapter_model.safetensors"
