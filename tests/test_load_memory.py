@@ -19,6 +19,7 @@ from moelora.errors import MoeloraError
 from packed_files import LAYOUTS, write
 from packed_models import checkpoints  # noqa: F401  (a fixture)
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 MEGABYTE = 2**20
 # Resident bytes of a process that no file backs, and those that one does; the most of the former on the way.
@@ -185,8 +186,10 @@ def test_an_interrupted_or_failed_writer_leaves_nothing(checkpoints, tmp_path, m
 def own_processes(monkeypatch):
     """Threads that do not wait for each other, as processes do not. What they share is put back."""
     monkeypatch.setattr(loading, "LOADING", nullcontext())
+    tie = PreTrainedModel.tie_weights  # which transformers replaces while it loads
     yield
     torch.set_default_dtype(torch.float32)
+    PreTrainedModel.tie_weights = tie
 
 
 def test_several_processes_stack_at_once(checkpoints, tmp_path, own_processes):  # noqa: F811
