@@ -63,7 +63,7 @@ KernelChoice with_blocking(const KernelChoice& choice, const py::kwargs& changes
   const int64_t pack = choice.kernels->pack, widest = choice.kernels->lanes * choice.kernels->vecs;
   require(b.depth % pack == 0 && b.thin_depth % pack == 0 && b.packed_depth % pack == 0,
           "depth, thin_depth and packed_depth must be multiples of pack");
-  require(b.chain % b.depth == 0 && b.chain % b.thin_depth == 0, "chain must be a multiple of depth and thin_depth");
+  require(b.chain_is_a_pass() && b.chain % b.thin_depth == 0, "chain must be depth or endless, thin_depth divide it");
   require(b.strip % widest == 0 && b.thin_strip % b.strip == 0,
           "strip must be a multiple of the widest tile's lanes, thin_strip one of strip");
   return changed;

@@ -1,6 +1,8 @@
 #include "dispatch/table.h"
 
+#include <algorithm>
 #include <array>
+#include <iterator>
 #include <stdexcept>
 
 #include "ukernel/kernel_sets.h"
@@ -15,7 +17,7 @@ struct Row {
   Blocking blocking;
 };
 
-constexpr int64_t kCombine = int64_t{24} << 20, kEndless = int64_t{1} << 40;
+constexpr int64_t kCombine = int64_t{24} << 20;
 
 constexpr Blocking kPortable = {
     .row_chunk = 64,
@@ -44,7 +46,7 @@ constexpr Blocking kPortable = {
 
 // Best first for every dtype.
 // Long chains of fp32 additions are cut to keep rounding at the level of short sums; bf16 needs no such cut.
-const Row kRows[] = {
+constexpr Row kRows[] = {
 #ifdef MOELORA_BUILT_amx_bf16
     // Depths are multiples of 32, a tile's. Caches: 2 MB of L2.
     {
@@ -68,7 +70,7 @@ const Row kRows[] = {
                 .packed_flat_rows = 0,
                 .segment = 64,
                 .depth = 1024,
-                .chain = kEndless,
+                .chain = Blocking::endless,
                 .outputs = 2048,
                 .combine_bytes = kCombine,
                 .token_chunk = 4096,
@@ -100,7 +102,7 @@ const Row kRows[] = {
                 .packed_flat_rows = 12,
                 .segment = 48,
                 .depth = 2048,
-                .chain = kEndless,
+                .chain = Blocking::endless,
                 .outputs = 2048,
                 .combine_bytes = kCombine,
                 .token_chunk = 4096,
@@ -188,6 +190,9 @@ const Row kRows[] = {
         .blocking = kPortable,
     },
 };
+
+static_assert(std::all_of(std::begin(kRows), std::end(kRows),
+                          [](const Row& r) { return r.blocking.chain_is_a_pass(); }));
 
 bool usable(Isa isa) {
   for (const IsaState& s : isa_states())

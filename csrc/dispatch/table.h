@@ -23,13 +23,18 @@ struct Blocking {
   int64_t packed_flat_rows;  // up to so many rows, some steps of packed weights at a time are unpacked for flat tiles
   int64_t segment;           // weight rows per accumulator block in the row orientation; the block stays in L2
   int64_t depth;             // contraction steps per pass; two packed panels of them fit half of L2
-  int64_t chain;             // steps that are one chain of additions; in the table at most `depth`, or endless
+  int64_t chain;             // steps that are one chain of additions, longer contractions are sums of these
   int64_t outputs;           // output columns of a task; a quarter of it where a task holds sums of all tokens
   int64_t combine_bytes;     // rows that are summed per token are kept apart up to so many bytes
   int64_t token_chunk;       // tokens whose sums a task holds in fp32
   int64_t outer_rows;        // rows of a weight-gradient block
   int64_t outer_cols;        // columns of it; block and panel fit L2
   int64_t outer_depth;       // tokens per pass
+
+  // Rows of weights are added up by tiles alone: a chain is a pass of theirs, or there is only one. Passes of strips
+  // may divide it.
+  static constexpr int64_t endless = int64_t{1} << 40;
+  constexpr bool chain_is_a_pass() const { return chain == depth || chain == endless; }
 
   // How the pass from step `p` on begins.
   Start start(int64_t p) const { return p == 0 ? Start::zero : p % chain == 0 ? Start::add : Start::resume; }

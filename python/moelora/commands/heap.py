@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+import psutil
 from torch import Tensor, nn
 
 _LIBC = ctypes.CDLL(None)
 _TRIM = getattr(_LIBC, "malloc_trim", None)  # glibc's
-_STATM = Path("/proc/self/statm")
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class _MallInfo2(ctypes.Structure):
@@ -48,15 +45,14 @@ def beside() -> int:
     """Private bytes of this process that malloc has not given out: what was freed, and what is not its."""
     if _INFO is None:
         return 0
-    info = _INFO()
-    _, resident, shared = map(int, _STATM.read_text().split()[:3])
-    return (resident - shared) * _PAGE - info.uordblks - info.hblkhd
+    memory, info = psutil.Process().memory_info(), _INFO()
+    return memory.rss - memory.shared - info.uordblks - info.hblkhd
 
 
 class Watch:
     """Trims when more than LIMIT was freed since the last time, asked for as each layer begins and ends.
 
-    In a forward, what autograd keeps lies between blocks that are free again, a fourth as large in all. In a
+    In a forward, what autograd keeps lies between blocks that are free again, half as large in all. In a
     backward, most of it is freed, and the page cache of a mapped base has better use for it.
     """
 
