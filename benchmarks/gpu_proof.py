@@ -101,8 +101,8 @@ def make_steps(folder: Path) -> Iterator[Step]:
         yield Step(f"beside {kind}", _beside(folder / f"beside-{kind}", kind), 60)
     yield Step(f"operators {FIRST}", _benchmark(folder, FIRST, "ours", "--operators", "--tokens", "4096"), 60)
     sanitizer = _sanitizer()
-    # Each tensor in an allocation of its own: an access past its end is one past an allocation's. Weights that
-    # are brought over run the same kernels, and had not ended after five minutes under the sanitizer.
+    # Each tensor in an allocation of its own: an access past its end is one past an allocation's. Weights
+    # that are brought over run the same kernels, and had not ended after five minutes under the sanitizer.
     yield Step(
         "sanitizer",
         (sanitizer or "", "--tool", "memcheck", "--error-exitcode", "9",
