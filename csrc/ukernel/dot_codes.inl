@@ -25,15 +25,12 @@ struct Int8Lanes {
 struct E4m3Lanes {
   E4m3Codes<Bytes32> codes_of{E4m3Numbers(1.0f)};
   float scale = 1.0f;
-  bool met_nan = false;  // under a scale before
 
   static bool takes(float s) { return s != 0; }
   void use(float s) {
-    if (s == scale) return;
-    met_nan |= codes_of.met_nan();
-    codes_of = E4m3Codes<Bytes32>(E4m3Numbers(scale = s));
+    if (s != scale) codes_of.use(E4m3Numbers(scale = s));
   }
-  bool failed() { return met_nan | codes_of.met_nan(); }
+  bool failed() { return codes_of.met_nan(); }
   template <class Put>
   [[gnu::always_inline]] void operator()(const uint8_t* codes, const Put& put) {
     __m256i low, high;
