@@ -192,6 +192,15 @@ template <class U, class T, class Read>
   sizes.add(V::load_n(to + i, n - i));
 }
 
+// A few scales side by side, eight bytes at a time.
+template <class T>
+[[gnu::always_inline]] inline void gather_scales(const T* from, int64_t stride, int64_t n, T* to) {
+  constexpr int64_t kOnce = 8 / static_cast<int64_t>(sizeof(T));
+  int64_t i = 0;
+  for (; stride == 1 && i + kOnce <= n; i += kOnce) __builtin_memcpy(to + i, from + i, 8);
+  for (; i < n; ++i) to[i] = from[i * stride];
+}
+
 inline moelora::ScaleArgs in_one_row(moelora::ScaleArgs args, int64_t stride) {
   args.n *= args.rows;
   args.rows = 1;
@@ -222,9 +231,11 @@ template <class U, class T, class Read>
     int64_t count = 0;
     for (int64_t row = 0; row < args.rows; ++row, from += args.row_stride) {
       if (args.ahead != 0) fetch_scales(from + args.ahead, side_by_side ? args.n : 1);
-      for (int64_t i = 0; i < args.n; ++i) {
-        staged[count] = from[i * args.stride];
-        if (++count < kStagedScales) continue;
+      for (int64_t i = 0, some; i < args.n; i += some) {
+        some = args.n - i < kStagedScales - count ? args.n - i : kStagedScales - count;
+        gather_scales(from + i * args.stride, args.stride, some, staged + count);
+        count += some;
+        if (count < kStagedScales) continue;
         read_run<U>(&staged[0], count, to, sizes, read);
         to += count;
         count = 0;
@@ -248,6 +259,18 @@ bool widen_scales(const moelora::ScaleArgs& given) {
                            [](const T* from, int64_t n) __attribute__((always_inline)) { return V::load_n(from, n); });
 }
 
+// From register to register: a vector loaded from where its lanes were just stored would wait for them.
+template <class V>
+[[gnu::always_inline]] inline typename V::vec pick(const float* v, const uint8_t* at) {
+  if constexpr (V::lanes == 16)
+    return typename V::vec{v[at[0]], v[at[1]], v[at[2]],  v[at[3]],  v[at[4]],  v[at[5]],  v[at[6]],  v[at[7]],
+                           v[at[8]], v[at[9]], v[at[10]], v[at[11]], v[at[12]], v[at[13]], v[at[14]], v[at[15]]};
+  else if constexpr (V::lanes == 8)
+    return typename V::vec{v[at[0]], v[at[1]], v[at[2]], v[at[3]], v[at[4]], v[at[5]], v[at[6]], v[at[7]]};
+  else
+    return typename V::vec{v[at[0]], v[at[1]], v[at[2]], v[at[3]]};
+}
+
 // Scales of a byte each.
 template <class U, ScaleType S>
 bool decode_scales(const moelora::ScaleArgs& given) {
@@ -255,9 +278,10 @@ bool decode_scales(const moelora::ScaleArgs& given) {
   const moelora::ScaleArgs args = given;
   return read_scales<U, uint8_t>(args, [&](const uint8_t* bytes, int64_t n) __attribute__((always_inline)) {
     if constexpr (S == ScaleType::indexed) {
-      float picked[V::lanes];
-      for (int64_t j = 0; j < n; ++j) picked[j] = args.values[bytes[j]];
-      return V::add(V::mul(V::load_n(picked, n), V::set1(args.factor)), V::set1(args.offset));
+      uint8_t few[V::lanes] = {};
+      for (int64_t j = 0; n < V::lanes && j < n; ++j) few[j] = bytes[j];
+      const typename V::vec picked = pick<V>(args.values, n < V::lanes ? few : bytes);
+      return V::add(V::mul(picked, V::set1(args.factor)), V::set1(args.offset));
     } else {
       const typename V::vec v = U::template bytes<S>(bytes, n);
       if constexpr (S == ScaleType::e4m3) return V::mul(v, V::set1(args.factor));

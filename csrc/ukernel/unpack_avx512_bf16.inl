@@ -34,29 +34,54 @@ struct Bf16Unpack : Avx512Values {
   template <class T, bool High>
   static void groups(elem* to, const uint8_t* codes, const float* values, const float* scales, const float* zeros,
                      int64_t group, int64_t n, int64_t ahead) {
-    for (const elem* end = to + n; to < end; ++scales, to += group, codes += group / 2) {
-      const Table<T, true> table(values, *scales, zeros);
-      if (zeros) ++zeros;
-      for (int64_t i = 0; i < group; i += 32) {
-        fetch(codes + i / 2, ahead);
-        table.template lookup_32<High>(to + i, codes + i / 2);
+    if (zeros) return each_group<T, High, true>(to, codes, values, scales, zeros, group, n, ahead);
+    const int64_t pairs = group == 32 ? n / 64 * 64 : 0;
+    pairs_of_groups<High, 32>(to, codes, values, scales, pairs, ahead);
+    each_group<T, High, false>(to + pairs, codes + pairs / 2, values, scales + pairs / group, zeros, group, n - pairs,
+                               ahead);
+  }
+  template <class T, bool High, bool Zeros>
+  [[gnu::always_inline]] static void each_group(elem* to, const uint8_t* codes, const float* values,
+                                                const float* scales, const float* zeros, int64_t group, int64_t n,
+                                                int64_t ahead) {
+    for (const elem* end = to + n; to < end; ++scales) {
+      const Table<T, true> table(values, *scales, Zeros ? zeros++ : nullptr);
+      for (const elem* stop = to + group; to < stop; to += 32, codes += 16) {
+        fetch(codes, ahead);
+        table.template lookup_32<High>(to, codes);
       }
     }
   }
 
   static constexpr int64_t kSmallGroup = 16;
-  // Two groups' numbers in one table.
   template <class, bool High>
   static void small_groups(elem* to, const uint8_t* codes, const float* values, const float* scales, int64_t n,
                            int64_t ahead) {
+    pairs_of_groups<High, kSmallGroup>(to, codes, values, scales, n, ahead);
+  }
+
+  // Two groups' numbers in one table: `of` has bit 4 set in the words of the second.
+  template <bool High>
+  static void lookup_in_pair(elem* to, const uint8_t* codes, __m512i of, __m512i table) {
+    const __m512i code = _mm512_and_si512(index_of<High>(pairs_at(codes)), _mm512_set1_epi16(15));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_or_si512(code, of), table));
+  }
+  // n: a multiple of two groups.
+  template <bool High, int64_t Group>
+  [[gnu::always_inline]] static void pairs_of_groups(elem* to, const uint8_t* codes, const float* values,
+                                                     const float* scales, int64_t n, int64_t ahead) {
     const __m512 all = _mm512_loadu_ps(values);
-    const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-    for (int64_t i = 0; i < n; i += 32, scales += 2) {
-      fetch(codes + i / 2, ahead);
+    const __m512i first = _mm512_setzero_si512(), second = _mm512_set1_epi16(16);
+    for (const elem* end = to + n; to < end; to += 2 * Group, codes += Group, scales += 2) {
+      fetch(codes, ahead);
       const __m512i table =
           both_to_bf16(_mm512_mul_ps(all, _mm512_set1_ps(scales[0])), _mm512_mul_ps(all, _mm512_set1_ps(scales[1])));
-      const __m512i code = _mm512_and_si512(index_of<High>(pairs_at(codes + i / 2)), _mm512_set1_epi16(15));
-      _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(_mm512_or_si512(code, second), table));
+      if constexpr (Group == 16) {
+        lookup_in_pair<High>(to, codes, _mm512_inserti64x4(first, _mm512_castsi512_si256(second), 1), table);
+      } else {
+        lookup_in_pair<High>(to, codes, first, table);
+        lookup_in_pair<High>(to + 32, codes + 16, second, table);
+      }
     }
   }
 
@@ -202,21 +227,51 @@ struct Bf16Lines {
     }
   }
 
+  // As many of the first n columns as are whole groups of nibbles, of a multiple of 32. How many.
+  template <bool High, bool Zeros>
+  [[gnu::always_inline]] static int64_t run_of_groups(const UnpackArgs& args, const PackedRow<bf16_t>& a,
+                                                      const PackedRow<bf16_t>& b, int64_t n, bf16_t* line) {
+    if (args.first % args.group != 0 || args.group % 32 != 0) return 0;
+    const uint8_t *codes_a = a.codes + args.first / 2, *codes_b = b.codes + args.first / 2;
+    bf16_t* to = line + 2 * args.first;
+    const int64_t groups = n / args.group;
+    for (int64_t g = 0; g < groups; ++g) {
+      const __m512i numbers = Zeros ? table(args.values, a.scale[g], b.scale[g], a.zero[g], b.zero[g])
+                                    : table(args.values, a.scale[g], b.scale[g]);
+      for (const uint8_t* stop = codes_a + args.group / 2; codes_a < stop; codes_a += 16, codes_b += 16, to += 64) {
+        fetch(codes_a, args.ahead);
+        fetch(codes_b, args.ahead);
+        nibbles_32<High>(to, codes_a, codes_b, numbers);
+      }
+    }
+    return groups * args.group;
+  }
   // The first n columns, in sixteens.
   template <Code C>
   [[gnu::always_inline]] static void whole_groups(UnpackArgs args, const PackedRow<bf16_t>& a,
                                                   const PackedRow<bf16_t>& b, int64_t n, bf16_t* line) {
+    int64_t done = 0;
+    if constexpr (moelora::bits_of(C) == 4) {
+      constexpr bool kHigh = C == Code::nibbles_high;
+      done =
+          a.zero ? run_of_groups<kHigh, true>(args, a, b, n, line) : run_of_groups<kHigh, false>(args, a, b, n, line);
+    }
     args.n = n;
-    for_each_group(args, a.first_group, args.first,
+    for_each_group(args, a.first_group, args.first + done,
                    [&](int64_t g, int64_t column, int64_t stop)
                        __attribute__((always_inline)) { group<C>(args, a, b, g, column, stop, line); });
   }
-  // The same of groups of sixteen.
-  template <Code C>
-  [[gnu::always_inline]] static void small_groups(const UnpackArgs& args, const PackedRow<bf16_t>& a,
-                                                  const PackedRow<bf16_t>& b, int64_t n, bf16_t* line) {
-    int64_t column = args.first;
-    for (int64_t g = 0; g < n / 16; ++g, column += 16) group<C>(args, a, b, g, column, column + 16, line);
+  // The same of groups of sixteen nibbles.
+  template <bool High>
+  static void small_groups(const UnpackArgs& args, const PackedRow<bf16_t>& a, const PackedRow<bf16_t>& b, int64_t n,
+                           bf16_t* line) {
+    const uint8_t *codes_a = a.codes + args.first / 2, *codes_b = b.codes + args.first / 2;
+    bf16_t* to = line + 2 * args.first;
+    for (int64_t g = 0; g < n / 16; ++g, codes_a += 8, codes_b += 8, to += 32) {
+      fetch(codes_a, args.ahead);
+      fetch(codes_b, args.ahead);
+      nibbles_16<High>(to, codes_a, codes_b, table(args.values, a.scale[g], b.scale[g]));
+    }
   }
 
   // Columns [first, args.first + args.n), any scales; b: null where there is no second row.
@@ -310,12 +365,12 @@ struct Bf16Lines {
       const PackedRow<bf16_t> a(args, p, first_group), b(args, has_b ? p + 1 : p, first_group);
       bf16_t* line = line_of(args, p);
       const int64_t whole = has_b ? sixteens : 0;
-      if (C == Code::e4m3)
-        ;
-      else if (args.group == U::kSmallGroup)
-        small_groups<C>(args, a, b, whole, line);
-      else
-        whole_groups<C>(args, a, b, whole, line);
+      if constexpr (C != Code::e4m3) {
+        if (moelora::bits_of(C) == 4 && args.group == U::kSmallGroup && !a.zero)
+          small_groups<C == Code::nibbles_high>(args, a, b, whole, line);
+        else
+          whole_groups<C>(args, a, b, whole, line);
+      }
       if (whole == args.n) continue;
       UnpackArgs rows = args;
       rows.codes = a.codes;

@@ -50,14 +50,17 @@ class E4m3Codes {
   using vec = typename B::vec;
   static constexpr int64_t kBytes = B::kBytes;
 
-  explicit E4m3Codes(const E4m3Numbers& n) { use(n); }
+  explicit E4m3Codes(const E4m3Numbers& n)
+      : low_(B::template spread<0, 4, 2, 6>(n.normal)),
+        high_(B::template spread<1, 5, 3, 7>(n.normal)),
+        low_below_(B::template spread<2, 6, 2, 6>(n.subnormal)),
+        high_below_(B::template spread<3, 7, 3, 7>(n.subnormal)) {}
 
   // From here on these numbers; `met_nan` is of codes before, too.
   [[gnu::always_inline]] void use(const E4m3Numbers& n) {
-    low_ = B::template spread<0, 4, 2, 6>(n.normal);
-    high_ = B::template spread<1, 5, 3, 7>(n.normal);
-    low_below_ = B::template spread<2, 6, 2, 6>(n.subnormal);
-    high_below_ = B::template spread<3, 7, 3, 7>(n.subnormal);
+    const vec most = most_;
+    *this = E4m3Codes(n);
+    most_ = most;
   }
 
   // The bytes of their numbers. Of the codes that are NaN others.
