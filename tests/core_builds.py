@@ -131,6 +131,11 @@ def wide() -> dict[str, str]:
     return environ | amx_emulator.environment() | {"MOELORA_TEST_WIDE_EMULATED": "1"}
 
 
+def wide_kernels() -> None:
+    """Compiles the kernels for AVX-512 on the emulation, and nothing else."""
+    build("wide_operations", "-DMOELORA_EMULATE_WIDE=ON", targets=("wide_kernels",))
+
+
 def wide_operations() -> Path:
     """The folder of libwide_real.so and libwide_emulated.so: tests/wide_emulation/operations.cpp."""
     targets = ("wide_real", "wide_emulated")

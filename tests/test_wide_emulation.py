@@ -48,6 +48,12 @@ def test_every_intrinsic_is_emulated_and_every_emulation_compared():
 
 
 @x86
+def test_the_kernels_compile_on_the_emulation():
+    """Where AVX-512 is real, too: what it lacks besides intrinsics, a vector's elements say, shows here."""
+    core_builds.wide_kernels()
+
+
+@x86
 def test_an_emulated_build_needs_avx2_alone():
     if not core.wide_emulated:
         pytest.skip("the module under test is no emulated build; `tests/run.py wide` makes one")

@@ -1,8 +1,8 @@
 // Unpacking over an unpack policy. Include inside an instruction set's unit only. Its units are compiled without
 // contraction: products and sums are rounded one by one, unless fused by name.
 //
-// U: V (the vector policy), elem (compute type), bytes<Code or ScaleType>(const uint8_t*, n): V::lanes bytes as
-// numbers,
+// U: V (the vector policy, with pick(const float* numbers, const uint8_t*): for each lane that which its byte says),
+//    elem (compute type), bytes<Code or ScaleType>(const uint8_t*, n): V::lanes bytes as numbers,
 //    those from n on are not read
 //    canonical(vec): NaN as one that stays NaN however it is rounded
 //    Sizes: add(vec), ordinary(): whether all that were added are ordinary scales
@@ -259,18 +259,6 @@ bool widen_scales(const moelora::ScaleArgs& given) {
                            [](const T* from, int64_t n) __attribute__((always_inline)) { return V::load_n(from, n); });
 }
 
-// From register to register: a vector loaded from where its lanes were just stored would wait for them.
-template <class V>
-[[gnu::always_inline]] inline typename V::vec pick(const float* v, const uint8_t* at) {
-  if constexpr (V::lanes == 16)
-    return typename V::vec{v[at[0]], v[at[1]], v[at[2]],  v[at[3]],  v[at[4]],  v[at[5]],  v[at[6]],  v[at[7]],
-                           v[at[8]], v[at[9]], v[at[10]], v[at[11]], v[at[12]], v[at[13]], v[at[14]], v[at[15]]};
-  else if constexpr (V::lanes == 8)
-    return typename V::vec{v[at[0]], v[at[1]], v[at[2]], v[at[3]], v[at[4]], v[at[5]], v[at[6]], v[at[7]]};
-  else
-    return typename V::vec{v[at[0]], v[at[1]], v[at[2]], v[at[3]]};
-}
-
 // Scales of a byte each.
 template <class U, ScaleType S>
 bool decode_scales(const moelora::ScaleArgs& given) {
@@ -280,7 +268,7 @@ bool decode_scales(const moelora::ScaleArgs& given) {
     if constexpr (S == ScaleType::indexed) {
       uint8_t few[V::lanes] = {};
       for (int64_t j = 0; n < V::lanes && j < n; ++j) few[j] = bytes[j];
-      const typename V::vec picked = pick<V>(args.values, n < V::lanes ? few : bytes);
+      const typename V::vec picked = V::pick(args.values, n < V::lanes ? few : bytes);
       return V::add(V::mul(picked, V::set1(args.factor)), V::set1(args.offset));
     } else {
       const typename V::vec v = U::template bytes<S>(bytes, n);

@@ -57,6 +57,10 @@ struct F32x8 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16bit(p, n)), 16));
   }
   static vec load_n(const f16_t* p, int64_t n) { return _mm256_cvtph_ps(load_16bit(p, n)); }
+  // From register to register: a vector loaded from where its lanes were just stored would wait for them.
+  static vec pick(const float* v, const uint8_t* at) {
+    return _mm256_setr_ps(v[at[0]], v[at[1]], v[at[2]], v[at[3]], v[at[4]], v[at[5]], v[at[6]], v[at[7]]);
+  }
   static void store(float* p, vec v) { _mm256_storeu_ps(p, v); }
   static void store_n(float* p, vec v, int64_t n) {
     if (n >= 8) return _mm256_storeu_ps(p, v);

@@ -69,6 +69,11 @@ struct F32x16 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
   }
   static vec load_n(const f16_t* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n), p)); }
+  // From register to register: a vector loaded from where its lanes were just stored would wait for them.
+  static vec pick(const float* v, const uint8_t* at) {
+    return _mm512_setr_ps(v[at[0]], v[at[1]], v[at[2]], v[at[3]], v[at[4]], v[at[5]], v[at[6]], v[at[7]], v[at[8]],
+                          v[at[9]], v[at[10]], v[at[11]], v[at[12]], v[at[13]], v[at[14]], v[at[15]]);
+  }
   static void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
   static void store_n(float* p, vec v, int64_t n) { _mm512_mask_storeu_ps(p, first16(n), v); }
   static void store_n(bf16_t* p, vec v, int64_t n) { _mm256_mask_storeu_epi16(p, first16(n), to_bf16x16(v)); }

@@ -46,6 +46,11 @@ struct PortableVec {
       if (i < n) v[i] = widen(p[i]);
     return v;
   }
+  static vec pick(const A* v, const uint8_t* at) {
+    vec picked;
+    for (int i = 0; i < Lanes; ++i) picked[i] = v[at[i]];
+    return picked;
+  }
   static void store(A* p, vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
   template <class T>
   static void store_n(T* p, vec v, int64_t n) {

@@ -354,6 +354,10 @@ EMULATED __m512i _mm512_set_epi16(T... elements) {
   for (int i = 0; i < 32; ++i) v.at[i] = reversed[31 - i];
   return v.vector();
 }
+EMULATED __m512 _mm512_setr_ps(float a, float b, float c, float d, float e, float f, float g, float h, float i, float j,
+                               float k, float l, float m, float n, float o, float p) {
+  return {_mm256_setr_ps(a, b, c, d, e, f, g, h), _mm256_setr_ps(i, j, k, l, m, n, o, p)};
+}
 EMULATED __m512i _mm512_setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int i, int j, int k, int l,
                                    int m, int n, int o, int p) {
   return {_mm256_setr_epi32(a, b, c, d, e, f, g, h), _mm256_setr_epi32(i, j, k, l, m, n, o, p)};

@@ -72,6 +72,7 @@ const Operation kOperations[] = {
   VALUE(_mm512_set1_epi32, int)
   UNARY(_mm512_broadcastd_epi32, __m128i)
   RESULT(_mm512_setr_epi32, _mm512_setr_epi32(in.a[0], 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, -14, in.a[1]))
+  RESULT(_mm512_setr_ps, _mm512_setr_ps(as<float>(in.a), 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, -14, as<float>(in.b)))
   RESULT(_mm512_set_epi16, _mm512_set_epi16(in.a[0], 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19,
                                             20, 21, 22, 23, 24, 25, 26, 27, 28, 29, -30, in.a[1]))
 
