@@ -2,8 +2,8 @@
 // contraction: products and sums are rounded one by one, unless fused by name.
 //
 // U: V (the vector policy, with pick(const float* numbers, const uint8_t*): for each lane that which its byte says),
-//    elem (compute type), bytes<Code or ScaleType>(const uint8_t*, n): V::lanes bytes as numbers,
-//    those from n on are not read
+//    elem (compute type), bytes<Code or ScaleType>(const uint8_t*, n): V::lanes bytes as numbers, those from n on are
+//    not read
 //    canonical(vec): NaN as one that stays NaN however it is rounded
 //    Sizes: add(vec), ordinary(): whether all that were added are ordinary scales
 //    put<T>(elem*, vec, n): rounded to T, as the compute type
@@ -176,7 +176,7 @@ template <class T>
     __builtin_prefetch(reinterpret_cast<const char*>(at) + i, 0, 2);
 }
 
-// read(from, n): n scales of type T that lie side by side, zeros behind them.
+// read(from, n): n scales of type T that lie side by side, anything behind them.
 template <class U, class T, class Read>
 [[gnu::always_inline]] inline void read_run(const T* from, int64_t n, float* to, typename U::Sizes& sizes,
                                             const Read& read) {

@@ -261,7 +261,7 @@ struct Bf16Lines {
                    [&](int64_t g, int64_t column, int64_t stop)
                        __attribute__((always_inline)) { group<C>(args, a, b, g, column, stop, line); });
   }
-  // The same of groups of sixteen nibbles.
+  // The same of groups of sixteen nibbles, without zeros.
   template <bool High>
   static void small_groups(const UnpackArgs& args, const PackedRow<bf16_t>& a, const PackedRow<bf16_t>& b, int64_t n,
                            bf16_t* line) {
