@@ -192,7 +192,7 @@ template <class U, class T, class Read>
   sizes.add(V::load_n(to + i, n - i));
 }
 
-// A few scales side by side, eight bytes at a time.
+// A few scales; those side by side eight bytes at a time.
 template <class T>
 [[gnu::always_inline]] inline void gather_scales(const T* from, int64_t stride, int64_t n, T* to) {
   constexpr int64_t kOnce = 8 / static_cast<int64_t>(sizeof(T));
