@@ -136,6 +136,15 @@ _PACKED = {
     "packed, 128 rows an expert": Case(
         tokens=128, experts=2, k=256, n=192, rank=16, dtype=BF16, lora="fp32", packing=Packing("nf4", 64)
     ),
+    "NF4 in several strips and passes, the last of each narrower": Case(
+        tokens=64, experts=2, k=640, n=290, dtype=BF16, packing=Packing("nf4", 64)
+    ),
+    "INT8 in several strips and passes, turned": Case(
+        tokens=64, experts=2, k=290, n=688, dtype=BF16, packing=Packing("int8", 16, transposed=True)
+    ),
+    "FP8 in several strips and passes": Case(
+        tokens=64, experts=2, k=680, n=290, dtype=BF16, packing=Packing("fp8", 128, rows="block")
+    ),
 }
 ROWS = tuple(case.with_(reason=reason) for reason, case in _ROWS.items())
 PACKED = tuple(case.with_(reason=reason) for reason, case in _PACKED.items())

@@ -29,6 +29,7 @@ constexpr BlockingValue kBlocking[] = {
     {"thin_strip", &Blocking::thin_strip, 1},
     {"strip", &Blocking::strip, 1},
     {"packed_strips", &Blocking::packed_strips, 1},
+    {"byte_strips", &Blocking::byte_strips, 1},
     {"packed_depth", &Blocking::packed_depth, 1},
     {"packed_flat_rows", &Blocking::packed_flat_rows, 0},
     {"chain", &Blocking::chain, 1},

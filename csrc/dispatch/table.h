@@ -19,6 +19,7 @@ struct Blocking {
   int64_t strip;          // else this wide: outputs that are packed together, a multiple of the widest tile
   int64_t pass_outputs;   // of so many outputs each pass takes the strips in turn: rows of a pass stay in L2
   int64_t packed_strips;  // of packed weights so many strips are unpacked together,
+  int64_t byte_strips;    //   so many of codes of a byte,
   int64_t packed_depth;   //   so deep or a chain
   int64_t packed_flat_rows;  // up to so many rows, some steps of packed weights at a time are unpacked for flat tiles
   int64_t segment;           // weight rows per accumulator block in the row orientation; the block stays in L2

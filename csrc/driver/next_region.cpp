@@ -11,10 +11,10 @@ void NextRegion::share(TileArgs& tile) {
     tile.widen.from = static_cast<const char*>(widen_.from) + first * widen_.stride;
     tile.widen.to = static_cast<char*>(widen_.to) + first * widen_.to_stride;
     tile.widen.ahead = ahead(first);
-  } else if (rows_are_ == RowsAre::outputs) {
-    tile.ahead = weights_.rows_ahead(next_.out + first, count, next_.p, next_.steps);
   } else {
-    tile.ahead = weights_.strip_ahead(next_.out, next_.width, next_.p + first, count);
+    tile.ahead = fetch_;
+    tile.ahead.from = static_cast<const char*>(fetch_.from) + first * fetch_.stride;
+    tile.ahead.rows = count;
   }
 }
 

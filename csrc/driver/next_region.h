@@ -42,11 +42,14 @@ class NextRegion {
         next_(next),
         later_(later),
         rows_ahead_(kBytesAhead / max64(1, row_bytes()) + 1),
-        shares_(rows(next), tiles) {}
+        tiles_(tiles),
+        fetch_(rows_are == RowsAre::outputs ? weights_.rows_ahead(next.out, next.width, next.p, next.steps)
+                                            : weights_.strip_ahead(next.out, next.width, next.p, next.steps)),
+        shares_(fetch_.rows, tiles) {}
 
   // Where the tiles convert the region to, if they do.
-  void to(const LeftRows& rows) { widen_ = weights_.widen_rows(next_, rows); }
-  void to(char* panels, const StripLayout& layout) { widen_ = weights_.widen_strip(next_, panels, layout); }
+  void to(const LeftRows& rows) { widen(weights_.widen_rows(next_, rows)); }
+  void to(char* panels, const StripLayout& layout) { widen(weights_.widen_strip(next_, panels, layout)); }
 
   // The next tile's share becomes part of its call. Of several calls with the same `tile`, too.
   void share(TileArgs& tile);
@@ -54,6 +57,10 @@ class NextRegion {
  private:
   static constexpr int64_t kBytesAhead = 2048;
 
+  void widen(const Widen& all) {
+    widen_ = all;
+    shares_ = Shares(all.rows, tiles_);
+  }
   int64_t row_bytes() const {
     return (rows_are_ == RowsAre::outputs ? next_.steps : next_.width) * weights_.element_size();
   }
@@ -64,9 +71,10 @@ class NextRegion {
   const WeightTiles weights_, later_weights_;
   const RowsAre rows_are_;
   const Region next_, later_;
-  const int64_t rows_ahead_;
+  const int64_t rows_ahead_, tiles_;
+  const Ahead fetch_;  // all of it, where nothing is converted
+  Widen widen_;        // all of it, if anything
   Shares shares_;
-  Widen widen_;  // all of it, if anything
 };
 
 }  // namespace moelora

@@ -14,7 +14,8 @@ struct Cut {
   Cut(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range) {
     const Blocking& b = choice.blocking;
     const bool thin = in_thin_passes(choice, range), packed = op.w.is_packed();
-    width = min64(packed ? b.packed_strips * b.strip : thin ? b.thin_strip : b.strip, range.out1 - range.out0);
+    const int64_t together = !packed ? 1 : bits_of(op.w.packed.code) == 8 ? b.byte_strips : b.packed_strips;
+    width = min64(thin && !packed ? b.thin_strip : together * b.strip, range.out1 - range.out0);
     pass = max64(1, min64(packed ? min64(b.packed_depth, b.chain) : thin ? b.thin_depth : b.depth, op.w.cols()));
     strips = max64(1, b.pass_outputs / width);
   }

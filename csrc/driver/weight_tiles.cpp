@@ -1,6 +1,13 @@
 #include "driver/weight_tiles.h"
 
 namespace moelora {
+namespace {
+
+// What tiles have fetched of a region's codes, others have driven out of L2 in part: rows whose distance is a power of
+// two share few sets. From beyond it takes about as long as so many rows are unpacked.
+constexpr int64_t kRowsAhead = 16;
+
+}  // namespace
 
 // fetch: the rows behind these are next.
 WeightTiles::DotOperand WeightTiles::dot_rows(int64_t out, int64_t count, int64_t p, int64_t steps, bool fetch,
@@ -78,7 +85,7 @@ void WeightTiles::strip(int64_t out, int64_t width, int64_t p, int64_t steps, ch
   if (!layout.side_by_side || !has_lines())
     return strip(out, width, p, steps, panels, layout.line, layout.side_by_side ? 0 : layout.apart, arena);
   const int64_t lane_bytes = k_.pack * size_of(k_.compute), stride = layout.line * lane_bytes;
-  lines(out, width, p, steps, panels, stride, 0, arena);
+  lines(out, width, p, steps, panels, stride, kRowsAhead, arena);
   const auto beyond = static_cast<size_t>((round_up(width, k_.lane_step()) - width) * lane_bytes);
   for (int64_t q = 0; beyond > 0 && q < ceil_div(steps, k_.pack); ++q)
     std::memset(panels + q * stride + width * lane_bytes, 0, beyond);
