@@ -140,7 +140,7 @@ _PACKED = {
         tokens=64, experts=2, k=640, n=290, dtype=BF16, packing=Packing("nf4", 64)
     ),
     "INT8 in several strips and passes, turned": Case(
-        tokens=64, experts=2, k=290, n=688, dtype=BF16, packing=Packing("int8", 16, transposed=True)
+        tokens=64, experts=2, k=290, n=672, dtype=BF16, packing=Packing("int8", 32, transposed=True)
     ),
     "FP8 in several strips and passes": Case(
         tokens=64, experts=2, k=680, n=290, dtype=BF16, packing=Packing("fp8", 128, rows="block")

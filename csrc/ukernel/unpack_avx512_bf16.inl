@@ -206,15 +206,12 @@ struct Bf16Lines {
                                            bf16_t* line) {
     if constexpr (moelora::bits_of(C) == 8) {
       const __m512 factor_a = _mm512_set1_ps(a.scale[g]), factor_b = _mm512_set1_ps(b.scale[g]);
-      const auto sixteen = [&](int64_t at) __attribute__((always_inline)) {
-        bytes_16<C>(line + 2 * at, a.codes + at, b.codes + at, factor_a, factor_b);
-      };
-      for (; column + 64 <= stop; column += 64) {
+      while (column < stop) {
         fetch(a.codes + column, args.ahead);
         fetch(b.codes + column, args.ahead);
-        for (int64_t i = 0; i < 64; i += 16) sixteen(column + i);
+        for (const int64_t end = column + 64 < stop ? column + 64 : stop; column < end; column += 16)
+          bytes_16<C>(line + 2 * column, a.codes + column, b.codes + column, factor_a, factor_b);
       }
-      for (; column < stop; column += 16) sixteen(column);
     } else {
       constexpr bool kHigh = C == Code::nibbles_high;
       const __m512i numbers = a.zero ? table(args.values, a.scale[g], b.scale[g], a.zero[g], b.zero[g])
