@@ -294,11 +294,12 @@ def test_flat_tile(k, rows, depth, width, resume, gap, seed, data):
         out.fill(begin)
     k.flat_tile(placed(left, gap, offset=1), placed(right, gap, offset=1), out.array, resume)
     got = out.check()
-    wide = to_float(right).astype(DTYPES[k.compute])
+    wide = np.zeros((-(-depth // k.pack) * k.pack, -(-width // k.lane_step) * k.lane_step), DTYPES[k.compute])
+    wide[:depth, :width] = to_storage(to_float(right), k.compute)
     for j in range(0, width, k.lane_step):
         n = min(k.lane_step, width - j)
-        panel = np.zeros((depth, k.lane_step, 1), DTYPES[k.compute])
-        panel[:, :n, 0] = wide[:, j : j + n]
+        steps = wide[:, j : j + k.lane_step].reshape(-1, k.pack, k.lane_step)
+        panel = np.ascontiguousarray(steps.swapaxes(1, 2))
         for i in range(rows):
             c = np.zeros((1, k.lane_step), DTYPES[acc])
             c[0, :n] = begin[i, j : j + n]

@@ -103,7 +103,7 @@ void check_dot(const KernelChoice& choice, const std::string& change, int64_t to
 }
 
 void check_flat(const KernelChoice& choice, bool lines, const std::string& change, int64_t to) {
-  FlatArgs args{memory, 64, memory, 64, 2, 2, 1, memory, 2, Start::zero, 0};
+  FlatArgs args{memory, 64, memory, 64, 2, 2, 1, memory, 2, Start::zero, {}};
   if (change == "rows") args.rows = static_cast<int>(to);
   if (change == "width") args.width = to;
   if (change == "depth") args.depth = to;

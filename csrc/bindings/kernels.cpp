@@ -250,7 +250,7 @@ void flat_tile(const KernelChoice& choice, const py::array& l, const py::array& 
                       to.mutable_data(),
                       to.stride(0),
                       resume ? Start::resume : Start::zero,
-                      0};
+                      {}};
   const auto run = for_storage(k.flat_tile, k, "r", right.dtype());
   check(k, args, right.dtype());
   run(args);

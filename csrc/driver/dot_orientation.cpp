@@ -27,14 +27,9 @@ void DotRows::operator()(int64_t out, int64_t width, bool fetch, char* c, int64_
     const Ahead ahead = fetch && !w_.is_packed() ? w_.rows_ahead(out + i + height, height, p, steps) : Ahead{};
     tile_row(rows, ahead, out + i, height, p, c + i * accumulator_size(k), ldc, arena);
   };
-  if (w_.is_packed()) {
-    // Codes are read in the order of their memory.
-    for (int64_t i = 0; i < width; i += height_)
-      for (int64_t p = 0; p < w_.depth(); p += pass_of(k)) tile(i, p);
-    return;
-  }
-  for (int64_t p = 0; p < w_.depth(); p += pass_of(k))
-    for (int64_t i = 0; i < width; i += height_) tile(i, p);
+  // In the order of their memory.
+  for (int64_t i = 0; i < width; i += height_)
+    for (int64_t p = 0; p < w_.depth(); p += pass_of(k)) tile(i, p);
 }
 
 void DotRows::pass(const LeftRows& w, int64_t out, int64_t width, int64_t p, char* c, int64_t ldc, Arena& arena) const {

@@ -11,7 +11,7 @@ class DotRows {
   DotRows(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range, Arena& arena);
 
   // Steps of a pass: some rows of so many bytes stay in L1.
-  static int64_t pass_of(const Kernels& k) { return 4096 / size_of(k.compute); }
+  static int64_t pass_of(const Kernels& k) { return 8192 / size_of(k.compute); }
 
   // c: [rows][ldc] = outputs [out, out + width).  fetch: these weight rows are new to the caches.
   void operator()(int64_t out, int64_t width, bool fetch, char* c, int64_t ldc, Arena& arena) const;

@@ -7,27 +7,36 @@
 namespace moelora {
 namespace {
 
-// Weight rows whose streams the processor follows side by side, and whose lines share a set of L1.
+// Weight rows that are added to C together, whose lines share a set of L1; meanwhile the next ones are fetched.
 constexpr int64_t kStep = 8;
-constexpr int64_t kResident = int64_t{24} << 10;
+// Of C and what is unpacked. Far more than L1: memory delivers whole rows half as fast again as parts of them.
+constexpr int64_t kResident = int64_t{128} << 10;
 
 // c: [rows][ldc] = or += rows l · rows r, of outputs [first, first + width) of those that r begins with.
 struct Steps {
   const Kernels& k;
   LeftRows l;
   WeightTiles::FlatOperand r;  // step 0
-  int64_t rows, ldc;
+  int64_t rows, ldc, depth;
+  Ahead after = {};  // what will be wanted after the last step
 
   void add(int64_t p0, int64_t p1, int64_t first, int64_t width, Start start, char* c) const {
-    const char* from = r.rows.data + first * size_of(r.storage) * (r.lines ? k.pack : 1);
-    for (int64_t p = p0, step = kStep; p < p1; p += step, start = Start::resume)
-      multiply(p, min64(step, p1 - p), from + p / (r.lines ? k.pack : 1) * r.rows.stride, kStep * r.rows.stride, first,
-               width, start, c);
+    for (int64_t p = p0; p < p1; p += kStep, start = Start::resume) {
+      const Ahead ahead = p + kStep < depth ? part(p + kStep, first, width) : after;
+      multiply(p, min64(kStep, p1 - p), part(p, first, width).from, ahead, first, width, start, c);
+    }
   }
 
-  // `from`: outputs from `first` on of step p; memory so far ahead will be wanted soon.
-  void multiply(int64_t p, int64_t steps, const char* from, int64_t ahead, int64_t first, int64_t width, Start start,
-                char* c) const {
+  // The rows from step p on that are added together, in memory.
+  Ahead part(int64_t p, int64_t first, int64_t width) const {
+    const int64_t steps_a_row = r.lines ? k.pack : 1, lane_bytes = size_of(r.storage) * steps_a_row;
+    return {r.rows.data + first * lane_bytes + p / steps_a_row * r.rows.stride, r.rows.stride,
+            ceil_div(min64(kStep, depth - p), steps_a_row), width * lane_bytes};
+  }
+
+  // from: of step p and output `first`
+  void multiply(int64_t p, int64_t steps, const void* from, const Ahead& ahead, int64_t first, int64_t width,
+                Start start, char* c) const {
     const int64_t groups = ceil_div(rows, kMaxFlatRows);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t row = g * rows / groups, height = (g + 1) * rows / groups - row;
@@ -41,7 +50,7 @@ struct Steps {
                           c + (row * ldc + first) * accumulator_size(k),
                           ldc,
                           start,
-                          g == 0 ? ahead : 0};
+                          g == 0 ? ahead : Ahead{}};
       r.lines ? run_flat_lines(k, args) : run_flat_tile(k, r.storage, args);
     }
   }
@@ -50,8 +59,9 @@ struct Steps {
 // The base's rows: in place, or of packed weights some at a time in L1.
 class BaseSteps {
  public:
-  BaseSteps(const Kernels& k, const WeightTiles& w, const LeftRows& x, int64_t rows, int64_t out, int64_t width)
-      : w_(w), out_(out), steps_{k, x, {}, rows, width} {
+  BaseSteps(const Kernels& k, const WeightTiles& w, const LeftRows& x, int64_t rows, int64_t out, int64_t width,
+            const Ahead& after)
+      : w_(w), out_(out), steps_{k, x, {}, rows, width, w.depth(), after} {
     if (!w.has_lines()) steps_.r = w.flat_rows(out, 0);
   }
 
@@ -80,7 +90,7 @@ class BaseSteps {
       for (int64_t j = 0; j < all; j += outputs) {
         const int64_t steps = min64(lined(), p1 - p), width = min64(outputs, all - j);
         w_.lines(out_ + j, width, p, steps, some, stride, 2 * lined(), arena);
-        steps_.multiply(p, steps, some, 0, j, width, p == p0 ? Start::zero : Start::resume, c);
+        steps_.multiply(p, steps, some, {}, j, width, p == p0 ? Start::zero : Start::resume, c);
       }
   }
 
@@ -90,6 +100,15 @@ class BaseSteps {
   const int64_t out_;
   Steps steps_;
 };
+
+// What the block begins with, where it is read in place.
+Ahead first_rows(const Kernels& k, const GroupedLinear& op, const BlockRange* block) {
+  if (block == nullptr) return {};
+  const WeightTiles w(k, op.w, block->expert);
+  const int64_t width = block->out1 - block->out0;
+  if (!w.flat_as_stored()) return {};
+  return Steps{k, {}, w.flat_rows(block->out0, 0), 0, width, w.depth()}.part(0, 0, width);
+}
 
 // LoRA's rows as lanes: in place, or packed into one panel.
 WeightTiles::FlatOperand lora_rows(const Kernels& k, const WeightTiles& b, int64_t out, int64_t width, Arena& arena) {
@@ -112,16 +131,17 @@ void flat_orientation_block(const KernelChoice& choice, const GroupedLinear& op,
   const int64_t rows = range.row1 - range.row0, depth = w.depth(), chain = choice.blocking.chain;
   const int64_t width = range.out1 - range.out0, acc = accumulator_size(k);
   const int64_t bytes = rows * width * acc, piece = segment_width(choice, op);
-  BaseSteps base(k, w, x_rows(k, op, range, arena), rows, range.out0, width);
-  Steps lora{k, {}, {}, rows, width};
   const int64_t rank = op.u.data ? op.b.cols : 0;
+  Steps lora{k, {}, {}, rows, width, rank, first_rows(k, op, range.next)};
   if (rank) {
     lora.l = left_rows(k, op.u, range.row0, rows, 0, rank, arena);
     lora.r = lora_rows(k, WeightTiles(k, op.b, range.expert), range.out0, width, arena);
   }
+  const Ahead after = rank ? lora.part(0, 0, width) : lora.after;
+  BaseSteps base(k, w, x_rows(k, op, range, arena), rows, range.out0, width, after);
   char* c = static_cast<char*>(arena.take(bytes));
   char* total = depth > chain ? static_cast<char*>(arena.take(bytes)) : nullptr;
-  // C of as many outputs as stay in L1.
+  // C of as many outputs as stay near.
   const int64_t outputs = max64(1, kResident / (base.bytes_each() * piece)) * piece;
   for (int64_t p = 0; p < depth; p += chain) {
     const int64_t end = min64(depth, p + chain);

@@ -41,14 +41,14 @@ template <class Op, class T, int MR, int NC>
   };
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T)), kStride = kLine > kRun ? kLine : kRun;
   int64_t p = 0;
-  for (int64_t next = 0; p + kRun <= segment.depth; next += kStride) {
-    // All rows side by side: memory delivers that faster than one row after the other.
-    for (int64_t i = 0; i < ahead.rows; ++i)
-      for (int64_t at = next; at < next + kStride; at += kLine)
-        __builtin_prefetch(static_cast<const char*>(ahead.from) + i * ahead.stride + at * sizeof(T), 0, 2);
-    for (; p < next + kStride && p + kRun <= segment.depth; p += kRun)
-      step(p, [](const auto* at) { return Op::load_whole(at); });
-  }
+  const auto steps = [&](auto beside) __attribute__((always_inline)) {
+    for (int64_t next = 0; p + kRun <= segment.depth; next += kStride) {
+      beside.step();
+      for (; p < next + kStride && p + kRun <= segment.depth; p += kRun)
+        step(p, [](const auto* at) { return Op::load_whole(at); });
+    }
+  };
+  ahead.rows > 0 ? steps(Fetcher<kToL1>(ahead, segment.depth / kStride)) : steps(Alone{});
   const int64_t left = segment.depth - p;
   if (left > 0) step(p, [left](const auto* at) { return Op::load_run(at, left); });
 }

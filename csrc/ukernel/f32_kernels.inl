@@ -74,7 +74,10 @@ void fill_storage(moelora::Kernels& k, moelora::DType storage) {
   fill_packs<V, Op, T>(k, storage);
   fill_rows_of<V, T>(k, storage);
   fill_glu<V, T>(k, storage);
-  if constexpr (Op::pack == 1) k.flat_tile[static_cast<int>(storage)] = flat_any<Op, T, 1>;
+  if constexpr (Op::pack == 1)
+    k.flat_tile[static_cast<int>(storage)] = flat_any<Op, RowsInPlace<Op, T>>;
+  else if constexpr (Op::weaves)
+    k.flat_tile[static_cast<int>(storage)] = flat_any<Op, PairsInPlace<Op, T>>;
   if constexpr (requires(const T* row) { V::sum_of_four, Op::load_whole(row); }) fill_dot<Op, T>(k, storage);
 }
 

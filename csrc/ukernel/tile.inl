@@ -95,7 +95,12 @@ struct Turns {
   }
 };
 
-// Fetches the lines of an Ahead. Evenly: rows may lie in as many pages, whose addresses take time to look up.
+// Where __builtin_prefetch brings lines.
+constexpr int kToL2 = 2, kToL1 = 3;
+
+// Fetches the lines of an Ahead, in the order of their memory. Evenly: rows may lie in as many pages, whose addresses
+// take time to look up.
+template <int Where = kToL2>
 struct Fetcher {
   moelora::Ahead ahead;
   int64_t lines, left, per_turn;
@@ -124,7 +129,7 @@ struct Fetcher {
   [[gnu::always_inline]] void fetch() {
     for (int64_t i = 0; i < per_turn; ++i) {
       if (left == 0) return;
-      __builtin_prefetch(at, 0, 2);
+      __builtin_prefetch(at, 0, Where);
       at += 64;
       if (--left > 0 && at == run_end) start_run();
     }
@@ -140,7 +145,7 @@ template <class Op>
 struct Weaver {
   using elem = typename Op::elem;
   int64_t left;
-  Fetcher ahead;
+  Fetcher<> ahead;
   const char* rows;
   elem* panel;
   int64_t stride, line;
@@ -258,7 +263,7 @@ void tile_widening(const moelora::TileArgs& args) {
 template <class Op, int MR, int NV, bool HasHalf>
 void tile_in_place(const moelora::TileArgs& args) {
   Accumulators<Op, MR, NV, HasHalf> acc(args);
-  Fetcher ahead(args.ahead, args.segments[0].depth / Op::pack);
+  Fetcher<> ahead(args.ahead, args.segments[0].depth / Op::pack);
   for (int s = 0; s < args.n_segments; ++s) multiply_packed(acc, args.segments[s], args.panel_lanes, ahead);
   acc.store(args);
 }
@@ -281,7 +286,7 @@ void tile_weaving(const moelora::TileArgs& args) {
   using elem = typename Op::elem;
   Accumulators<Op, MR, 4, false> acc(args);
   const moelora::Segment& segment = args.segments[0];
-  Fetcher ahead(args.ahead, segment.depth / Op::pack);
+  Fetcher<> ahead(args.ahead, segment.depth / Op::pack);
   const LeftPointers<Op, MR> l(segment);
   const char* a = static_cast<const char*>(segment.rows);
   elem* r = static_cast<elem*>(segment.panel);
@@ -316,7 +321,7 @@ void tile_staged(const moelora::TileArgs& args) {
   constexpr int kStage = kStageBytes / sizeof(elem);
   alignas(64) elem staged[2][MR][kStage];
   Accumulators<Op, MR, NV, HasHalf> acc(args);
-  Fetcher ahead(args.ahead, args.segments[0].depth / Op::pack);
+  Fetcher<> ahead(args.ahead, args.segments[0].depth / Op::pack);
   for (int s = 0; s < args.n_segments; ++s) {
     const moelora::Segment& segment = args.segments[s];
     const elem* r = static_cast<const elem*>(segment.r);

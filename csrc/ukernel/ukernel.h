@@ -151,7 +151,7 @@ struct FlatArgs {
   void* c;
   int64_t ldc;
   Start start;
-  int64_t ahead;  // bytes: memory so far behind each element of R will be wanted soon
+  Ahead ahead;
 };
 
 // Sources of the pack functions are rows: pointers to element `0` of each, `stride` elements between neighbours.
