@@ -2,19 +2,17 @@
 
 namespace moelora {
 void NextRegion::share(TileArgs& tile) {
-  const auto [first, count] = shares_.take();
+  const Shares::Share share = shares_.take();
   if (widen_.rows > 0) {
-    tile.widen.rows = count;
-    if (count == 0) return;
+    tile.widen.rows = share.count;
+    if (share.count == 0) return;
     tile.widen = widen_;
-    tile.widen.rows = count;
-    tile.widen.from = static_cast<const char*>(widen_.from) + first * widen_.stride;
-    tile.widen.to = static_cast<char*>(widen_.to) + first * widen_.to_stride;
-    tile.widen.ahead = ahead(first);
+    tile.widen.rows = share.count;
+    tile.widen.from = static_cast<const char*>(widen_.from) + share.first * widen_.stride;
+    tile.widen.to = static_cast<char*>(widen_.to) + share.first * widen_.to_stride;
+    tile.widen.ahead = ahead(share.first);
   } else {
-    tile.ahead = fetch_;
-    tile.ahead.from = static_cast<const char*>(fetch_.from) + first * fetch_.stride;
-    tile.ahead.rows = count;
+    tile.ahead = rows_of(fetch_, share);
   }
 }
 

@@ -1,4 +1,5 @@
 #include "driver/epilogue.h"
+#include "driver/next_region.h"
 #include "driver/rows.h"
 #include "driver/weight_tiles.h"
 
@@ -56,8 +57,10 @@ class PanelPass {
     const int64_t busy = weave_now, weavers = tiles - busy;
     const bool weave_next = weavers > 0 && lanes == k_.lanes * k_.vecs && w_.weaves(next.width, next.p1 - next.p0) &&
                             (next.p1 - next.p0) / k_.pack <= weavers * (steps / k_.pack);
+    const Ahead ahead = weave_next ? Ahead{} : fetch(next.width ? next : later);
+    Shares heights(rows_, tiles), aheads(ahead.rows, tiles);
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t row = t * rows_ / tiles, tile_rows = (t + 1) * rows_ / tiles - row;
+      const auto [row, tile_rows] = heights.take();
       Segment base{x_.at(row, now.p0 * size_of(k_.compute)), x_.stride, panel, steps};
       if (weave_now && t == 0) {
         const LaneRows rows = w_.lane_rows(now.out, now.p0);
@@ -80,7 +83,7 @@ class PanelPass {
         if (i >= 0) tile.weave = weave(share(next, i, weavers), next.p0, w_panels_[1 - current_]);
         tile.ahead = fetch(i + 1 < weavers ? share(next, i + 1, weavers) : share(later, 0, weavers));
       } else {
-        tile.ahead = fetch(share(next.width ? next : later, t, tiles));
+        tile.ahead = rows_of(ahead, aheads.take());
       }
       run_tile(k_, tile);
     }
