@@ -90,10 +90,10 @@ constexpr Row kRows[] = {
         .blocking =
             {
                 .row_chunk = 192,
-                .dot_rows = 8,
+                .dot_rows = 12,
                 .odd_rows = 4,
                 .few_rows = 32,
-                .flat_rows = 6,
+                .flat_rows = 12,
                 .thin_rows = 32,
                 .thin_depth = 128,
                 .thin_strip = 2048,
@@ -123,7 +123,7 @@ constexpr Row kRows[] = {
         .blocking =
             {
                 .row_chunk = 192,
-                .dot_rows = 10,
+                .dot_rows = 12,
                 .odd_rows = 4,
                 .few_rows = 32,
                 .flat_rows = 16,
@@ -157,10 +157,10 @@ constexpr Row kRows[] = {
         .blocking =
             {
                 .row_chunk = 192,
-                .dot_rows = 10,
+                .dot_rows = 12,
                 .odd_rows = 2,
                 .few_rows = 32,
-                .flat_rows = 11,
+                .flat_rows = 8,
                 .thin_rows = 48,
                 .thin_depth = 256,
                 .thin_strip = 192,
