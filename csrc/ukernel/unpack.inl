@@ -44,7 +44,7 @@ struct PackedRow {
 
 // Evenly between the work: many at once would wait for each other.
 [[gnu::always_inline]] inline void fetch(const uint8_t* codes, int64_t ahead) {
-  __builtin_prefetch(codes + ahead, 0, 2);
+  __builtin_prefetch(codes + ahead, 0, 3);
 }
 
 // Calls part(group, column, end of the columns in it) for each group of columns [column, end); groups count from that
@@ -173,7 +173,7 @@ constexpr int64_t kStagedScales = 256;
 template <class T>
 [[gnu::always_inline]] inline void fetch_scales(const T* at, int64_t n) {
   for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(at) + i, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const char*>(at) + i, 0, 3);
 }
 
 // read(from, n): n scales of type T that lie side by side, anything behind them.
