@@ -326,6 +326,7 @@ struct Bf16Lines {
   static void e4m3_groups(UnpackArgs args, int64_t n) {
     args.n = n;
     const int64_t first_group = args.first / args.group;
+    RowsAhead ahead(args, 64);
     for_each_group(args, first_group, args.first, [&](int64_t g, int64_t column, int64_t stop) {
       E4m3Row row_a(args.scale[g]), row_b(row_a);
       for (int64_t p = 0; p + 1 < args.rows; p += 2) {
@@ -336,8 +337,8 @@ struct Bf16Lines {
           row_a.use(a.scale[g]);
           row_b.use(b.scale[g]);
           for (; done + 64 <= stop; done += 64) {
-            fetch(a.codes + done, args.ahead);
-            fetch(b.codes + done, args.ahead);
+            ahead(a.codes + done);
+            ahead(b.codes + done);
             e4m3_64(line + 2 * done, a.codes + done, b.codes + done, row_a.codes_of, row_b.codes_of);
           }
           const bool nan_a = row_a.codes_of.met_nan(), nan_b = row_b.codes_of.met_nan();
