@@ -336,6 +336,7 @@ const moelora::Kernels& moelora::bf16_kernels_amx_bf16() {
     k.vecs = kMaxTileVecs;
     for (int& rows : k.max_rows) rows = kMaxRows;
     k.tile = tile;
+    for (auto& flat : k.flat_tile) flat = nullptr;  // tiles add up in another order
     k.peak = peak;
     k.release = release;
     return k;
