@@ -106,8 +106,10 @@ blockings = st.fixed_dictionaries(
         "row_chunk": st.sampled_from((1, 3, 16, 40)),
         "dot_rows": st.sampled_from((0, 3, 8, 20)),
         "odd_rows": st.sampled_from((0, 1, 7)),
+        "dot_depth": st.sampled_from((2, 32, 4096)),
         "few_rows": st.sampled_from((0, 8)),
         "flat_rows": st.sampled_from((0, 2, 30)),
+        "flat_bytes": st.sampled_from((1, 1 << 12, 1 << 17)),
         "thin_rows": st.sampled_from((0, 2, 32)),
         "thin_depth": st.sampled_from((2, 32, 64)),
         "thin_strip": st.sampled_from((1, 3)),  # of strip

@@ -22,8 +22,10 @@ constexpr BlockingValue kBlocking[] = {
     {"row_chunk", &Blocking::row_chunk, 1},
     {"dot_rows", &Blocking::dot_rows, 0},
     {"odd_rows", &Blocking::odd_rows, 0},
+    {"dot_depth", &Blocking::dot_depth, 1},
     {"few_rows", &Blocking::few_rows, 0},
     {"flat_rows", &Blocking::flat_rows, 0},
+    {"flat_bytes", &Blocking::flat_bytes, 1},
     {"thin_rows", &Blocking::thin_rows, 0},
     {"thin_depth", &Blocking::thin_depth, 1},
     {"thin_strip", &Blocking::thin_strip, 1},
@@ -64,6 +66,8 @@ KernelChoice with_blocking(const KernelChoice& choice, const py::kwargs& changes
   const int64_t pack = choice.kernels->pack, widest = choice.kernels->lanes * choice.kernels->vecs;
   require(b.depth % pack == 0 && b.thin_depth % pack == 0 && b.packed_depth % pack == 0,
           "depth, thin_depth and packed_depth must be multiples of pack");
+  require(std::max(b.dot_depth, b.depth) % std::min(b.dot_depth, b.depth) == 0,
+          "one of depth and dot_depth must divide the other");
   require(b.chain_is_a_pass() && b.chain % b.thin_depth == 0, "chain must be depth or endless, thin_depth divide it");
   require(b.strip % widest == 0 && b.thin_strip % b.strip == 0,
           "strip must be a multiple of the widest tile's lanes, thin_strip one of strip");

@@ -8,19 +8,21 @@ namespace moelora {
 
 // How drivers cut their loops and where data waits. Results differ by rounding at most, never with the threads.
 struct Blocking {
-  int64_t row_chunk;      // rows of one expert in a task; their packed panels share L2
-  int64_t dot_rows;       // up to so many rows the dot orientation is faster
-  int64_t odd_rows;       // up to so many rows beyond a multiple of half a vector become dot products
-  int64_t few_rows;       // up to so many rows an expert, tasks take all its outputs, so that weights are read in order
-  int64_t flat_rows;      // up to so many rows, weights contiguous along the outputs are not packed at all
-  int64_t thin_rows;      // up to so many rows, passes over weights to be packed are
-  int64_t thin_depth;     //   this deep, and
-  int64_t thin_strip;     //   this wide, a multiple of strip; packed, they fit L2
-  int64_t strip;          // else this wide: outputs that are packed together, a multiple of the widest tile
-  int64_t pass_outputs;   // of so many outputs each pass takes the strips in turn: rows of a pass stay in L2
-  int64_t packed_strips;  // of packed weights so many strips are unpacked together,
-  int64_t byte_strips;    //   so many of codes of a byte,
-  int64_t packed_depth;   //   so deep or a chain
+  int64_t row_chunk;     // rows of one expert in a task; their packed panels share L2
+  int64_t dot_rows;      // up to so many rows the dot orientation is faster
+  int64_t odd_rows;      // up to so many rows beyond a multiple of half a vector become dot products
+  int64_t dot_depth;     // contraction steps that dot products take of each weight row at once
+  int64_t few_rows;      // up to so many rows an expert, tasks take all its outputs, so that weights are read in order
+  int64_t flat_rows;     // up to so many rows, weights contiguous along the outputs are not packed at all
+  int64_t flat_bytes;    // bytes of their sums and of what is unpacked for them: beyond L1, so that rows are read whole
+  int64_t thin_rows;     // up to so many rows, passes over weights to be packed are
+  int64_t thin_depth;    //   this deep, and
+  int64_t thin_strip;    //   this wide, a multiple of strip; packed, they fit L2
+  int64_t strip;         // else this wide: outputs that are packed together, a multiple of the widest tile
+  int64_t pass_outputs;  // of so many outputs each pass takes the strips in turn: rows of a pass stay in L2
+  int64_t packed_strips;     // of packed weights so many strips are unpacked together,
+  int64_t byte_strips;       //   so many of codes of a byte,
+  int64_t packed_depth;      //   so deep or a chain
   int64_t packed_flat_rows;  // up to so many rows, some steps of packed weights at a time are unpacked for flat tiles
   int64_t segment;           // weight rows per accumulator block in the row orientation; the block stays in L2
   int64_t depth;             // contraction steps per pass; two packed panels of them fit half of L2

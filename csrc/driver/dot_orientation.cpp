@@ -21,15 +21,22 @@ void DotRows::operator()(int64_t out, int64_t width, bool fetch, char* c, int64_
   const Kernels& k = *choice_.kernels;
   const auto tile = [&](int64_t i, int64_t p) {
     Arena::Scope scope(arena);
-    const int64_t height = min64(height_, width - i), steps = min64(pass_of(k), w_.depth() - p);
+    const int64_t height = min64(height_, width - i);
     if (codes_row(out + i, height, p, fetch, c + i * accumulator_size(k), ldc, arena)) return;
-    const WeightTiles::DotOperand rows = w_.dot_rows(out + i, height, p, steps, fetch, arena);
-    const Ahead ahead = fetch && !w_.is_packed() ? w_.rows_ahead(out + i + height, height, p, steps) : Ahead{};
+    const WeightTiles::DotOperand rows = w_.dot_rows(out + i, height, p, steps_from(p), fetch, arena);
+    const Ahead ahead = fetch && !w_.is_packed() ? after(out + i, height, p) : Ahead{};
     tile_row(rows, ahead, out + i, height, p, c + i * accumulator_size(k), ldc, arena);
   };
-  // In the order of their memory.
+  // Weights in the order of their memory.
   for (int64_t i = 0; i < width; i += height_)
-    for (int64_t p = 0; p < w_.depth(); p += pass_of(k)) tile(i, p);
+    for (int64_t p = 0; p < w_.depth(); p += choice_.blocking.dot_depth) tile(i, p);
+}
+
+// What is read after the pass from step p on of weight rows [out, out + height).
+Ahead DotRows::after(int64_t out, int64_t height, int64_t p) const {
+  const int64_t next = p + steps_from(p);
+  return next < w_.depth() ? w_.rows_ahead(out, height, next, steps_from(next))
+                           : w_.rows_ahead(out + height, height, 0, steps_from(0));
 }
 
 void DotRows::pass(const LeftRows& w, int64_t out, int64_t width, int64_t p, char* c, int64_t ldc, Arena& arena) const {

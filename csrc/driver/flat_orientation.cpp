@@ -7,10 +7,8 @@
 namespace moelora {
 namespace {
 
-// Weight rows that are added to C together, whose lines share a set of L1; meanwhile the next ones are fetched.
+// Weight rows that are added to C together; meanwhile the next ones are fetched.
 constexpr int64_t kStep = 8;
-// Of C and what is unpacked. Far more than L1: memory delivers whole rows half as fast again as parts of them.
-constexpr int64_t kResident = int64_t{128} << 10;
 
 // c: [rows][ldc] = or += rows l · rows r, of outputs [first, first + width) of those that r begins with.
 struct Steps {
@@ -18,13 +16,20 @@ struct Steps {
   LeftRows l;
   WeightTiles::FlatOperand r;  // step 0
   int64_t rows, ldc, depth;
-  Ahead after = {};  // what will be wanted after the last step
 
-  void add(int64_t p0, int64_t p1, int64_t first, int64_t width, Start start, char* c) const {
+  // after: what is read after step p1
+  void add(int64_t p0, int64_t p1, int64_t first, int64_t width, const Ahead& after, Start start, char* c) const {
     for (int64_t p = p0; p < p1; p += kStep, start = Start::resume) {
-      const Ahead ahead = p + kStep < depth ? part(p + kStep, first, width) : after;
+      const Ahead ahead = p + kStep < p1 ? part(p + kStep, first, width) : after;
       multiply(p, min64(kStep, p1 - p), part(p, first, width).from, ahead, first, width, start, c);
     }
+  }
+
+  // All outputs, so many at a time.
+  void add_pieces(int64_t p0, int64_t p1, int64_t outputs, const Ahead& after, Start start, char* c) const {
+    for (int64_t j = 0, next = outputs; j < ldc; j = next, next += outputs)
+      add(p0, p1, j, min64(outputs, ldc - j), next < ldc ? part(p0, next, min64(outputs, ldc - next)) : after, start,
+          c);
   }
 
   // The rows from step p on that are added together, in memory.
@@ -56,26 +61,25 @@ struct Steps {
   }
 };
 
-// The base's rows: in place, or of packed weights some at a time in L1.
+// The base's rows: in place, or of packed weights some at a time.
 class BaseSteps {
  public:
-  BaseSteps(const Kernels& k, const WeightTiles& w, const LeftRows& x, int64_t rows, int64_t out, int64_t width,
-            const Ahead& after)
-      : w_(w), out_(out), steps_{k, x, {}, rows, width, w.depth(), after} {
+  BaseSteps(const Kernels& k, const WeightTiles& w, const LeftRows& x, int64_t rows, int64_t out, int64_t width)
+      : w_(w), out_(out), steps_{k, x, {}, rows, width, w.depth()} {
     if (!w.has_lines()) steps_.r = w.flat_rows(out, 0);
   }
 
-  // Bytes that wait in L1 for each output.
+  // Bytes that wait for each output.
   int64_t bytes_each() const {
     const Kernels& k = steps_.k;
     return steps_.rows * accumulator_size(k) + (w_.has_lines() ? lined() * size_of(k.compute) : 0);
   }
 
-  // c: all outputs, so many at a time.
-  void set(int64_t p0, int64_t p1, int64_t outputs, char* c, Arena& arena) {
+  // c: all outputs, so many at a time.  after: what is read after the last step
+  void set(int64_t p0, int64_t p1, int64_t outputs, const Ahead& after, char* c, Arena& arena) {
     if (w_.has_lines()) return unpack_and_set(p0, p1, outputs, c, arena);
-    for (int64_t j = 0; j < steps_.ldc; j += outputs)
-      steps_.add(p0, p1, j, min64(outputs, steps_.ldc - j), Start::zero, c);
+    const Ahead end = p1 < w_.depth() ? steps_.part(p1, 0, min64(outputs, steps_.ldc)) : after;
+    steps_.add_pieces(p0, p1, outputs, end, Start::zero, c);
   }
 
  private:
@@ -101,11 +105,12 @@ class BaseSteps {
   Steps steps_;
 };
 
-// What the block begins with, where it is read in place.
-Ahead first_rows(const Kernels& k, const GroupedLinear& op, const BlockRange* block) {
-  if (block == nullptr) return {};
+// What the next block begins with, if it is one of few rows in place, too.
+Ahead first_rows(const KernelChoice& choice, const GroupedLinear& op, const BlockRange* block, int64_t outputs) {
+  if (block == nullptr || block->row1 - block->row0 > choice.blocking.flat_rows) return {};
+  const Kernels& k = *choice.kernels;
   const WeightTiles w(k, op.w, block->expert);
-  const int64_t width = block->out1 - block->out0;
+  const int64_t width = min64(outputs, block->out1 - block->out0);
   if (!w.flat_as_stored()) return {};
   return Steps{k, {}, w.flat_rows(block->out0, 0), 0, width, w.depth()}.part(0, 0, width);
 }
@@ -132,22 +137,21 @@ void flat_orientation_block(const KernelChoice& choice, const GroupedLinear& op,
   const int64_t width = range.out1 - range.out0, acc = accumulator_size(k);
   const int64_t bytes = rows * width * acc, piece = segment_width(choice, op);
   const int64_t rank = op.u.data ? op.b.cols : 0;
-  Steps lora{k, {}, {}, rows, width, rank, first_rows(k, op, range.next)};
+  BaseSteps base(k, w, x_rows(k, op, range, arena), rows, range.out0, width);
+  Steps lora{k, {}, {}, rows, width, rank};
   if (rank) {
     lora.l = left_rows(k, op.u, range.row0, rows, 0, rank, arena);
     lora.r = lora_rows(k, WeightTiles(k, op.b, range.expert), range.out0, width, arena);
   }
-  const Ahead after = rank ? lora.part(0, 0, width) : lora.after;
-  BaseSteps base(k, w, x_rows(k, op, range, arena), rows, range.out0, width, after);
   char* c = static_cast<char*>(arena.take(bytes));
   char* total = depth > chain ? static_cast<char*>(arena.take(bytes)) : nullptr;
-  // C of as many outputs as stay near.
-  const int64_t outputs = max64(1, kResident / (base.bytes_each() * piece)) * piece;
+  const int64_t outputs = max64(1, choice.blocking.flat_bytes / (base.bytes_each() * piece)) * piece;
+  const Ahead next = first_rows(choice, op, range.next, outputs);
+  const Ahead after = rank ? lora.part(0, 0, min64(outputs, width)) : next;
   for (int64_t p = 0; p < depth; p += chain) {
     const int64_t end = min64(depth, p + chain);
-    base.set(p, end, outputs, c, arena);
-    for (int64_t j = 0; j < width && rank && end == depth; j += outputs)
-      lora.add(0, rank, j, min64(outputs, width - j), Start::resume, c);
+    base.set(p, end, outputs, after, c, arena);
+    if (rank && end == depth) lora.add_pieces(0, rank, outputs, next, Start::resume, c);
     if (total && p == 0)
       std::memcpy(total, c, static_cast<size_t>(bytes));
     else if (total)

@@ -23,8 +23,8 @@ void run_block(const KernelChoice& choice, const GroupedLinear& op, const BlockR
     return;
   }
   const WeightTiles w(k, op.w, range.expert);
-  if (w.has_lines() ? rows <= choice.blocking.packed_flat_rows
-                    : rows <= choice.blocking.flat_rows && w.flat_as_stored()) {
+  if (w.has_lines() ? k.flat_lines && rows <= choice.blocking.packed_flat_rows
+                    : w.flat_as_stored() && rows <= choice.blocking.flat_rows) {
     flat_orientation_block(choice, op, range, sums, arena);
   } else if (!w.weaves(k.lanes * k.vecs, k.pack)) {
     strip_orientation_block(choice, op, range, sums, arena);

@@ -12,7 +12,7 @@ void NextRegion::share(TileArgs& tile) {
     tile.widen.to = static_cast<char*>(widen_.to) + share.first * widen_.to_stride;
     tile.widen.ahead = ahead(share.first);
   } else {
-    tile.ahead = rows_of(fetch_, share);
+    tile.ahead = share_of(fetch_, share);
   }
 }
 

@@ -28,11 +28,11 @@ class Shares {
   int64_t part_ = 0, done_ = 0;
 };
 
-// The share of `all` that is not read through `runs`.
-inline Ahead rows_of(Ahead all, const Shares::Share& share) {
-  all.from = static_cast<const char*>(all.from) + share.first * all.stride;
-  all.rows = share.count;
-  return all;
+// rows: not through `runs`
+inline Ahead share_of(Ahead rows, const Shares::Share& share) {
+  rows.from = static_cast<const char*>(rows.from) + share.first * rows.stride;
+  rows.rows = share.count;
+  return rows;
 }
 
 // The region's rows in memory are outputs or steps. Each tile converts or fetches its share of them.

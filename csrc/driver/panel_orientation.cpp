@@ -19,7 +19,8 @@ class PanelPass {
   static Part first_part(const KernelChoice& choice, const GroupedLinear& op, const BlockRange* block) {
     if (block == nullptr) return {};
     const int64_t widest = choice.kernels->lanes * choice.kernels->vecs, outputs = block->out1 - block->out0;
-    if (in_thin_passes(choice, *block)) return {block->expert, block->out0, outputs, 0, choice.blocking.thin_depth};
+    if (in_thin_passes(choice, *block))
+      return {block->expert, block->out0, outputs, 0, min64(choice.blocking.thin_depth, op.w.cols())};
     return {block->expert, block->out0, min64(widest, outputs), 0, min64(choice.blocking.depth, op.w.cols())};
   }
 
@@ -83,7 +84,7 @@ class PanelPass {
         if (i >= 0) tile.weave = weave(share(next, i, weavers), next.p0, w_panels_[1 - current_]);
         tile.ahead = fetch(i + 1 < weavers ? share(next, i + 1, weavers) : share(later, 0, weavers));
       } else {
-        tile.ahead = rows_of(ahead, aheads.take());
+        tile.ahead = share_of(ahead, aheads.take());
       }
       run_tile(k_, tile);
     }

@@ -155,7 +155,8 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
 
   // What takes work to make is made once for both: so many steps at a time that they are whole passes of either.
   const bool shared = odd > 0 && count > 0 && w.is_packed();
-  const int64_t pass = choice.blocking.depth, span = shared ? round_up(DotRows::pass_of(k), pass) : pass;
+  const int64_t pass = choice.blocking.depth, dot_pass = choice.blocking.dot_depth;
+  const int64_t span = shared ? max64(dot_pass, pass) : pass;
   char* odd_c = static_cast<char*>(arena.take(odd * segment * acc));
 
   const Regions regions(choice.blocking, op, range, span);
@@ -183,7 +184,7 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
         if (rows.rank) rows.b = b.rows(out, width, 0, rank, arena);
         multiply_panels(k, w, rows, block, last ? &epilogue : nullptr, range.row0, next);
       }
-      for (int64_t p = q; shared && p < min64(q + span, depth); p += DotRows::pass_of(k))
+      for (int64_t p = q; shared && p < min64(q + span, depth); p += dot_pass)
         dots.pass({some.data + (p - q) * size_of(k.compute), some.stride}, out, width, p, odd_c, segment, arena);
     }
     if (odd == 0) continue;

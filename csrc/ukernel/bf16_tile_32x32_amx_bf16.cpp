@@ -336,7 +336,9 @@ const moelora::Kernels& moelora::bf16_kernels_amx_bf16() {
     k.vecs = kMaxTileVecs;
     for (int& rows : k.max_rows) rows = kMaxRows;
     k.tile = tile;
-    for (auto& flat : k.flat_tile) flat = nullptr;  // tiles add up in another order
+    // Tiles add up in another order.
+    for (auto& flat : k.flat_tile) flat = nullptr;
+    k.flat_lines = nullptr;
     k.peak = peak;
     k.release = release;
     return k;

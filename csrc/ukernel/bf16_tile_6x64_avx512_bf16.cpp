@@ -102,7 +102,7 @@ const moelora::Kernels& moelora::bf16_kernels_avx512_bf16() {
     fill_scales<Bf16Unpack>(k);
     fill_unpack<Bf16Unpack, bf16_t>(k, DType::bf16);
     Bf16Lines::fill(k);
-    k.flat_lines = flat_any<Bf16Dot, PanelLines<Bf16Dot>>;
+    k.flat_lines = flat_any<Bf16Dot, Rows<Bf16Dot, bf16_t, 2>>;
     k.peak = peak<Bf16Dot, 8, 2>;
     fill_storage<F32x16, Bf16Dot, bf16_t>(k, DType::bf16);
     fill_storage<F32x16, Bf16Dot, float>(k, DType::f32);

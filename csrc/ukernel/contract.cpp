@@ -151,6 +151,8 @@ namespace {
 
 void check_flat(const Call& call, const FlatArgs& args, DType r) {
   const Kernels& k = call.k;
+  check_ahead(call, args.ahead);
+  call.require(args.ahead.runs == nullptr, "ahead must have no runs", 1);
   call.in_range(args.rows, 1, kMaxFlatRows, "rows must be at least 1 and at most kMaxFlatRows");
   call.require(args.width >= 0, "width must be at least 0", args.width);
   call.require(args.depth >= 0, "depth must be at least 0", args.depth);
@@ -202,6 +204,7 @@ void check(const Kernels& k, const FlatArgs& args, DType r) {
 
 void check_flat_lines(const Kernels& k, const FlatArgs& args) {
   const Call call{k, "flat_lines"};
+  call.require(k.flat_lines != nullptr, "there must be a flat tile for lines", 0);
   check_flat(call, args, k.compute);
 }
 

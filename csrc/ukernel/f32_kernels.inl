@@ -75,9 +75,9 @@ void fill_storage(moelora::Kernels& k, moelora::DType storage) {
   fill_rows_of<V, T>(k, storage);
   fill_glu<V, T>(k, storage);
   if constexpr (Op::pack == 1)
-    k.flat_tile[static_cast<int>(storage)] = flat_any<Op, RowsInPlace<Op, T>>;
+    k.flat_tile[static_cast<int>(storage)] = flat_any<Op, Rows<Op, T, 1>>;
   else if constexpr (Op::weaves)
-    k.flat_tile[static_cast<int>(storage)] = flat_any<Op, PairsInPlace<Op, T>>;
+    k.flat_tile[static_cast<int>(storage)] = flat_any<Op, RowPairs<Op, T>>;
   if constexpr (requires(const T* row) { V::sum_of_four, Op::load_whole(row); }) fill_dot<Op, T>(k, storage);
 }
 

@@ -9,41 +9,27 @@
 
 namespace {
 
-// Vectors of R's rows in place.
-template <class Op, class T>
-struct RowsInPlace {
+// Vectors of R's rows: in place, or of lines of a panel, of so many elements for each lane.
+template <class Op, class T, int PerLane>
+struct Rows {
   using elem = T;
-  static constexpr int apart = 1;  // elements between lanes
-  static constexpr int rows = 1;   // of R, a step
+  static constexpr int per_lane = PerLane;
+  static constexpr int rows = 1;  // of R, a step
   template <int NV>
   static void load(typename Op::opvec (&line)[NV], const T* row, const T*) {
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) line[v] = Op::load_whole(row + v * Op::lanes);
+    for (int v = 0; v < NV; ++v) line[v] = Op::load_whole(row + v * Op::lanes * PerLane);
   }
-  static void load_run(typename Op::opvec& line, const T* row, const T*, int64_t n) { line = Op::load_run(row, n); }
-};
-
-// Of lines of a panel.
-template <class Op>
-struct PanelLines {
-  using elem = typename Op::elem;
-  static constexpr int apart = Op::pack;
-  static constexpr int rows = 1;
-  template <int NV>
-  static void load(typename Op::opvec (&line)[NV], const elem* row, const elem*) {
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) line[v] = Op::load_whole(row + v * Op::lanes * Op::pack);
-  }
-  static void load_run(typename Op::opvec& line, const elem* row, const elem*, int64_t n) {
-    line = Op::load_run(row, n * Op::pack);
+  static void load_run(typename Op::opvec& line, const T* row, const T*, int64_t n) {
+    line = Op::load_run(row, n * PerLane);
   }
 };
 
 // Of two rows in place, woven on the way; the second of the last step may be missing.
 template <class Op, class T>
-struct PairsInPlace {
+struct RowPairs {
   using elem = T;
-  static constexpr int apart = 1;
+  static constexpr int per_lane = 1;
   static constexpr int rows = 2;
   template <int NV>
   static void load(typename Op::opvec (&line)[NV], const T* row, const T* second) {
@@ -75,7 +61,7 @@ void flat_tile(const moelora::FlatArgs& args) {
     return reinterpret_cast<const typename Op::elem*>(static_cast<const char*>(args.l) + i * args.l_stride) + p;
   };
   const int64_t steps = (args.depth + Op::pack - 1) / Op::pack, block_lanes = kFlatVecs * Op::lanes;
-  Fetcher<kToL1> ahead(args.ahead, (args.width + block_lanes - 1) / block_lanes * steps);
+  Fetcher<moelora::kToL1> ahead(args.ahead, (args.width + block_lanes - 1) / block_lanes * steps);
   const auto block = [&]<int NV>(int64_t j, const auto& load, const auto& load_c,
                                  const auto& store_c) __attribute__((always_inline)) {
     typename Op::vec acc[MR][NV];
@@ -85,7 +71,7 @@ void flat_tile(const moelora::FlatArgs& args) {
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v)
         acc[i][v] = args.start == moelora::Start::resume ? load_c(c + i * args.ldc + v * Op::lanes) : Op::zero();
-    const char* row = reinterpret_cast<const char*>(static_cast<const elem*>(args.r) + j * Source::apart);
+    const char* row = reinterpret_cast<const char*>(static_cast<const elem*>(args.r) + j * Source::per_lane);
     const auto step = [&](int64_t p, const char* second, const auto& broadcast) __attribute__((always_inline)) {
       typename Op::opvec line[NV];
       load(line, reinterpret_cast<const elem*>(row), reinterpret_cast<const elem*>(second));

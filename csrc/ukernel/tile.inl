@@ -95,12 +95,9 @@ struct Turns {
   }
 };
 
-// Where __builtin_prefetch brings lines.
-constexpr int kToL2 = 2, kToL1 = 3;
-
 // Fetches the lines of an Ahead, in the order of their memory. Evenly: rows may lie in as many pages, whose addresses
 // take time to look up.
-template <int Where = kToL2>
+template <int Where = moelora::kToL2>
 struct Fetcher {
   moelora::Ahead ahead;
   int64_t lines, left, per_turn;
@@ -219,7 +216,7 @@ template <class Op, int Vecs, class Before>
 #pragma GCC unroll 4
       for (int v = 0; v < Vecs; ++v)
         Op::store_units(reinterpret_cast<typename Op::elem*>(to) + v * Op::lanes, Op::load_whole(from + v * Op::lanes));
-      __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead, 0, moelora::kToL2);
     }
   }
 }
@@ -295,7 +292,7 @@ void tile_weaving(const moelora::TileArgs& args) {
     if (p + kWeaveAhead < segment.depth)
       for (int64_t q = 0; q < 2; ++q)
         for (int64_t line = 0; line < 4 * Op::lanes * static_cast<int64_t>(sizeof(elem)); line += 64)
-          __builtin_prefetch(a + (kWeaveAhead + q) * segment.rows_stride + line, 0, 2);
+          __builtin_prefetch(a + (kWeaveAhead + q) * segment.rows_stride + line, 0, moelora::kToL2);
     typename Accumulators<Op, MR, 4, false>::Line line;
     Op::weave(reinterpret_cast<const elem*>(a), reinterpret_cast<const elem*>(a + segment.rows_stride), line.full);
     if (r) {

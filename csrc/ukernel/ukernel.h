@@ -37,9 +37,9 @@
 //
 //   flat_tile C[i, j] = start + Σ_p L[i][p] · R[p][j]           i < rows, j < width, p < depth
 //
-// For few rows and any width: L's rows have unit stride along p, R's along j, both in place; R's are widened on the
-// way. Not padded: nothing beyond `width` elements of C or R is touched. Start::zero or resume: the same chain as
-// tile's.
+// For few rows and any width: L's rows have unit stride along p, R's along j, both in place; R's are converted on the
+// way, and where pack is 2, two of them woven. Not padded: nothing beyond `width` elements of C or R is touched.
+// Start::zero or resume, at multiples of pack: the same chain as tile's.
 //
 // No allocation, no threads, no torch, no standard library here.
 #pragma once
@@ -65,6 +65,9 @@ struct Segment {
   int64_t rows_stride = 0;     // bytes
   void* panel = nullptr;       // where they go, if anywhere
 };
+
+// Where __builtin_prefetch brings lines.
+constexpr int kToL2 = 2, kToL1 = 3;
 
 // Memory that will be wanted soon: `rows` runs of `bytes`, `stride` bytes apart, or each `offset` bytes behind its
 // entry of `runs`. A kernel may fetch it along the way.

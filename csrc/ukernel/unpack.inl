@@ -44,19 +44,20 @@ struct PackedRow {
 
 // Evenly between the work: many at once would wait for each other.
 [[gnu::always_inline]] inline void fetch(const uint8_t* codes, int64_t ahead) {
-  __builtin_prefetch(codes + ahead, 0, 3);
+  __builtin_prefetch(codes + ahead, 0, moelora::kToL1);
 }
 
 // The same of E4M3 codes, whose groups are unpacked one after the other for all rows. Rows beyond all of these are
-// fetched in the order of their memory, which delivers them faster: a line for each `unit` of columns.
+// fetched in the order of their memory, which delivers them faster: a line for every 64 columns.
 class RowsAhead {
  public:
+  // unit: columns of a call, at most 64
   RowsAhead(const UnpackArgs& args, int64_t unit)
       : ahead_(args.ahead),
         skip_(args.codes_stride - args.n),
         n_(args.n),
         left_(args.ahead >= args.rows * args.codes_stride ? args.rows : 0),
-        every_(unit < 64 ? 64 / unit : 1),
+        every_(64 / unit),
         at_(args.codes + args.first + args.ahead),
         end_(at_ + args.n) {}
 
@@ -65,7 +66,7 @@ class RowsAhead {
     if (left_ == 0) return beyond_ ? void() : fetch(codes, ahead_);
     if (--wait_ > 0) return;
     wait_ = every_;
-    __builtin_prefetch(at_, 0, 3);
+    __builtin_prefetch(at_, 0, moelora::kToL1);
     at_ += 64;
     if (at_ < end_) return;
     at_ = end_ + skip_;
@@ -148,8 +149,10 @@ template <class U, class T, Code C, bool Ordinary>
                    const float scale = row.scale[group];
                    if constexpr (Ordinary && requires { typename U::template Block<C, T>; }) {
                      typename U::template Block<C, T> block(scale);
-                     column = unpack_blocks(block, row, column, stop,
-                                            [&args](const uint8_t* codes) { fetch(codes, args.ahead); });
+                     // Inlined at once: gcc drops calls of what does nothing but fetch.
+                     const auto fetch_ahead = [&args](const uint8_t* codes)
+                                                  __attribute__((always_inline)) { fetch(codes, args.ahead); };
+                     column = unpack_blocks(block, row, column, stop, fetch_ahead);
                    }
                    unpack_bytes<U, T, C>(row, scale, column, stop);
                  });
@@ -208,7 +211,7 @@ constexpr int64_t kStagedScales = 256;
 template <class T>
 [[gnu::always_inline]] inline void fetch_scales(const T* at, int64_t n) {
   for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(at) + i, 0, 3);
+    __builtin_prefetch(reinterpret_cast<const char*>(at) + i, 0, moelora::kToL1);
 }
 
 // read(from, n): n scales of type T that lie side by side, anything behind them.
