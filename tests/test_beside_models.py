@@ -242,8 +242,9 @@ def test_trainer(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=devices)
     with pytest.raises(MoeloraError, match="before adapters are added"):
         moelora.enable(model_tiny.adapt(base))
+    # Adam divides gradients by their own size: of small ones, rounding shows in a step.
     for name, expected in adapters[0].items():
-        assert model_tiny.difference(adapters[1][name], expected) < 1e-5, name
+        assert model_tiny.difference(adapters[1][name], expected) < 5e-5, name
 
 
 SIZES = {
