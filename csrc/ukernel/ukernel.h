@@ -225,7 +225,8 @@ struct Kernels {
   void (*dot_tile[kDTypes])(const DotArgs&);
   // Indexed by the storage type of R; null where there is none.
   void (*flat_tile[kDTypes])(const FlatArgs&);
-  // The same for R of lines of a panel, of the compute type: [p/pack][j][pack], the last p of an odd depth zero.
+  // The same for R of lines of a panel, of the compute type: [p/pack][j][pack], the last p of an odd depth zero. May be
+  // null.
   void (*flat_lines)(const FlatArgs&);
   bool dots() const { return dot_tile[static_cast<int>(compute)] != nullptr; }
   int lane_step() const { return halves ? lanes / 2 : lanes; }
