@@ -228,23 +228,25 @@ def test_trainer(tmp_path):
         moelora.enable(base)
         torch.manual_seed(4)
         model = model_tiny.adapt(base, targets=["o_proj"])
+        before = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if "lora_" in n}
         report = moelora.enable(model)
         assert all(bool(layer.places) == bool(devices) for layer in report.layers)
         arguments = TrainingArguments(
-            str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
-            save_strategy="no", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+            str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1.0, report_to=[],
+            optim="sgd", save_strategy="no", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
         )  # fmt: skip
         Trainer(model, arguments, train_dataset=rows, callbacks=[moelora.Callback()]).train()
         assert not moelora.report(model).untrained
-        adapters.append({n: p.detach().cpu() for n, p in model.named_parameters() if "lora_" in n})
+        after = {n: p.detach().cpu() for n, p in model.named_parameters() if "lora_" in n}
+        assert all((after[n] - before[n]).norm() > 1e-3 * before[n].norm() for n in before)
+        adapters.append({n: after[n] - before[n] for n in before})
         places = {p.device.type for n, p in model.named_parameters() if "lora_" in n and ".experts." in n}
         assert places == {"cpu"}
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=devices)
     with pytest.raises(MoeloraError, match="before adapters are added"):
         moelora.enable(model_tiny.adapt(base))
-    # Adam divides gradients by their own size: of small ones, rounding shows in a step.
     for name, expected in adapters[0].items():
-        assert model_tiny.difference(adapters[1][name], expected) < 5e-5, name
+        assert model_tiny.difference(adapters[1][name], expected) < 1e-5, name
 
 
 SIZES = {
