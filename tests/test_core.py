@@ -257,9 +257,23 @@ DOTTING_CODES = [
     ("scale", 0, "ordinary scales must be"),
     ("r", 0, "r must not be null"),
     ("c", 0, "c must not be null"),
-    ("code", 0, "there must be a dot tile of codes"),
 ]
-BROKEN += [(k, "dot_codes", *row) for k in KERNEL_SETS if "avx2" in k.name for row in DOTTING_CODES]
+FLATTENING_CODES = [
+    ("rows", 0, "rows must be"),
+    ("rows", 5, "rows must be"),
+    ("depth", 18, "depth must be"),
+    ("codes.rows", 4, "codes must have the tile's depth"),
+    ("codes.n", 3, "codes must have the tile's width"),
+    ("codes", 0, "codes must not be null"),
+    ("ordinary", 0, "scales must be ordinary"),
+    ("scale", 0, "ordinary scales must be"),
+    ("l", 0, "l must not be null"),
+    ("c", 0, "c must not be null"),
+]
+BROKEN += [(k, "dot_codes", *row) for k in KERNEL_SETS if k.dots_codes for row in DOTTING_CODES]
+BROKEN += [(k, "flat_codes", *row) for k in KERNEL_SETS if k.flattens_codes for row in FLATTENING_CODES]
+BROKEN += [(k, "dot_codes", "", 0, "a dot tile of codes") for k in KERNEL_SETS if not k.dots_codes][:1]
+BROKEN += [(k, "flat_codes", "", 0, "a flat tile of codes") for k in KERNEL_SETS if not k.flattens_codes][:1]
 BROKEN += [(k, "flat_lines", *row) for k, kernel, *row in BROKEN if kernel == "flat_tile"]
 BROKEN += [(k, "dot_tile", "", 0, "must be a dot tile") for k in KERNEL_SETS if not k.dot_rows][:1]
 BROKEN += [(k, "flat_tile", "", 0, "must be a flat tile") for k in KERNEL_SETS if not k.flat_storage][:1]
@@ -287,8 +301,10 @@ def test_the_contract_holds_for_small_calls(k):
     if k.compute != "fp64":
         for kernel in ("unpack", "unpack_lines", "scales"):
             core.check_contract(k, kernel)
-    if "avx2" in k.name:
+    if k.dots_codes:
         core.check_contract(k, "dot_codes")
+    if k.flattens_codes:
+        core.check_contract(k, "flat_codes")
     if k.widens:
         core.check_contract(k, "tile", "widen")
     if k.weaves:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import numpy as np
 import pytest
 from core import DTYPES, KERNEL_SETS, Output, core, same_bits, to_float, to_storage
@@ -203,6 +206,99 @@ def test_every_code(k, numbers, code, ordinary):
         if lines:
             wanted = wanted.reshape(4 // k.pack, k.pack, codes.n).swapaxes(1, 2).copy()
         assert same_numbers(out.check(), wanted)
+
+
+# Tiles of codes: what they have a way for, and what is the same without.
+of_dots = pytest.mark.parametrize("k", [k for k in KERNEL_SETS if k.dots_codes], ids=lambda k: k.name)
+of_flats = pytest.mark.parametrize("k", [k for k in KERNEL_SETS if k.flattens_codes], ids=lambda k: k.name)
+WAYS = [
+    *((code, group, False) for code in CODES[:2] for group in (16, 32, 64, 128, 1 << 20)),
+    *((code, group, True) for code in CODES[:2] for group in (64, 128)),
+    *((code, group, False) for code in CODES[2:] for group in (64, 128, 1 << 20)),
+]
+
+
+def left_of(rng: np.random.Generator, k, rows: int, depth: int) -> np.ndarray:
+    return to_storage(rng.uniform(-1, 1, (rows, depth)), k.compute)
+
+
+def dot_of_codes(k, codes: Codes, cols: int, rng: np.random.Generator) -> bool:
+    """Whether there was a way; then it gave the bits of the dot tile, else it wrote nothing."""
+    x, rows = left_of(rng, k, cols, codes.n), len(codes.codes)
+    out, tile, numbers = (Output(s, t) for s, t in _shapes(k, (cols, rows), (rows, codes.n)))
+    before = out.array.copy()
+    done = core.dot_codes(
+        k, out.array, codes.codes, codes.code, codes.scale, codes.group, codes.first, codes.n, codes.values,
+        codes.zero, x,
+    )  # fmt: skip
+    codes.unpack(k, "bf16", numbers.array, lines=False)
+    k.dot_tile([(numbers.array, x)], tile.array)
+    assert same_bits(out.check(), tile.array if done else before)
+    return done
+
+
+def flat_of_codes(k, codes: Codes, height: int, resume: bool, rng: np.random.Generator) -> bool:
+    """The same of the flat tile."""
+    depth = len(codes.codes)
+    left = left_of(rng, k, height, depth)
+    out, tile, numbers = (Output(s, t) for s, t in _shapes(k, (height, codes.n), (depth, codes.n)))
+    if resume:
+        out.array[...] = tile.array[...] = rng.uniform(-1, 1, (height, codes.n))
+    before = out.array.copy()
+    done = core.flat_codes(
+        k, out.array, codes.codes, codes.code, codes.scale, codes.group, codes.first, codes.n, codes.values,
+        codes.zero, left, resume,
+    )  # fmt: skip
+    codes.unpack(k, "bf16", numbers.array, lines=False)
+    k.flat_tile(left, numbers.array, tile.array, resume)
+    assert same_bits(out.check(), tile.array if done else before)
+    return done
+
+
+def _shapes(k, out: tuple[int, int], numbers: tuple[int, int]) -> list:
+    return [(out, "fp32"), (out, "fp32"), (numbers, k.compute)]
+
+
+def usual_codes(rng, code, group, zero, first, n, nans, rows) -> Codes:
+    codes = Codes(rng, code, "e2m1", rows, first, n, group, "usual", zero, nans=nans)
+    if code == "e4m3":  # of blocks
+        codes.scale[...] = codes.scale[0]
+    return codes
+
+
+codes_of_tiles = problems().filter(lambda p: p["scales"] in ("usual", "limits") and p["n"] > 15)
+
+
+@of_dots
+@given(problem=codes_of_tiles, cols=st.integers(1, 3), seed=st.integers(0, 2**20))
+def test_dot_tiles_of_codes(k, problem, cols, seed):
+    rng = np.random.default_rng(seed)
+    problem["rows"] = min(problem["rows"], k.dot_rows[cols - 1])
+    dot_of_codes(k, Codes(rng, **problem), cols, rng)
+
+
+@of_flats
+@given(problem=codes_of_tiles, height=st.integers(1, 4), resume=st.booleans(), seed=st.integers(0, 2**20))
+def test_flat_tiles_of_codes(k, problem, height, resume, seed):
+    rng = np.random.default_rng(seed)
+    flat_of_codes(k, Codes(rng, **problem), height, resume, rng)
+
+
+@pytest.mark.parametrize(
+    "k", [k for k in KERNEL_SETS if k.flattens_codes and k.dots_codes], ids=lambda k: k.name
+)
+@pytest.mark.parametrize(("code", "group", "zero"), WAYS)
+def test_there_is_a_way_for_usual_codes(k, code, group, zero):
+    """Of all sizes of tiles, from anywhere: also NaN among E4M3 codes, which dot tiles give back."""
+    rng = np.random.default_rng(0)
+    sizes = itertools.product((0, 128), (64, 192), (False, True))
+    for make in [functools.partial(usual_codes, rng, code, group, zero, *size) for size in sizes]:
+        for cols, rows in ((c, r) for c in (1, 2, 3) for r in (1, 5, k.dot_rows[c - 1])):
+            codes = make(rows)
+            nan = code == "e4m3" and np.isnan(codes.numbers).any()
+            assert dot_of_codes(k, codes, cols, rng) != nan
+        for height, depth in itertools.product((1, 2, 3, 4), (2, 10, 16)):
+            assert flat_of_codes(k, make(depth), height, depth != 10, rng)
 
 
 STORED = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}

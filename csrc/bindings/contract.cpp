@@ -171,7 +171,25 @@ void check_dotting_codes(const KernelChoice& choice, const std::string& change, 
   if (change == "scale") scale[0] = 0x1p-120f;
   if (change == "r") args.segments[0].r = nullptr;
   if (change == "c") args.c = nullptr;
-  check_dot_codes(k, change == "code" ? Code::nibbles_low : Code::int8, codes, args);
+  check_dot_codes(k, Code::int8, codes, args);
+}
+
+void check_flattening_codes(const KernelChoice& choice, const std::string& change, int64_t to) {
+  float scale[2] = {1, 1};
+  const Kernels& k = *choice.kernels;
+  FlatArgs args{memory, 64, nullptr, 0, 2, 4, 1, memory, 4, Start::zero, {}};
+  UnpackArgs codes{
+      reinterpret_cast<const uint8_t*>(memory), 8, 2, 0, 4, nullptr, scale, nullptr, 1, 32, true, nullptr, 0, 0};
+  if (change == "rows") args.rows = static_cast<int>(to);
+  if (change == "depth") args.depth = codes.rows = to;
+  if (change == "codes.rows") codes.rows = to;
+  if (change == "codes.n") codes.n = to;
+  if (change == "codes") codes.codes = nullptr;
+  if (change == "ordinary") codes.ordinary = false;
+  if (change == "scale") scale[0] = 0x1p-120f;
+  if (change == "l") args.l = nullptr;
+  if (change == "c") args.c = nullptr;
+  check_flat_codes(k, Code::int8, codes, args);
 }
 
 void check_reading_scales(const KernelChoice& choice, const std::string& change, int64_t to) {
@@ -196,6 +214,7 @@ void bind_contract(py::module_& m) {
         if (kernel == "unpack" || kernel == "unpack_lines")
           return check_unpacking(choice, kernel == "unpack_lines", change, to);
         if (kernel == "dot_codes") return check_dotting_codes(choice, change, to);
+        if (kernel == "flat_codes") return check_flattening_codes(choice, change, to);
         if (kernel == "scales") return check_reading_scales(choice, change, to);
         require(kernel == "pack_lanes" || kernel == "pack_depth", "no kernel is called " + kernel);
         check_pack(choice, kernel == "pack_lanes", change, to);

@@ -83,6 +83,11 @@ std::vector<std::string> filled(F const (&table)[kDTypes]) {
   return names;
 }
 
+template <class F>
+bool takes_codes(F const (&table)[kCodes]) {
+  return std::any_of(std::begin(table), std::end(table), [](F kernel) { return kernel != nullptr; });
+}
+
 std::vector<int> max_rows_of(const KernelChoice& choice) {
   return {choice.kernels->max_rows, choice.kernels->max_rows + choice.kernels->vecs};
 }
@@ -415,6 +420,8 @@ void bind_kernels(py::module_& m) {
       .def_property_readonly("max_rows", max_rows_of)
       .def_property_readonly("dot_rows", dot_rows_of)
       .def_property_readonly("flat_storage", [](const KernelChoice& c) { return filled(c.kernels->flat_tile); })
+      .def_property_readonly("dots_codes", [](const KernelChoice& c) { return takes_codes(c.kernels->dot_codes); })
+      .def_property_readonly("flattens_codes", [](const KernelChoice& c) { return takes_codes(c.kernels->flat_codes); })
       .def_property_readonly("dot_storage", [](const KernelChoice& c) { return filled(c.kernels->dot_tile); })
       .def_property_readonly("storage", [](const KernelChoice& c) { return filled(c.kernels->pack_lanes); })
       .def_property_readonly("blocking", blocking_of)

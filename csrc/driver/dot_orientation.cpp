@@ -81,7 +81,9 @@ void DotRows::tile_row(const WeightTiles::DotOperand& w, const Ahead& ahead, int
 bool DotRows::codes_row(int64_t out, int64_t height, int64_t p, bool fetch, char* c, int64_t ldc, Arena& arena) const {
   if (!w_.is_packed() || groups_ != 1) return false;
   const LeftRows b_rows = joins_lora(p) ? b_.rows(out, height, 0, rank_, arena) : LeftRows{};
-  return w_.dot_codes(out, height, p, steps_from(p), fetch, tile_args({}, b_rows, height, p, 0, c, ldc), arena);
+  DotArgs args = tile_args({}, b_rows, height, p, 0, c, ldc);
+  if (fetch) args.ahead = after(out, height, p);
+  return w_.dot_codes(out, height, p, steps_from(p), fetch, args, arena);
 }
 
 // W[e]: [outputs, depth] and x: [rows, depth], rows in place.  C: [rows][segment].

@@ -44,20 +44,29 @@ struct Steps {
                 Start start, char* c) const {
     const int64_t groups = ceil_div(rows, kMaxFlatRows);
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t row = g * rows / groups, height = (g + 1) * rows / groups - row;
-      const FlatArgs args{l.at(row, p * size_of(k.compute)),
-                          l.stride,
-                          from,
-                          r.rows.stride,
-                          steps,
-                          width,
-                          static_cast<int>(height),
-                          c + (row * ldc + first) * accumulator_size(k),
-                          ldc,
-                          start,
-                          g == 0 ? ahead : Ahead{}};
+      const int64_t row = g * rows / groups;
+      FlatArgs args = tile(row, (g + 1) * rows / groups - row, p, steps, first, width, start, c);
+      args.r = from;
+      args.r_stride = r.rows.stride;
+      if (g == 0) args.ahead = ahead;
       r.lines ? run_flat_lines(k, args) : run_flat_tile(k, r.storage, args);
     }
+  }
+
+  // All but R.
+  FlatArgs tile(int64_t row, int64_t height, int64_t p, int64_t steps, int64_t first, int64_t width, Start start,
+                char* c) const {
+    return {l.at(row, p * size_of(k.compute)),
+            l.stride,
+            nullptr,
+            0,
+            steps,
+            width,
+            static_cast<int>(height),
+            c + (row * ldc + first) * accumulator_size(k),
+            ldc,
+            start,
+            {}};
   }
 };
 
@@ -90,12 +99,24 @@ class BaseSteps {
     const int64_t all = steps_.ldc, stride = copy_pitch(k, min64(outputs, all) * k.pack);
     char* some = static_cast<char*>(arena.take(lined() / k.pack * stride));
     steps_.r = {{some, stride}, k.compute, true};
-    for (int64_t p = p0; p < p1; p += lined())
+    for (int64_t p = p0; p < p1; p += lined()) {
+      const int64_t steps = min64(lined(), p1 - p);
+      const Start start = p == p0 ? Start::zero : Start::resume;
+      if (codes_and_set(p, steps, start, c, arena)) continue;
       for (int64_t j = 0; j < all; j += outputs) {
-        const int64_t steps = min64(lined(), p1 - p), width = min64(outputs, all - j);
+        const int64_t width = min64(outputs, all - j);
         w_.lines(out_ + j, width, p, steps, some, stride, 2 * lined(), arena);
-        steps_.multiply(p, steps, some, {}, j, width, p == p0 ? Start::zero : Start::resume, c);
+        steps_.multiply(p, steps, some, {}, j, width, start, c);
       }
+    }
+  }
+
+  // Codes as they are; false if it takes unpacking.
+  bool codes_and_set(int64_t p, int64_t steps, Start start, char* c, Arena& arena) const {
+    const int64_t all = steps_.ldc;
+    FlatArgs args = steps_.tile(0, steps_.rows, p, steps, 0, all, start, c);
+    args.ahead = w_.rows_ahead(out_, all, p + steps, min64(lined(), w_.depth() - p - steps));
+    return w_.flat_codes(out_, all, p, steps, 2 * lined(), args, arena);
   }
 
   int64_t lined() const { return kStep * steps_.k.pack; }

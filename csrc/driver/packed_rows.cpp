@@ -33,6 +33,15 @@ bool PackedRows::dot(const PackedPart& part, const DotArgs& args, int64_t ahead,
   return codes.ordinary && run_dot_codes(k_, packed_.code, codes, args);
 }
 
+bool PackedRows::flat(const PackedPart& part, const FlatArgs& args, int64_t ahead, Arena& arena) const {
+  if (!k_.flat_codes[static_cast<int>(packed_.code)] || values_ != DType::bf16 || args.rows > kMaxFlatCodesRows ||
+      args.depth > kMaxFlatCodesDepth)
+    return false;
+  Arena::Scope scope(arena);
+  const UnpackArgs codes = unpack_args(part, ahead, arena);
+  return codes.ordinary && run_flat_codes(k_, packed_.code, codes, args);
+}
+
 // All but where to.
 UnpackArgs PackedRows::unpack_args(const PackedPart& part, int64_t ahead, Arena& arena) const {
   const Scales& zero = packed_.zero;

@@ -24,6 +24,8 @@ class PackedRows {
   void unpack_lines(const PackedPart& part, void* to, int64_t stride, int64_t ahead, Arena& arena) const;
   // The dot tile of such rows, without unpacking them first. False: nothing is done, they must be.
   bool dot(const PackedPart& part, const DotArgs& args, int64_t ahead, Arena& arena) const;
+  // The same of the flat tile of their lines.
+  bool flat(const PackedPart& part, const FlatArgs& args, int64_t ahead, Arena& arena) const;
   Ahead codes(const PackedPart& part) const;
 
  private:

@@ -118,6 +118,11 @@ class WeightTiles {
              Arena& arena) const {
     packed_->unpack_lines({p, steps, out, width}, to, stride, ahead, arena);
   }
+  // The flat tile of such lines without making them. False: they must be.
+  bool flat_codes(int64_t out, int64_t width, int64_t p, int64_t steps, int64_t ahead, const FlatArgs& args,
+                  Arena& arena) const {
+    return packed_->flat({p, steps, out, width}, args, ahead, arena);
+  }
 
   // Whether tiles can pack such a strip themselves, from `lane_rows`.
   bool weaves(int64_t width, int64_t steps) const;

@@ -339,6 +339,7 @@ const moelora::Kernels& moelora::bf16_kernels_amx_bf16() {
     // Tiles add up in another order.
     for (auto& flat : k.flat_tile) flat = nullptr;
     k.flat_lines = nullptr;
+    for (auto& flat : k.flat_codes) flat = nullptr;
     k.peak = peak;
     k.release = release;
     return k;

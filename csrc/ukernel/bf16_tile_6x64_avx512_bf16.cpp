@@ -1,7 +1,9 @@
 // bf16 dot products: vdpbf16ps, two p a step, fp32 accumulators.
 #include <immintrin.h>
 
+#include "ukernel/dot_codes_avx512_bf16.inl"
 #include "ukernel/f32_kernels.inl"
+#include "ukernel/flat_codes.inl"
 #include "ukernel/kernel_sets.h"
 #include "ukernel/peak.inl"
 #include "ukernel/unpack_avx512_bf16.inl"
@@ -103,6 +105,8 @@ const moelora::Kernels& moelora::bf16_kernels_avx512_bf16() {
     fill_unpack<Bf16Unpack, bf16_t>(k, DType::bf16);
     Bf16Lines::fill(k);
     k.flat_lines = flat_any<Bf16Dot, Rows<Bf16Dot, bf16_t, 2>>;
+    fill_flat_codes<Bf16Dot>(k);
+    fill_dot_codes<Bf16Dot>(k);
     k.peak = peak<Bf16Dot, 8, 2>;
     fill_storage<F32x16, Bf16Dot, bf16_t>(k, DType::bf16);
     fill_storage<F32x16, Bf16Dot, float>(k, DType::f32);

@@ -243,6 +243,24 @@ void check_dot_codes(const Kernels& k, Code code, const UnpackArgs& l, const Dot
   check_codes(call, code, DType::bf16, unpacked);
 }
 
+void check_flat_codes(const Kernels& k, Code code, const UnpackArgs& r, const FlatArgs& args) {
+  const Call call{k, "flat_codes"};
+  call.require(k.flat_codes[static_cast<int>(code)] != nullptr, "there must be a flat tile of codes", 1);
+  call.in_range(args.rows, 1, kMaxFlatCodesRows, "rows must be at least 1 and at most kMaxFlatCodesRows");
+  call.in_range(args.depth, 0, kMaxFlatCodesDepth, "depth must be at least 0 and at most kMaxFlatCodesDepth");
+  call.require(r.rows == args.depth, "codes must have the tile's depth", r.rows);
+  call.require(r.n == args.width, "codes must have the tile's width", r.n);
+  call.require(r.ordinary, "scales must be ordinary", 0);
+  FlatArgs unpacked = args;
+  unpacked.r = args.c;  // of which there is none
+  unpacked.r_stride = 0;
+  check_flat(call, unpacked, k.compute);
+  UnpackArgs codes = r;
+  codes.to = args.c;
+  codes.to_stride = 0;
+  check_codes(call, code, DType::bf16, codes);
+}
+
 void check_scales(const Kernels& k, ScaleType type, const ScaleArgs& args) {
   const Call call{k, "scales"};
   call.require(args.rows >= 0, "rows must be at least 0", args.rows);

@@ -18,6 +18,7 @@ void check_unpack(const Kernels& k, Code code, DType values, const UnpackArgs& a
 void check_unpack_lines(const Kernels& k, Code code, DType values, const UnpackArgs& args);
 void check_scales(const Kernels& k, ScaleType type, const ScaleArgs& args);
 void check_dot_codes(const Kernels& k, Code code, const UnpackArgs& l, const DotArgs& args);
+void check_flat_codes(const Kernels& k, Code code, const UnpackArgs& r, const FlatArgs& args);
 #else
 inline void check(const Kernels&, const TileArgs&) {}
 inline void check(const Kernels&, const DotArgs&, DType) {}
@@ -29,6 +30,7 @@ inline void check_unpack(const Kernels&, Code, DType, const UnpackArgs&) {}
 inline void check_unpack_lines(const Kernels&, Code, DType, const UnpackArgs&) {}
 inline void check_scales(const Kernels&, ScaleType, const ScaleArgs&) {}
 inline void check_dot_codes(const Kernels&, Code, const UnpackArgs&, const DotArgs&) {}
+inline void check_flat_codes(const Kernels&, Code, const UnpackArgs&, const FlatArgs&) {}
 #endif
 
 // The micro-kernels as drivers call them.
@@ -59,6 +61,10 @@ inline void run_unpack_lines(const Kernels& k, Code code, DType values, const Un
 inline bool run_dot_codes(const Kernels& k, Code code, const UnpackArgs& l, const DotArgs& args) {
   check_dot_codes(k, code, l, args);
   return k.dot_codes[static_cast<int>(code)](l, args);
+}
+inline bool run_flat_codes(const Kernels& k, Code code, const UnpackArgs& r, const FlatArgs& args) {
+  check_flat_codes(k, code, r, args);
+  return k.flat_codes[static_cast<int>(code)](r, args);
 }
 inline bool run_scales(const Kernels& k, ScaleType type, const ScaleArgs& args) {
   check_scales(k, type, args);

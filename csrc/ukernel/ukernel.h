@@ -144,6 +144,10 @@ constexpr int kMaxDotCodesCols = 3;
 
 constexpr int kMaxFlatRows = 12;
 
+// A flat tile may have codes for R, see Kernels::flat_codes: of so many rows and steps.
+constexpr int kMaxFlatCodesRows = 4;
+constexpr int64_t kMaxFlatCodesDepth = 16;
+
 struct FlatArgs {
   const void* l;
   int64_t l_stride;  // bytes between rows
@@ -256,6 +260,8 @@ struct Kernels {
   // The dot tile of what unpack would give, of numbers of bf16 and ordinary scales, to the bit; `to` is not used. False
   // if the codes or how they lie are not for it: then nothing is written. Null where there is none.
   bool (*dot_codes[kCodes])(const UnpackArgs&, const DotArgs&);
+  // The flat tile of the lines that unpack_lines would give: the same.
+  bool (*flat_codes[kCodes])(const UnpackArgs&, const FlatArgs&);
 
   // Accumulator rows. c, bias, acc: accumulator type.
   void (*transpose)(void* dst, int64_t ldd, const void* src, int64_t lds, int64_t rows, int64_t cols);

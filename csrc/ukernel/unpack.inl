@@ -118,16 +118,15 @@ template <class U, class T, bool High, bool Ordinary>
                  });
 }
 
-// Columns [column, stop) of a group, as far as whole blocks go. Where to go on.
+// Columns [column, stop) of a group, as far as whole blocks go. Where to go on, unless the block has failed.
 template <class Block, class elem, class Fetch>
 [[gnu::always_inline]] inline int64_t unpack_blocks(Block& block, const PackedRow<elem>& row, int64_t column,
                                                     int64_t stop, const Fetch& fetch_ahead) {
-  const int64_t first = column;
   for (; column + Block::kColumns <= stop; column += Block::kColumns) {
     fetch_ahead(row.codes + column);
     block(row.to + column, row.codes + column);
   }
-  return block.failed() ? first : column;
+  return column;
 }
 
 // Columns [column, stop) of a group.
@@ -166,28 +165,28 @@ template <class U, class T, Code C, bool Ordinary>
     unpack_byte_row<U, T, C, Ordinary>(args, row);
 }
 
-// Rows of ordinary scales, group by group: what a scale needs is made once where several rows have the same.
+// Rows of ordinary scales, group by group: what a scale needs is made once where several rows have the same, and so is
+// the question whether a code was NaN.
 template <class U, class T>
 void unpack_e4m3_groups(const UnpackArgs& args) {
   using Block = typename U::template Block<Code::e4m3, T>;
   const int64_t first_group = args.first / args.group;
   RowsAhead ahead(args, Block::kColumns);
   const auto fetch_ahead = [&ahead](const uint8_t* codes) __attribute__((always_inline)) { ahead(codes); };
-  for_each_group(args, first_group, args.first,
-                 [&](int64_t group, int64_t column, int64_t stop) __attribute__((always_inline)) {
-                   float last = args.scale[group];
-                   Block block(last);
-                   for (int64_t i = 0; i < args.rows; ++i) {
-                     const PackedRow<typename U::elem> row(args, i, first_group);
-                     const float scale = row.scale[group];
-                     int64_t done = column;
-                     if (Block::takes(scale)) {
-                       if (scale != last) block.use(last = scale);
-                       done = unpack_blocks(block, row, column, stop, fetch_ahead);
-                     }
-                     unpack_bytes<U, T, Code::e4m3>(row, scale, done, stop);
-                   }
-                 });
+  for_each_group(args, first_group, args.first, [&](int64_t group, int64_t column, int64_t stop) {
+    const auto row = [&](int64_t i) { return PackedRow<typename U::elem>(args, i, first_group); };
+    for (int64_t i = 0, end; i < args.rows; i = end) {
+      const float scale = row(i).scale[group];
+      for (end = i + 1; end < args.rows && row(end).scale[group] == scale;) ++end;
+      int64_t done = column;
+      if (Block::takes(scale)) {
+        Block block(scale);
+        for (int64_t r = i; r < end; ++r) done = unpack_blocks(block, row(r), column, stop, fetch_ahead);
+        if (block.failed()) done = column;
+      }
+      for (int64_t r = i; done < stop && r < end; ++r) unpack_bytes<U, T, Code::e4m3>(row(r), scale, done, stop);
+    }
+  });
 }
 
 template <class U, class T, Code C>

@@ -26,6 +26,17 @@ struct Bf16Unpack : Avx512Values {
     return High ? _mm512_or_si512(_mm512_srli_epi32(pairs, 4), _mm512_slli_epi32(pairs, 16))
                 : _mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 12));
   }
+  // The same of 16 bytes, in which bit 4 and those above may be anything.
+  template <bool High>
+  static __m512i index_32(const uint8_t* codes) {
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    // Each in both words of a pair; in each quarter those of its own.
+    const auto twice = [](uint32_t byte) { return static_cast<int>(0x80008000u | byte << 16 | byte); };
+    const __m512i order =
+        _mm512_setr_epi32(twice(0), twice(1), twice(2), twice(3), twice(4), twice(5), twice(6), twice(7), twice(8),
+                          twice(9), twice(10), twice(11), twice(12), twice(13), twice(14), twice(15));
+    return _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, order), _mm512_set1_epi32(High ? 4 : 4 << 16));
+  }
   static __m512i pairs_at(const uint8_t* codes) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
   }
@@ -62,9 +73,13 @@ struct Bf16Unpack : Avx512Values {
 
   // Two groups' numbers in one table: `of` has bit 4 set in the words of the second.
   template <bool High>
+  static __m512i numbers_in_pair(const uint8_t* codes, __m512i of, __m512i table) {
+    const __m512i code = _mm512_and_si512(index_32<High>(codes), _mm512_set1_epi16(15));
+    return _mm512_permutexvar_epi16(_mm512_or_si512(code, of), table);
+  }
+  template <bool High>
   static void lookup_in_pair(elem* to, const uint8_t* codes, __m512i of, __m512i table) {
-    const __m512i code = _mm512_and_si512(index_of<High>(pairs_at(codes)), _mm512_set1_epi16(15));
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_or_si512(code, of), table));
+    _mm512_storeu_si512(to, numbers_in_pair<High>(codes, of, table));
   }
   // n: a multiple of two groups.
   template <bool High, int64_t Group>
@@ -100,7 +115,7 @@ struct Bf16Unpack : Avx512Values {
     }
     template <bool High>
     void lookup_32(elem* to, const uint8_t* codes) const {
-      _mm512_storeu_si512(to, _mm512_permutexvar_epi16(index_of<High>(pairs_at(codes)), numbers));
+      _mm512_storeu_si512(to, _mm512_permutexvar_epi16(index_32<High>(codes), numbers));
     }
     template <bool High>
     void lookup(elem* to, const uint8_t* codes, int64_t n) const {
@@ -151,6 +166,16 @@ struct Bf16Unpack::Block<Code::e4m3, T> {
   }
 };
 
+// Whether all rows have the same scales, none of which is 0.
+inline bool scales_alike(const UnpackArgs& args) {
+  const int64_t groups = (args.first + args.n - 1) / args.group - args.first / args.group + 1;
+  int unlike = 0;
+  for (int64_t g = 0; g < groups; ++g) unlike |= args.scale[g] == 0;
+  for (int64_t p = 1; p < args.rows; ++p)
+    for (int64_t g = 0; g < groups; ++g) unlike |= args.scale[p * args.scale_stride + g] != args.scale[g];
+  return unlike == 0;
+}
+
 // Lines of two rows: lane j is (a[j], b[j]).
 struct Bf16Lines {
   using U = Bf16Unpack;
@@ -168,35 +193,60 @@ struct Bf16Lines {
     return _mm512_or_si512(_mm512_and_si512(codes, _mm512_set1_epi32(0x000f000f)), _mm512_set1_epi32(0x00100000));
   }
 
-  // 32 lanes. `to`, of lanes as pairs.
+  static __m512i byte_pairs(const uint8_t* a, const uint8_t* b) {
+    return _mm512_or_si512(U::pairs_at(a), _mm512_slli_epi32(U::pairs_at(b), 16));
+  }
+  // 32 lanes, in two vectors. both: in words, row a's byte of two columns and row b's.
   template <bool High>
-  static void nibbles_32(bf16_t* to, const uint8_t* a, const uint8_t* b, __m512i table) {
-    const __m512i both = _mm512_or_si512(U::pairs_at(a), _mm512_slli_epi32(U::pairs_at(b), 16));
+  static void nibbles_32(__m512i* first, __m512i* second, __m512i both, __m512i table) {
     const __m512i high = _mm512_permutexvar_epi16(index(_mm512_srli_epi32(both, 4)), table);
     const __m512i low = _mm512_permutexvar_epi16(index(both), table);
     const __m512i even = High ? high : low, odd = High ? low : high;
-    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-    _mm512_storeu_si512(to, _mm512_permutex2var_epi32(even, first, odd));
-    _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi32(even, second, odd));
+    const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    *first = _mm512_permutex2var_epi32(even, order, odd);
+    *second = _mm512_permutex2var_epi32(even, _mm512_add_epi32(order, _mm512_set1_epi32(8)), odd);
   }
   template <bool High>
-  static void nibbles_16(bf16_t* to, const uint8_t* a, const uint8_t* b, __m512i table) {
+  static void nibbles_32(bf16_t* to, const uint8_t* a, const uint8_t* b, __m512i table) {
+    __m512i line[2];
+    nibbles_32<High>(&line[0], &line[1], byte_pairs(a, b), table);
+    put(to, line);
+  }
+  // 64 lanes of one group.
+  template <bool High>
+  static void nibbles_64(__m512i (&line)[4], const uint8_t* a, const uint8_t* b, __m512i table) {
+    const __m256i all_a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+    const __m256i all_b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+    // Bytes 0 to 7 and 16 to 23, and the others.
+    const __m512i outer = _mm512_cvtepu8_epi16(_mm256_unpacklo_epi8(all_a, all_b));
+    const __m512i inner = _mm512_cvtepu8_epi16(_mm256_unpackhi_epi8(all_a, all_b));
+    nibbles_32<High>(&line[0], &line[2], outer, table);
+    nibbles_32<High>(&line[1], &line[3], inner, table);
+  }
+  // 16 lanes.
+  template <bool High>
+  static __m512i nibbles_16(const uint8_t* a, const uint8_t* b, __m512i table) {
     const auto wide = [](const uint8_t* p) {
       return _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     };
     const __m512i both = _mm512_or_si512(wide(a), _mm512_slli_epi64(wide(b), 16));
     const __m512i codes = High ? _mm512_or_si512(_mm512_srli_epi64(both, 4), _mm512_slli_epi64(both, 32))
                                : _mm512_or_si512(both, _mm512_slli_epi64(both, 28));
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(index(codes), table));
+    return _mm512_permutexvar_epi16(index(codes), table);
   }
   template <Code C>
-  static void bytes_16(bf16_t* to, const uint8_t* a, const uint8_t* b, __m512 factor_a, __m512 factor_b) {
+  static __m512i bytes_16(const uint8_t* a, const uint8_t* b, __m512 factor_a, __m512 factor_b) {
     const __m512 first = _mm512_mul_ps(U::bytes<C>(a, 16), factor_a);
     const __m512 second = _mm512_mul_ps(U::bytes<C>(b, 16), factor_b);
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, U::both_to_bf16(first, second)));
+    return _mm512_permutexvar_epi16(order, U::both_to_bf16(first, second));
+  }
+  // Vectors of lanes as pairs.
+  template <int NV>
+  static void put(bf16_t* to, const __m512i (&line)[NV]) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) _mm512_storeu_si512(to + 32 * v, line[v]);
   }
 
   // Lanes [column, stop) of one group, in sixteens.
@@ -210,7 +260,7 @@ struct Bf16Lines {
         fetch(a.codes + column, args.ahead);
         fetch(b.codes + column, args.ahead);
         for (const int64_t end = column + 64 < stop ? column + 64 : stop; column < end; column += 16)
-          bytes_16<C>(line + 2 * column, a.codes + column, b.codes + column, factor_a, factor_b);
+          _mm512_storeu_si512(line + 2 * column, bytes_16<C>(a.codes + column, b.codes + column, factor_a, factor_b));
       }
     } else {
       constexpr bool kHigh = C == Code::nibbles_high;
@@ -224,7 +274,7 @@ struct Bf16Lines {
       if (column == stop) return;
       fetch(a.codes + column / 2, args.ahead);
       fetch(b.codes + column / 2, args.ahead);
-      nibbles_16<kHigh>(line + 2 * column, a.codes + column / 2, b.codes + column / 2, numbers);
+      _mm512_storeu_si512(line + 2 * column, nibbles_16<kHigh>(a.codes + column / 2, b.codes + column / 2, numbers));
     }
   }
 
@@ -239,7 +289,15 @@ struct Bf16Lines {
     for (int64_t g = 0; g < groups; ++g) {
       const __m512i numbers = Zeros ? table(args.values, a.scale[g], b.scale[g], a.zero[g], b.zero[g])
                                     : table(args.values, a.scale[g], b.scale[g]);
-      for (const uint8_t* stop = codes_a + args.group / 2; codes_a < stop; codes_a += 16, codes_b += 16, to += 64) {
+      const uint8_t* stop = codes_a + args.group / 2;
+      for (; codes_a + 32 <= stop; codes_a += 32, codes_b += 32, to += 128) {
+        fetch(codes_a, args.ahead);
+        fetch(codes_b, args.ahead);
+        __m512i line[4];
+        nibbles_64<High>(line, codes_a, codes_b, numbers);
+        put(to, line);
+      }
+      for (; codes_a < stop; codes_a += 16, codes_b += 16, to += 64) {
         fetch(codes_a, args.ahead);
         fetch(codes_b, args.ahead);
         nibbles_32<High>(to, codes_a, codes_b, numbers);
@@ -271,7 +329,7 @@ struct Bf16Lines {
     for (int64_t g = 0; g < n / 16; ++g, codes_a += 8, codes_b += 8, to += 32) {
       fetch(codes_a, args.ahead);
       fetch(codes_b, args.ahead);
-      nibbles_16<High>(to, codes_a, codes_b, table(args.values, a.scale[g], b.scale[g]));
+      _mm512_storeu_si512(to, nibbles_16<High>(codes_a, codes_b, table(args.values, a.scale[g], b.scale[g])));
     }
   }
 
@@ -299,52 +357,71 @@ struct Bf16Lines {
     }
   }
 
-  // The numbers of one scale, made anew where it changes.
-  struct E4m3Row {
-    float scale;
-    E4m3Codes<Bytes64> codes_of;
-
-    explicit E4m3Row(float s) : scale(s), codes_of(E4m3Numbers(s)) {}
-    void use(float s) {
-      if (s != scale) *this = E4m3Row(s);
-    }
-  };
-  // 64 lanes. `to`, of lanes as pairs.
-  [[gnu::always_inline]] static void e4m3_64(bf16_t* to, const uint8_t* a, const uint8_t* b, E4m3Codes<Bytes64>& of_a,
-                                             E4m3Codes<Bytes64>& of_b) {
+  // 64 lanes of rows of one scale.
+  [[gnu::always_inline]] static void e4m3_64(__m512i (&line)[4], const uint8_t* a, const uint8_t* b,
+                                             E4m3Codes<Bytes64>& of) {
+    const __m512i all_a = Bytes64::load(a), all_b = Bytes64::load(b);
+    __m512i low, high;
+    of.bytes(_mm512_unpacklo_epi8(all_a, all_b), low, high);
+    line[0] = _mm512_unpacklo_epi8(low, high);
+    line[1] = _mm512_unpackhi_epi8(low, high);
+    of.bytes(_mm512_unpackhi_epi8(all_a, all_b), low, high);
+    line[2] = _mm512_unpacklo_epi8(low, high);
+    line[3] = _mm512_unpackhi_epi8(low, high);
+  }
+  [[gnu::always_inline]] static void e4m3_64(__m512i (&line)[4], const uint8_t* a, const uint8_t* b,
+                                             E4m3Codes<Bytes64>& of_a, E4m3Codes<Bytes64>& of_b) {
     __m512i low_a, high_a, low_b, high_b;
     of_a.bytes(a, low_a, high_a);
     of_b.bytes(b, low_b, high_b);
     const __m512i first_a = _mm512_unpacklo_epi8(low_a, high_a), second_a = _mm512_unpackhi_epi8(low_a, high_a);
     const __m512i first_b = _mm512_unpacklo_epi8(low_b, high_b), second_b = _mm512_unpackhi_epi8(low_b, high_b);
-    _mm512_storeu_si512(to, _mm512_unpacklo_epi16(first_a, first_b));
-    _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi16(first_a, first_b));
-    _mm512_storeu_si512(to + 64, _mm512_unpacklo_epi16(second_a, second_b));
-    _mm512_storeu_si512(to + 96, _mm512_unpackhi_epi16(second_a, second_b));
+    line[0] = _mm512_unpacklo_epi16(first_a, first_b);
+    line[1] = _mm512_unpackhi_epi16(first_a, first_b);
+    line[2] = _mm512_unpacklo_epi16(second_a, second_b);
+    line[3] = _mm512_unpackhi_epi16(second_a, second_b);
   }
-  // The first n columns of all pairs of rows, in sixteens.
+  // Lanes [column, stop) of a group of rows [p, end), pairs of the same scales, as far as whole blocks go. Where to go
+  // on.
+  [[gnu::always_inline]] static int64_t e4m3_blocks(const UnpackArgs& args, int64_t p, int64_t end, int64_t column,
+                                                    int64_t stop, E4m3Codes<Bytes64>& of_a, E4m3Codes<Bytes64>& of_b,
+                                                    RowsAhead& ahead) {
+    int64_t done = column;
+    for (; p < end; p += 2) {
+      const uint8_t *a = args.codes + p * args.codes_stride, *b = a + args.codes_stride;
+      bf16_t* line = line_of(args, p);
+      for (done = column; done + 64 <= stop; done += 64) {
+        ahead(a + done);
+        ahead(b + done);
+        __m512i lanes[4];
+        e4m3_64(lanes, a + done, b + done, of_a, of_b);
+        put(line + 2 * done, lanes);
+      }
+    }
+    return of_a.met_nan() || of_b.met_nan() ? column : done;
+  }
+  // The first n columns of all pairs of rows, in sixteens. What scales need is made once where pairs have the same, and
+  // so is the question whether a code was NaN.
   static void e4m3_groups(UnpackArgs args, int64_t n) {
     args.n = n;
-    const int64_t first_group = args.first / args.group;
+    const int64_t first_group = args.first / args.group, pairs_end = args.rows / 2 * 2;
     RowsAhead ahead(args, 64);
     for_each_group(args, first_group, args.first, [&](int64_t g, int64_t column, int64_t stop) {
-      E4m3Row row_a(args.scale[g]), row_b(row_a);
-      for (int64_t p = 0; p + 1 < args.rows; p += 2) {
-        const PackedRow<bf16_t> a(args, p, first_group), b(args, p + 1, first_group);
-        bf16_t* line = line_of(args, p);
+      const auto scale = [&](int64_t p) { return args.scale[p * args.scale_stride + g]; };
+      for (int64_t p = 0, end; p < pairs_end; p = end) {
+        const float scale_a = scale(p), scale_b = scale(p + 1);
+        for (end = p + 2; end < pairs_end && scale(end) == scale_a && scale(end + 1) == scale_b;) end += 2;
         int64_t done = column;
-        if (a.scale[g] != 0 && b.scale[g] != 0) {
-          row_a.use(a.scale[g]);
-          row_b.use(b.scale[g]);
-          for (; done + 64 <= stop; done += 64) {
-            ahead(a.codes + done);
-            ahead(b.codes + done);
-            e4m3_64(line + 2 * done, a.codes + done, b.codes + done, row_a.codes_of, row_b.codes_of);
-          }
-          const bool nan_a = row_a.codes_of.met_nan(), nan_b = row_b.codes_of.met_nan();
-          if (nan_a || nan_b) done = column;
+        if (scale_a != 0 && scale_a == scale_b) {
+          E4m3Codes<Bytes64> of_both{E4m3Numbers(scale_a)};
+          done = e4m3_blocks(args, p, end, column, stop, of_both, of_both, ahead);
+        } else if (scale_a != 0 && scale_b != 0) {
+          E4m3Codes<Bytes64> of_a{E4m3Numbers(scale_a)}, of_b{E4m3Numbers(scale_b)};
+          done = e4m3_blocks(args, p, end, column, stop, of_a, of_b, ahead);
         }
-        group<Code::e4m3>(args, a, b, g, done, stop, line);
+        for (int64_t q = p; done < stop && q < end; q += 2)
+          group<Code::e4m3>(args, PackedRow<bf16_t>(args, q, first_group), PackedRow<bf16_t>(args, q + 1, first_group),
+                            g, done, stop, line_of(args, q));
       }
     });
   }

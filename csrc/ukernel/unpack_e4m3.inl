@@ -64,8 +64,9 @@ class E4m3Codes {
   }
 
   // The bytes of their numbers. Of the codes that are NaN others.
-  [[gnu::always_inline]] void bytes(const uint8_t* codes, vec& low, vec& high) {
-    const vec all = B::load(codes), size = B::bit_and(all, B::set1(0x7f));
+  [[gnu::always_inline]] void bytes(const uint8_t* codes, vec& low, vec& high) { bytes(B::load(codes), low, high); }
+  [[gnu::always_inline]] void bytes(vec all, vec& low, vec& high) {
+    const vec size = B::bit_and(all, B::set1(0x7f));
     most_ = B::most(most_, size);
     // Beyond 127, which the lookup makes 0 of, for all but those below 8.
     const vec below = B::add(size, B::set1(0x78));

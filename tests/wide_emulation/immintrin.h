@@ -320,6 +320,16 @@ EMULATED __m256i _mm512_castsi512_si256(__m512i v) { return v.low; }
 EMULATED __m512i _mm512_castsi256_si512(__m256i v) { return {v, _mm256_set1_epi8(0x5a)}; }
 EMULATED __m256 _mm512_extractf32x8_ps(__m512 v, int half) { return half & 1 ? v.high : v.low; }
 EMULATED __m512i _mm512_broadcast_i64x4(__m256i v) { return {v, v}; }
+EMULATED __m512i _mm512_broadcast_i32x4(__m128i v) {
+  const __m256i both = _mm256_broadcastsi128_si256(v);
+  return {both, both};
+}
+EMULATED __m512i _mm512_srlv_epi16(__m512i v, __m512i counts) {
+  wide::Elements<uint16_t, __m512i> words(v);
+  const wide::Elements<uint16_t, __m512i> by(counts);
+  for (int i = 0; i < words.n; ++i) words.at[i] = by.at[i] < 16 ? static_cast<uint16_t>(words.at[i] >> by.at[i]) : 0;
+  return words.vector();
+}
 EMULATED __m512i _mm512_cvtepu8_epi64(__m128i v) {
   return {_mm256_cvtepu8_epi64(v), _mm256_cvtepu8_epi64(_mm_srli_si128(v, 4))};
 }

@@ -63,6 +63,9 @@ const Operation kOperations[] = {
   RESULT(_mm512_inserti64x4, _mm512_inserti64x4(as<__m512i>(in.a), as<__m256i>(in.b), 1))
 
   UNARY(_mm512_broadcast_i64x4, __m256i)
+  UNARY(_mm512_broadcast_i32x4, __m128i)
+  BINARY(_mm512_srlv_epi16, __m512i, __m512i)
+  RESULT(_mm512_srlv_epi16, _mm512_srlv_epi16(as<__m512i>(in.a), _mm512_and_si512(as<__m512i>(in.b), _mm512_set1_epi16(15))))
 
   NONE(_mm512_setzero_ps)
   NONE(_mm512_setzero_si512)
