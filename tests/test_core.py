@@ -249,7 +249,7 @@ BROKEN += [(k, "tile", "start", 1, "must not add") for k in KERNEL_SETS if k.com
 DOTTING_CODES = [
     ("rows", 0, "rows must be"),
     ("rows", 2, "codes must have the tile's rows"),
-    ("cols", 4, "cols must be"),
+    ("cols", 7, "cols must be"),
     ("codes.rows", 2, "codes must have the tile's rows"),
     ("codes.n", 3, "codes must have the segment's depth"),
     ("codes", 0, "codes must not be null"),
@@ -260,7 +260,7 @@ DOTTING_CODES = [
 ]
 FLATTENING_CODES = [
     ("rows", 0, "rows must be"),
-    ("rows", 5, "rows must be"),
+    ("rows", 7, "rows must be"),
     ("depth", 18, "depth must be"),
     ("codes.rows", 4, "codes must have the tile's depth"),
     ("codes.n", 3, "codes must have the tile's width"),

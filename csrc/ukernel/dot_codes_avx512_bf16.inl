@@ -101,7 +101,7 @@ template <class Op, Code C, int MR, int NC, class Dots>
       dots(row, codes + row * w.codes_stride, numbers);
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < NC; ++j)
           acc[j][i] = Op::fma((typename Op::opvec)numbers[v], Op::load_whole(r + j * r_stride + 32 * v), acc[j][i]);
     }
@@ -128,15 +128,11 @@ bool dot_codes_tile(const UnpackArgs& w, const moelora::DotArgs& args, int64_t g
   return true;
 }
 
-template <class Op, Code C, class Dots>
+template <class Op, Code C, class Dots, int NC = moelora::kMaxDotCodesCols>
 bool dot_codes_any(const UnpackArgs& w, const moelora::DotArgs& args, int64_t groups_a_block) {
-  if (!Dots::takes(w)) return false;
-  switch (args.cols) {
-    case 1: return dot_codes_tile<Op, C, Dots, Op::dot_rows[0], 1>(w, args, groups_a_block);
-    case 2: return dot_codes_tile<Op, C, Dots, Op::dot_rows[1], 2>(w, args, groups_a_block);
-    case 3: return dot_codes_tile<Op, C, Dots, Op::dot_rows[2], 3>(w, args, groups_a_block);
-    default: return false;
-  }
+  if constexpr (NC > 1)
+    if (args.cols < NC) return dot_codes_any<Op, C, Dots, NC - 1>(w, args, groups_a_block);
+  return Dots::takes(w) && dot_codes_tile<Op, C, Dots, Op::dot_rows[NC - 1], NC>(w, args, groups_a_block);
 }
 
 template <class Op, Code C>

@@ -105,7 +105,7 @@ template <class Op, int MR, class Lines>
 [[gnu::always_inline]] inline bool flat_codes_block(const moelora::FlatArgs& args, typename Op::acc_t* c, Lines& lines,
                                                     Fetcher<moelora::kToL1>& ahead) {
   typename Op::vec acc[MR][4];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v)
@@ -115,7 +115,7 @@ template <class Op, int MR, class Lines>
     for (const int64_t stop = p + kCodesTurn < args.depth ? p + kCodesTurn : args.depth; p < stop; p += Op::pack) {
       __m512i line[4];
       lines.next(line);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) {
         const auto* l =
             reinterpret_cast<const typename Op::elem*>(static_cast<const char*>(args.l) + i * args.l_stride);
@@ -126,7 +126,7 @@ template <class Op, int MR, class Lines>
     }
   }
   if (lines.failed()) return false;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) Op::store(c + i * args.ldc + v * Op::lanes, acc[i][v]);

@@ -140,12 +140,12 @@ struct DotArgs {
 };
 
 // A dot tile may have codes for the first segment's L, see Kernels::dot_codes: of so many columns.
-constexpr int kMaxDotCodesCols = 3;
+constexpr int kMaxDotCodesCols = 6;
 
 constexpr int kMaxFlatRows = 12;
 
 // A flat tile may have codes for R, see Kernels::flat_codes: of so many rows and steps.
-constexpr int kMaxFlatCodesRows = 4;
+constexpr int kMaxFlatCodesRows = 6;
 constexpr int64_t kMaxFlatCodesDepth = 16;
 
 struct FlatArgs {
