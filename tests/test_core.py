@@ -270,10 +270,10 @@ FLATTENING_CODES = [
     ("l", 0, "l must not be null"),
     ("c", 0, "c must not be null"),
 ]
-BROKEN += [(k, "dot_codes", *row) for k in KERNEL_SETS if k.dots_codes for row in DOTTING_CODES]
-BROKEN += [(k, "flat_codes", *row) for k in KERNEL_SETS if k.flattens_codes for row in FLATTENING_CODES]
-BROKEN += [(k, "dot_codes", "", 0, "a dot tile of codes") for k in KERNEL_SETS if not k.dots_codes][:1]
-BROKEN += [(k, "flat_codes", "", 0, "a flat tile of codes") for k in KERNEL_SETS if not k.flattens_codes][:1]
+BROKEN += [(k, "dot_codes", *row) for k in KERNEL_SETS if k.dot_codes_cols for row in DOTTING_CODES]
+BROKEN += [(k, "flat_codes", *row) for k in KERNEL_SETS if k.flat_codes_rows for row in FLATTENING_CODES]
+BROKEN += [(k, "dot_codes", "", 0, "a dot tile of codes") for k in KERNEL_SETS if not k.dot_codes_cols][:1]
+BROKEN += [(k, "flat_codes", "", 0, "a flat tile of codes") for k in KERNEL_SETS if not k.flat_codes_rows][:1]
 BROKEN += [(k, "flat_lines", *row) for k, kernel, *row in BROKEN if kernel == "flat_tile"]
 BROKEN += [(k, "dot_tile", "", 0, "must be a dot tile") for k in KERNEL_SETS if not k.dot_rows][:1]
 BROKEN += [(k, "flat_tile", "", 0, "must be a flat tile") for k in KERNEL_SETS if not k.flat_storage][:1]
@@ -301,9 +301,9 @@ def test_the_contract_holds_for_small_calls(k):
     if k.compute != "fp64":
         for kernel in ("unpack", "unpack_lines", "scales"):
             core.check_contract(k, kernel)
-    if k.dots_codes:
+    if k.dot_codes_cols:
         core.check_contract(k, "dot_codes")
-    if k.flattens_codes:
+    if k.flat_codes_rows:
         core.check_contract(k, "flat_codes")
     if k.widens:
         core.check_contract(k, "tile", "widen")

@@ -209,8 +209,8 @@ def test_every_code(k, numbers, code, ordinary):
 
 
 # Tiles of codes: what they have a way for, and what is the same without.
-of_dots = pytest.mark.parametrize("k", [k for k in KERNEL_SETS if k.dots_codes], ids=lambda k: k.name)
-of_flats = pytest.mark.parametrize("k", [k for k in KERNEL_SETS if k.flattens_codes], ids=lambda k: k.name)
+of_dots = pytest.mark.parametrize("k", [k for k in KERNEL_SETS if k.dot_codes_cols], ids=lambda k: k.name)
+of_flats = pytest.mark.parametrize("k", [k for k in KERNEL_SETS if k.flat_codes_rows], ids=lambda k: k.name)
 WAYS = [
     *((code, group, False) for code in CODES[:2] for group in (16, 32, 64, 128, 1 << 20)),
     *((code, group, True) for code in CODES[:2] for group in (64, 128)),
@@ -270,22 +270,24 @@ codes_of_tiles = problems().filter(lambda p: p["scales"] in ("usual", "limits") 
 
 
 @of_dots
-@given(problem=codes_of_tiles, cols=st.integers(1, 6), seed=st.integers(0, 2**20))
-def test_dot_tiles_of_codes(k, problem, cols, seed):
+@given(problem=codes_of_tiles, data=st.data(), seed=st.integers(0, 2**20))
+def test_dot_tiles_of_codes(k, problem, data, seed):
+    cols = data.draw(st.integers(1, k.dot_codes_cols))
     rng = np.random.default_rng(seed)
     problem["rows"] = min(problem["rows"], k.dot_rows[cols - 1])
     dot_of_codes(k, Codes(rng, **problem), cols, rng)
 
 
 @of_flats
-@given(problem=codes_of_tiles, height=st.integers(1, 6), resume=st.booleans(), seed=st.integers(0, 2**20))
-def test_flat_tiles_of_codes(k, problem, height, resume, seed):
+@given(problem=codes_of_tiles, data=st.data(), resume=st.booleans(), seed=st.integers(0, 2**20))
+def test_flat_tiles_of_codes(k, problem, data, resume, seed):
+    height = data.draw(st.integers(1, k.flat_codes_rows))
     rng = np.random.default_rng(seed)
     flat_of_codes(k, Codes(rng, **problem), height, resume, rng)
 
 
 @pytest.mark.parametrize(
-    "k", [k for k in KERNEL_SETS if k.flattens_codes and k.dots_codes], ids=lambda k: k.name
+    "k", [k for k in KERNEL_SETS if k.flat_codes_rows and k.dot_codes_cols], ids=lambda k: k.name
 )
 @pytest.mark.parametrize(("code", "group", "zero"), WAYS)
 def test_there_is_a_way_for_usual_codes(k, code, group, zero):
@@ -293,11 +295,11 @@ def test_there_is_a_way_for_usual_codes(k, code, group, zero):
     rng = np.random.default_rng(0)
     sizes = itertools.product((0, 128), (64, 192), (False, True))
     for make in [functools.partial(usual_codes, rng, code, group, zero, *size) for size in sizes]:
-        for cols, rows in ((c, r) for c in range(1, 7) for r in (1, 3, k.dot_rows[c - 1])):
+        for cols, rows in ((c, r) for c in range(1, k.dot_codes_cols + 1) for r in (1, 3, k.dot_rows[c - 1])):
             codes = make(rows)
             nan = code == "e4m3" and np.isnan(codes.numbers).any()
             assert dot_of_codes(k, codes, cols, rng) != nan
-        for height, depth in itertools.product(range(1, 7), (2, 10, 16)):
+        for height, depth in itertools.product(range(1, k.flat_codes_rows + 1), (2, 10, 16)):
             assert flat_of_codes(k, make(depth), height, depth != 10, rng)
 
 

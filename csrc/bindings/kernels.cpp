@@ -83,11 +83,6 @@ std::vector<std::string> filled(F const (&table)[kDTypes]) {
   return names;
 }
 
-template <class F>
-bool takes_codes(F const (&table)[kCodes]) {
-  return std::any_of(std::begin(table), std::end(table), [](F kernel) { return kernel != nullptr; });
-}
-
 std::vector<int> max_rows_of(const KernelChoice& choice) {
   return {choice.kernels->max_rows, choice.kernels->max_rows + choice.kernels->vecs};
 }
@@ -420,8 +415,8 @@ void bind_kernels(py::module_& m) {
       .def_property_readonly("max_rows", max_rows_of)
       .def_property_readonly("dot_rows", dot_rows_of)
       .def_property_readonly("flat_storage", [](const KernelChoice& c) { return filled(c.kernels->flat_tile); })
-      .def_property_readonly("dots_codes", [](const KernelChoice& c) { return takes_codes(c.kernels->dot_codes); })
-      .def_property_readonly("flattens_codes", [](const KernelChoice& c) { return takes_codes(c.kernels->flat_codes); })
+      .def_property_readonly("dot_codes_cols", [](const KernelChoice& c) { return c.kernels->dot_codes_cols; })
+      .def_property_readonly("flat_codes_rows", [](const KernelChoice& c) { return c.kernels->flat_codes_rows; })
       .def_property_readonly("dot_storage", [](const KernelChoice& c) { return filled(c.kernels->dot_tile); })
       .def_property_readonly("storage", [](const KernelChoice& c) { return filled(c.kernels->pack_lanes); })
       .def_property_readonly("blocking", blocking_of)

@@ -101,7 +101,7 @@ bool dot_codes(const KernelChoice& choice, const py::array& c, const Bytes& code
   const int64_t rows = given.args.rows;
   to.dtype(accumulator_type(k)).shape({-1, rows}).unit_columns();
   const int64_t cols = to.size(0);
-  require(cols >= 1 && cols <= kMaxDotCodesCols && rows <= k.dot_rows[cols - 1], "c must be what a tile takes");
+  require(cols >= 1 && cols <= k.dot_codes_cols && rows <= k.dot_rows[cols - 1], "c must be what a tile takes");
   r.dtype(k.compute).shape({cols, n}).unit_columns();
   DotArgs args{};
   args.segments[0] = {nullptr, 0, r.data(), r.stride(0) * size_of(k.compute), n};
@@ -123,7 +123,7 @@ bool flat_codes(const KernelChoice& choice, const py::array& c, const Bytes& cod
   const Array to("c", c), left("l", l);
   to.dtype(accumulator_type(k)).shape({-1, n}).unit_columns();
   const int64_t height = to.size(0), depth = given.args.rows;
-  require(height >= 1 && height <= kMaxFlatCodesRows && depth <= kMaxFlatCodesDepth, "c must be what a tile takes");
+  require(height >= 1 && height <= k.flat_codes_rows && depth <= kMaxFlatCodesDepth, "c must be what a tile takes");
   left.dtype(k.compute).shape({height, depth}).unit_columns();
   return run_flat_codes(k, given.code, given.args,
                         {left.data(),

@@ -26,7 +26,7 @@ void PackedRows::unpack_lines(const PackedPart& part, void* to, int64_t stride, 
 }
 
 bool PackedRows::dot(const PackedPart& part, const DotArgs& args, int64_t ahead, Arena& arena) const {
-  if (!k_.dot_codes[static_cast<int>(packed_.code)] || values_ != DType::bf16 || args.cols > kMaxDotCodesCols)
+  if (!k_.dot_codes[static_cast<int>(packed_.code)] || values_ != DType::bf16 || args.cols > k_.dot_codes_cols)
     return false;
   Arena::Scope scope(arena);
   const UnpackArgs codes = unpack_args(part, ahead, arena);
@@ -34,7 +34,7 @@ bool PackedRows::dot(const PackedPart& part, const DotArgs& args, int64_t ahead,
 }
 
 bool PackedRows::flat(const PackedPart& part, const FlatArgs& args, int64_t ahead, Arena& arena) const {
-  if (!k_.flat_codes[static_cast<int>(packed_.code)] || values_ != DType::bf16 || args.rows > kMaxFlatCodesRows ||
+  if (!k_.flat_codes[static_cast<int>(packed_.code)] || values_ != DType::bf16 || args.rows > k_.flat_codes_rows ||
       args.depth > kMaxFlatCodesDepth)
     return false;
   Arena::Scope scope(arena);

@@ -340,6 +340,7 @@ const moelora::Kernels& moelora::bf16_kernels_amx_bf16() {
     for (auto& flat : k.flat_tile) flat = nullptr;
     k.flat_lines = nullptr;
     for (auto& flat : k.flat_codes) flat = nullptr;
+    k.flat_codes_rows = 0;
     k.peak = peak;
     k.release = release;
     return k;

@@ -3,7 +3,7 @@
 
 #include "ukernel/dot_codes_avx512_bf16.inl"
 #include "ukernel/f32_kernels.inl"
-#include "ukernel/flat_codes.inl"
+#include "ukernel/flat_codes_avx512_bf16.inl"
 #include "ukernel/kernel_sets.h"
 #include "ukernel/peak.inl"
 #include "ukernel/unpack_avx512_bf16.inl"

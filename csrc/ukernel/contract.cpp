@@ -230,7 +230,7 @@ void check_dot_codes(const Kernels& k, Code code, const UnpackArgs& l, const Dot
   const Call call{k, "dot_codes"};
   call.require(k.dot_codes[static_cast<int>(code)] != nullptr, "there must be a dot tile of codes", 1);
   call.in_range(args.n_segments, 1, 2, "n_segments must be 1 or 2");
-  call.in_range(args.cols, 1, kMaxDotCodesCols, "cols must be at least 1 and at most kMaxDotCodesCols");
+  call.in_range(args.cols, 1, k.dot_codes_cols, "cols must be at least 1 and at most dot_codes_cols");
   call.in_range(args.rows, 1, k.dot_rows[args.cols - 1], "rows must be at least 1 and at most dot_rows");
   call.require(l.rows == args.rows, "codes must have the tile's rows", l.rows);
   call.require(l.n == args.segments[0].depth, "codes must have the segment's depth", l.n);
@@ -246,7 +246,7 @@ void check_dot_codes(const Kernels& k, Code code, const UnpackArgs& l, const Dot
 void check_flat_codes(const Kernels& k, Code code, const UnpackArgs& r, const FlatArgs& args) {
   const Call call{k, "flat_codes"};
   call.require(k.flat_codes[static_cast<int>(code)] != nullptr, "there must be a flat tile of codes", 1);
-  call.in_range(args.rows, 1, kMaxFlatCodesRows, "rows must be at least 1 and at most kMaxFlatCodesRows");
+  call.in_range(args.rows, 1, k.flat_codes_rows, "rows must be at least 1 and at most flat_codes_rows");
   call.in_range(args.depth, 0, kMaxFlatCodesDepth, "depth must be at least 0 and at most kMaxFlatCodesDepth");
   call.require(r.rows == args.depth, "codes must have the tile's depth", r.rows);
   call.require(r.n == args.width, "codes must have the tile's width", r.n);

@@ -128,7 +128,7 @@ bool dot_codes_tile(const UnpackArgs& w, const moelora::DotArgs& args, int64_t g
   return true;
 }
 
-template <class Op, Code C, class Dots, int NC = moelora::kMaxDotCodesCols>
+template <class Op, Code C, class Dots, int NC = moelora::kMaxDotCols>
 bool dot_codes_any(const UnpackArgs& w, const moelora::DotArgs& args, int64_t groups_a_block) {
   if constexpr (NC > 1)
     if (args.cols < NC) return dot_codes_any<Op, C, Dots, NC - 1>(w, args, groups_a_block);
@@ -158,6 +158,7 @@ bool dot_codes(const UnpackArgs& given, const moelora::DotArgs& args) {
 // For numbers of bf16.
 template <class Op>
 void fill_dot_codes(moelora::Kernels& k) {
+  k.dot_codes_cols = moelora::kMaxDotCols;
   k.dot_codes[static_cast<int>(Code::nibbles_high)] = dot_codes<Op, Code::nibbles_high>;
   k.dot_codes[static_cast<int>(Code::nibbles_low)] = dot_codes<Op, Code::nibbles_low>;
   k.dot_codes[static_cast<int>(Code::int8)] = dot_codes<Op, Code::int8>;

@@ -139,13 +139,9 @@ struct DotArgs {
   Ahead ahead;
 };
 
-// A dot tile may have codes for the first segment's L, see Kernels::dot_codes: of so many columns.
-constexpr int kMaxDotCodesCols = 6;
-
 constexpr int kMaxFlatRows = 12;
 
-// A flat tile may have codes for R, see Kernels::flat_codes: of so many rows and steps.
-constexpr int kMaxFlatCodesRows = 6;
+// A flat tile may have codes for R, see Kernels::flat_codes: of so many steps.
 constexpr int64_t kMaxFlatCodesDepth = 16;
 
 struct FlatArgs {
@@ -260,8 +256,10 @@ struct Kernels {
   // The dot tile of what unpack would give, of numbers of bf16 and ordinary scales, to the bit; `to` is not used. False
   // if the codes or how they lie are not for it: then nothing is written. Null where there is none.
   bool (*dot_codes[kCodes])(const UnpackArgs&, const DotArgs&);
+  int dot_codes_cols;  // of so many columns at most
   // The flat tile of the lines that unpack_lines would give: the same.
   bool (*flat_codes[kCodes])(const UnpackArgs&, const FlatArgs&);
+  int flat_codes_rows;  // of so many rows at most
 
   // Accumulator rows. c, bias, acc: accumulator type.
   void (*transpose)(void* dst, int64_t ldd, const void* src, int64_t lds, int64_t rows, int64_t cols);

@@ -125,8 +125,9 @@ struct Avx2Unpack {
 
   // The 16 numbers of a group, before they are rounded.
   struct Scaled {
-    __m256 low, high;
+    __m256 low = _mm256_setzero_ps(), high = _mm256_setzero_ps();
 
+    Scaled() = default;
     Scaled(const float* values, float scale, const float* zero) {
       low = _mm256_loadu_ps(values);
       high = _mm256_loadu_ps(values + 8);
@@ -308,12 +309,18 @@ struct Avx2Unpack::Table {
     high = _mm256_shuffle_epi8(high_bytes, index);
   }
 
-  template <bool High>
-  void lookup_32(elem* to, const uint8_t* codes) const {
+  // 32 numbers, put as by `widen`.
+  template <bool High, class Put>
+  [[gnu::always_inline]] void lookup_32(const uint8_t* codes, const Put& put) const {
     __m256i low, high;
     lookup_bytes<High>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), low, high);
-    store(to, _mm256_unpacklo_epi8(low, high));
-    store(to + 16, _mm256_unpackhi_epi8(low, high));
+    widen(_mm256_unpacklo_epi8(low, high), put);
+    widen(_mm256_unpackhi_epi8(low, high),
+          [&put](__m256 v, int at) __attribute__((always_inline)) { put(v, at + 16); });
+  }
+  template <bool High>
+  void lookup_32(elem* to, const uint8_t* codes) const {
+    lookup_32<High>(codes, [to](__m256 v, int at) __attribute__((always_inline)) { _mm256_storeu_ps(to + at, v); });
   }
   template <bool High>
   void lookup(elem* to, const uint8_t* codes, int64_t n) const {

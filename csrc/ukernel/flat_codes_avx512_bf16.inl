@@ -7,6 +7,8 @@
 
 namespace {
 
+// Whose sums fit the registers beside a line and what it takes to unpack it.
+constexpr int kFlatCodesRows = 6;
 constexpr int64_t kCodesLanes = 64, kCodesTurn = 8;  // kCodesTurn: steps from one fetch to the next
 
 // Lines of 64 lanes, a block of columns of two rows after the other: `begin` a block, then `next` for each two rows.
@@ -150,10 +152,10 @@ void flat_codes_in_memory(UnpackArgs w, moelora::FlatArgs args, int64_t at) {
   args.width = kCodesLanes;
   args.c = static_cast<typename Op::acc_t*>(args.c) + at;
   args.ahead = {};
-  flat_any<Op, Rows<Op, bf16_t, 2>, moelora::kMaxFlatCodesRows>(args);
+  flat_any<Op, Rows<Op, bf16_t, 2>, kFlatCodesRows>(args);
 }
 
-template <class Op, Code C, class Lines, int MR = moelora::kMaxFlatCodesRows>
+template <class Op, Code C, class Lines, int MR = kFlatCodesRows>
 bool flat_codes_tile(const UnpackArgs& w, const moelora::FlatArgs& args) {
   if constexpr (MR > 1)
     if (args.rows < MR) return flat_codes_tile<Op, C, Lines, MR - 1>(w, args);
@@ -193,6 +195,7 @@ bool flat_codes(const UnpackArgs& given, const moelora::FlatArgs& args) {
 // For numbers of bf16.
 template <class Op>
 void fill_flat_codes(moelora::Kernels& k) {
+  k.flat_codes_rows = kFlatCodesRows;
   k.flat_codes[static_cast<int>(Code::nibbles_high)] = flat_codes<Op, Code::nibbles_high>;
   k.flat_codes[static_cast<int>(Code::nibbles_low)] = flat_codes<Op, Code::nibbles_low>;
   k.flat_codes[static_cast<int>(Code::int8)] = flat_codes<Op, Code::int8>;
