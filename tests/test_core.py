@@ -261,6 +261,7 @@ DOTTING_CODES = [
 FLATTENING_CODES = [
     ("rows", 0, "rows must be"),
     ("rows", 7, "rows must be"),
+    ("depth", 0, "depth must be"),
     ("depth", 18, "depth must be"),
     ("codes.rows", 4, "codes must have the tile's depth"),
     ("codes.n", 3, "codes must have the tile's width"),

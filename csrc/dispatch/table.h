@@ -23,7 +23,7 @@ struct Blocking {
   int64_t packed_strips;     // of packed weights so many strips are unpacked together,
   int64_t byte_strips;       //   so many of codes of a byte,
   int64_t packed_depth;      //   so deep or a chain
-  int64_t packed_flat_rows;  // up to so many rows, some steps of packed weights at a time are unpacked for flat tiles
+  int64_t packed_flat_rows;  // up to so many rows, packed weights go to flat tiles, some steps at a time
   int64_t segment;           // weight rows per accumulator block in the row orientation; the block stays in L2
   int64_t depth;             // contraction steps per pass; two packed panels of them fit half of L2
   int64_t chain;             // steps that are one chain of additions, longer contractions are sums of these

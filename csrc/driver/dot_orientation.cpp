@@ -19,10 +19,12 @@ DotRows::DotRows(const KernelChoice& choice, const GroupedLinear& op, const Bloc
 
 void DotRows::operator()(int64_t out, int64_t width, bool fetch, char* c, int64_t ldc, Arena& arena) const {
   const Kernels& k = *choice_.kernels;
+  bool as_codes = true;  // until it takes unpacking, which it is then likely to go on to
   const auto tile = [&](int64_t i, int64_t p) {
     Arena::Scope scope(arena);
     const int64_t height = min64(height_, width - i);
-    if (codes_row(out + i, height, p, fetch, c + i * accumulator_size(k), ldc, arena)) return;
+    as_codes = as_codes && codes_row(out + i, height, p, fetch, c + i * accumulator_size(k), ldc, arena);
+    if (as_codes) return;
     const WeightTiles::DotOperand rows = w_.dot_rows(out + i, height, p, steps_from(p), fetch, arena);
     const Ahead ahead = fetch && !w_.is_packed() ? after(out + i, height, p) : Ahead{};
     tile_row(rows, ahead, out + i, height, p, c + i * accumulator_size(k), ldc, arena);

@@ -99,10 +99,12 @@ class BaseSteps {
     const int64_t all = steps_.ldc, stride = copy_pitch(k, min64(outputs, all) * k.pack);
     char* some = static_cast<char*>(arena.take(lined() / k.pack * stride));
     steps_.r = {{some, stride}, k.compute, true};
+    bool as_codes = true;  // until it takes unpacking, which it is then likely to go on to
     for (int64_t p = p0; p < p1; p += lined()) {
       const int64_t steps = min64(lined(), p1 - p);
       const Start start = p == p0 ? Start::zero : Start::resume;
-      if (codes_and_set(p, steps, start, c, arena)) continue;
+      as_codes = as_codes && codes_and_set(p, steps, start, c, arena);
+      if (as_codes) continue;
       for (int64_t j = 0; j < all; j += outputs) {
         const int64_t width = min64(outputs, all - j);
         w_.lines(out_ + j, width, p, steps, some, stride, 2 * lined(), arena);

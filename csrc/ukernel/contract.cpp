@@ -232,6 +232,8 @@ void check_dot_codes(const Kernels& k, Code code, const UnpackArgs& l, const Dot
   call.in_range(args.n_segments, 1, 2, "n_segments must be 1 or 2");
   call.in_range(args.cols, 1, k.dot_codes_cols, "cols must be at least 1 and at most dot_codes_cols");
   call.in_range(args.rows, 1, k.dot_rows[args.cols - 1], "rows must be at least 1 and at most dot_rows");
+  call.require(args.cols == 1 || args.ldc >= args.rows, "ldc must be at least rows", args.ldc);
+  call.require(args.ahead.runs == nullptr, "ahead must have no runs", 1);
   call.require(l.rows == args.rows, "codes must have the tile's rows", l.rows);
   call.require(l.n == args.segments[0].depth, "codes must have the segment's depth", l.n);
   call.require(l.ordinary, "scales must be ordinary", 0);
@@ -247,7 +249,8 @@ void check_flat_codes(const Kernels& k, Code code, const UnpackArgs& r, const Fl
   const Call call{k, "flat_codes"};
   call.require(k.flat_codes[static_cast<int>(code)] != nullptr, "there must be a flat tile of codes", 1);
   call.in_range(args.rows, 1, k.flat_codes_rows, "rows must be at least 1 and at most flat_codes_rows");
-  call.in_range(args.depth, 0, kMaxFlatCodesDepth, "depth must be at least 0 and at most kMaxFlatCodesDepth");
+  call.in_range(args.depth, 1, kMaxFlatCodesDepth, "depth must be at least 1 and at most kMaxFlatCodesDepth");
+  call.require(args.width >= 1, "width must be at least 1", args.width);
   call.require(r.rows == args.depth, "codes must have the tile's depth", r.rows);
   call.require(r.n == args.width, "codes must have the tile's width", r.n);
   call.require(r.ordinary, "scales must be ordinary", 0);

@@ -1,4 +1,4 @@
-// Dot products of rows of 8-bit codes, unpacked in registers, on AVX2. For few columns: what unpacks and what
+// Dot products of rows of codes, unpacked in registers, on AVX2. For few columns: what unpacks and what
 // multiplies then share the processor, where one after the other each would leave the other's ports idle.
 #pragma once
 
@@ -54,7 +54,7 @@ inline bool products_are_exact(const UnpackArgs& w) {
   return below == 0;
 }
 
-// Of one row and one group: puts the numbers of 32 codes, eight at a time.
+// The same of bytes and of one scale, the last in `use`.
 struct Int8Lanes {
   __m256 factor = _mm256_setzero_ps();
 
@@ -149,9 +149,9 @@ bool dot_codes_tile(const UnpackArgs& w, const moelora::DotArgs& args) {
   return true;
 }
 
-// The same of nibbles, row after row of a group.  groups: of 32 codes; 0: they are of one that goes on.
+// The same of nibbles, row after row of a group.
 template <class Op, class Lanes, int MR, int NC>
-bool dot_nibbles_tile(const UnpackArgs& w, const moelora::DotArgs& args, int64_t groups) {
+bool dot_nibbles_tile(const UnpackArgs& w, const moelora::DotArgs& args) {
   typename Op::vec acc[NC][MR];
 #pragma GCC unroll 8
   for (int j = 0; j < NC; ++j)
@@ -159,7 +159,7 @@ bool dot_nibbles_tile(const UnpackArgs& w, const moelora::DotArgs& args, int64_t
     for (int i = 0; i < MR; ++i) acc[j][i] = Op::zero();
   const float* r = static_cast<const float*>(args.segments[0].r);
   const int64_t r_stride = args.segments[0].r_stride / static_cast<int64_t>(sizeof(float)), last = w.rows - 1;
-  const int64_t span = groups > 0 || w.group % 64 != 0 ? kCodesLanes : 64;
+  const int64_t span = w.group % 64 == 0 ? 64 : kCodesLanes;
   Fetcher<moelora::kToL1> ahead(args.ahead, w.n / span);
   Lanes lanes(w);
   const uint8_t* codes = w.codes + w.first / 2;
@@ -182,10 +182,10 @@ bool dot_nibbles_tile(const UnpackArgs& w, const moelora::DotArgs& args, int64_t
 }
 
 template <class Op, class Lanes, int NC = kDotCodesCols>
-bool dot_nibbles_any(const UnpackArgs& w, const moelora::DotArgs& args, int64_t groups) {
+bool dot_nibbles_any(const UnpackArgs& w, const moelora::DotArgs& args) {
   if constexpr (NC > 1)
-    if (args.cols < NC) return dot_nibbles_any<Op, Lanes, NC - 1>(w, args, groups);
-  return dot_nibbles_tile<Op, Lanes, Op::dot_rows[NC - 1], NC>(w, args, groups);
+    if (args.cols < NC) return dot_nibbles_any<Op, Lanes, NC - 1>(w, args);
+  return dot_nibbles_tile<Op, Lanes, Op::dot_rows[NC - 1], NC>(w, args);
 }
 
 template <class Op, bool High>
@@ -193,10 +193,10 @@ bool dot_nibbles(const UnpackArgs& given, const moelora::DotArgs& args) {
   const UnpackArgs w = given;
   if (w.first % 64 != 0 || w.n % 64 != 0) return false;
   const bool whole = w.group % kCodesLanes == 0;
-  if (w.zero) return whole && dot_nibbles_any<Op, NibbleLanes<High, true>>(w, args, 0);
-  if (w.group == 16) return dot_nibbles_any<Op, ScaledLanes<High, 16, true>>(w, args, 2);
-  if (w.group == 32 && products_are_exact(w)) return dot_nibbles_any<Op, ScaledLanes<High, 32, false>>(w, args, 1);
-  return whole && dot_nibbles_any<Op, NibbleLanes<High, false>>(w, args, 0);
+  if (w.zero) return whole && dot_nibbles_any<Op, NibbleLanes<High, true>>(w, args);
+  if (w.group == 16) return dot_nibbles_any<Op, ScaledLanes<High, 16, true>>(w, args);
+  if (w.group == 32 && products_are_exact(w)) return dot_nibbles_any<Op, ScaledLanes<High, 32, false>>(w, args);
+  return whole && dot_nibbles_any<Op, NibbleLanes<High, false>>(w, args);
 }
 
 template <class Op, class Lanes, int NC = kDotCodesCols>

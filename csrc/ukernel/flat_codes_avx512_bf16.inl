@@ -135,8 +135,8 @@ template <class Op, int MR, class Lines>
   return true;
 }
 
-// A block by way of memory.
-template <class Op, Code C>
+// A block of E4M3 codes by way of memory.
+template <class Op>
 void flat_codes_in_memory(UnpackArgs w, moelora::FlatArgs args, int64_t at) {
   bf16_t lines[moelora::kMaxFlatCodesDepth / 2][2 * kCodesLanes];
   const int64_t groups = (w.first + at) / w.group - w.first / w.group;
@@ -146,7 +146,7 @@ void flat_codes_in_memory(UnpackArgs w, moelora::FlatArgs args, int64_t at) {
   w.to = lines;
   w.to_stride = sizeof(lines[0]);
   w.ahead = 0;
-  Bf16Lines::unpack_lines<C>(w);
+  Bf16Lines::unpack_lines<Code::e4m3>(w);
   args.r = lines;
   args.r_stride = sizeof(lines[0]);
   args.width = kCodesLanes;
@@ -155,10 +155,10 @@ void flat_codes_in_memory(UnpackArgs w, moelora::FlatArgs args, int64_t at) {
   flat_any<Op, Rows<Op, bf16_t, 2>, kFlatCodesRows>(args);
 }
 
-template <class Op, Code C, class Lines, int MR = kFlatCodesRows>
+template <class Op, class Lines, int MR = kFlatCodesRows>
 bool flat_codes_tile(const UnpackArgs& w, const moelora::FlatArgs& args) {
   if constexpr (MR > 1)
-    if (args.rows < MR) return flat_codes_tile<Op, C, Lines, MR - 1>(w, args);
+    if (args.rows < MR) return flat_codes_tile<Op, Lines, MR - 1>(w, args);
   if (!Lines::takes(w)) return false;
   const int64_t turns = (args.depth + kCodesTurn - 1) / kCodesTurn;
   Fetcher<moelora::kToL1> ahead(args.ahead, args.width / kCodesLanes * turns);
@@ -167,7 +167,7 @@ bool flat_codes_tile(const UnpackArgs& w, const moelora::FlatArgs& args) {
   for (int64_t j = 0; j < args.width; j += kCodesLanes) {
     lines.begin(w.first + j, (w.first + j) / w.group - first_group);
     if (!flat_codes_block<Op, MR>(args, static_cast<typename Op::acc_t*>(args.c) + j, lines, ahead))
-      flat_codes_in_memory<Op, C>(w, args, j);
+      flat_codes_in_memory<Op>(w, args, j);
   }
   return true;
 }
@@ -178,17 +178,17 @@ bool flat_codes(const UnpackArgs& given, const moelora::FlatArgs& args) {
   if (w.first % kCodesLanes != 0 || w.n % kCodesLanes != 0 || w.rows % 2 != 0) return false;
   const bool whole = w.group % kCodesLanes == 0;
   if constexpr (C == Code::int8) {
-    return whole && flat_codes_tile<Op, C, Int8Lines>(w, args);
+    return whole && flat_codes_tile<Op, Int8Lines>(w, args);
   } else if constexpr (C == Code::e4m3) {
-    return whole && flat_codes_tile<Op, C, E4m3Lines>(w, args);
+    return whole && flat_codes_tile<Op, E4m3Lines>(w, args);
   } else {
     constexpr bool kHigh = C == Code::nibbles_high;
     if (whole)
-      return w.zero ? flat_codes_tile<Op, C, NibbleLines<kHigh, true, kCodesLanes>>(w, args)
-                    : flat_codes_tile<Op, C, NibbleLines<kHigh, false, kCodesLanes>>(w, args);
+      return w.zero ? flat_codes_tile<Op, NibbleLines<kHigh, true, kCodesLanes>>(w, args)
+                    : flat_codes_tile<Op, NibbleLines<kHigh, false, kCodesLanes>>(w, args);
     if (w.zero) return false;
-    if (w.group == 32) return flat_codes_tile<Op, C, NibbleLines<kHigh, false, 32>>(w, args);
-    return w.group == 16 && flat_codes_tile<Op, C, NibbleLines<kHigh, false, 16>>(w, args);
+    if (w.group == 32) return flat_codes_tile<Op, NibbleLines<kHigh, false, 32>>(w, args);
+    return w.group == 16 && flat_codes_tile<Op, NibbleLines<kHigh, false, 16>>(w, args);
   }
 }
 

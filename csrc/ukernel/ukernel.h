@@ -254,10 +254,11 @@ struct Kernels {
   // ordinary.
   bool (*scales[kScaleTypes])(const ScaleArgs&);
   // The dot tile of what unpack would give, of numbers of bf16 and ordinary scales, to the bit; `to` is not used. False
-  // if the codes or how they lie are not for it: then nothing is written. Null where there is none.
+  // if the codes or how they lie are not for it: then nothing is written. Null where there is none. The first segment's
+  // l is not read. Both arguments say what will be wanted soon, a kernel fetches as either does.
   bool (*dot_codes[kCodes])(const UnpackArgs&, const DotArgs&);
   int dot_codes_cols;  // of so many columns at most
-  // The flat tile of the lines that unpack_lines would give: the same.
+  // The same for the flat tile of the lines that unpack_lines would give, whose r is not read.
   bool (*flat_codes[kCodes])(const UnpackArgs&, const FlatArgs&);
   int flat_codes_rows;  // of so many rows at most
 

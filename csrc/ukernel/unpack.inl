@@ -10,8 +10,8 @@
 //    Table<T, Ordinary>(const float* values, scale, const float* zero): 16 numbers, rounded to T, with
 //        at(i), lookup<High>(elem* to, const uint8_t* codes, n): those that n nibbles say
 // and where it has faster ways if scales are ordinary
-//    Block<C, T>: Block(scale), kColumns, (elem*, const uint8_t*): so many bytes, failed(): whether they must be
-//        unpacked in the careful way after all; of E4M3 also use(scale), takes(scale): otherwise all must
+//    Block<C, T>: Block(scale), kColumns, (elem*, const uint8_t*): so many bytes; of E4M3 also takes(scale), and
+//        failed(): whether those since it was last asked must be unpacked in the careful way after all
 //    groups<T, High>(elem*, const uint8_t*, const float* values, const float* scales, const float* zeros, group, n,
 //        ahead): nibbles of whole groups of a multiple of 32
 //    kSmallGroup, small_groups<T, High>(elem*, const uint8_t*, const float* values, const float* scales, n, ahead): of
@@ -118,7 +118,7 @@ template <class U, class T, bool High, bool Ordinary>
                  });
 }
 
-// Columns [column, stop) of a group, as far as whole blocks go. Where to go on, unless the block has failed.
+// Columns [column, stop) of a group, as far as whole blocks go. Where to go on.
 template <class Block, class elem, class Fetch>
 [[gnu::always_inline]] inline int64_t unpack_blocks(Block& block, const PackedRow<elem>& row, int64_t column,
                                                     int64_t stop, const Fetch& fetch_ahead) {

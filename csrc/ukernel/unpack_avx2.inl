@@ -175,7 +175,6 @@ struct Avx2Unpack::Block<Code::int8, T> {
   __m256 factor;
 
   explicit Block(float scale) : factor(_mm256_set1_ps(scale)) {}
-  static bool failed() { return false; }
   void operator()(elem* to, const uint8_t* codes) const {
     for (int i = 0; i < kColumns; i += 8)
       _mm256_storeu_ps(to + i, round_ordinary(_mm256_mul_ps(bytes<Code::int8>(codes + i, 8), factor), T{}));
@@ -191,12 +190,6 @@ struct Avx2Unpack::Block<Code::e4m3, T> {
 
   static bool takes(float scale) { return scale != 0; }
   explicit Block(float scale) : codes_of(E4m3Numbers(kScaled ? scale : 1.0f)), factor(_mm256_set1_ps(scale)) {}
-  void use(float scale) {
-    if (kScaled)
-      *this = Block(scale);
-    else
-      factor = _mm256_set1_ps(scale);
-  }
   bool failed() { return codes_of.met_nan(); }
   [[gnu::always_inline]] void operator()(elem* to, const uint8_t* codes) {
     const auto put = [&](__m256i words, int at) __attribute__((always_inline)) {

@@ -207,7 +207,6 @@ struct Avx512Unpack::Block<Code::int8, T> {
   __m512 factor;
 
   explicit Block(float scale) : factor(_mm512_set1_ps(scale)) {}
-  static bool failed() { return false; }
   void operator()(elem* to, const uint8_t* codes) const {
     for (int i = 0; i < kColumns; i += 16)
       V::store(to + i, round_ordinary(_mm512_mul_ps(bytes<Code::int8>(codes + i, 16), factor), T{}));
@@ -223,12 +222,6 @@ struct Avx512Unpack::Block<Code::e4m3, T> {
 
   static bool takes(float scale) { return scale != 0; }
   explicit Block(float scale) : codes_of(E4m3Numbers(kScaled ? scale : 1.0f)), factor(_mm512_set1_ps(scale)) {}
-  void use(float scale) {
-    if (kScaled)
-      *this = Block(scale);
-    else
-      factor = _mm512_set1_ps(scale);
-  }
   bool failed() { return codes_of.met_nan(); }
   [[gnu::always_inline]] void operator()(elem* to, const uint8_t* codes) {
     const auto put = [&](__m512i words, int at) __attribute__((always_inline)) {

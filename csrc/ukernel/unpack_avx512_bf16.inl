@@ -134,7 +134,6 @@ struct Bf16Unpack::Block<Code::int8, T> {
   __m512 factor;
 
   explicit Block(float scale) : factor(_mm512_set1_ps(scale)) {}
-  static bool failed() { return false; }
   __m512 numbers(const uint8_t* codes) const { return _mm512_mul_ps(bytes<Code::int8>(codes, 16), factor); }
   void operator()(elem* to, const uint8_t* codes) const {
     _mm512_storeu_si512(to, both_to_bf16(numbers(codes), numbers(codes + 16)));
@@ -156,7 +155,6 @@ struct Bf16Unpack::Block<Code::e4m3, T> {
 
   static bool takes(float scale) { return scale != 0; }
   explicit Block(float scale) : codes_of(E4m3Numbers(scale)) {}
-  void use(float scale) { *this = Block(scale); }
   bool failed() { return codes_of.met_nan(); }
   [[gnu::always_inline]] void operator()(elem* to, const uint8_t* codes) {
     __m512i low, high;
@@ -382,10 +380,11 @@ struct Bf16Lines {
     line[3] = _mm512_unpackhi_epi16(second_a, second_b);
   }
   // Lanes [column, stop) of a group of rows [p, end), pairs of the same scales, as far as whole blocks go. Where to go
-  // on.
+  // on. block(line, a, b): 64 lanes.  failed(): whether some must be unpacked in the careful way after all
+  template <class Block, class Failed>
   [[gnu::always_inline]] static int64_t e4m3_blocks(const UnpackArgs& args, int64_t p, int64_t end, int64_t column,
-                                                    int64_t stop, E4m3Codes<Bytes64>& of_a, E4m3Codes<Bytes64>& of_b,
-                                                    RowsAhead& ahead) {
+                                                    int64_t stop, RowsAhead& ahead, const Block& block,
+                                                    const Failed& failed) {
     int64_t done = column;
     for (; p < end; p += 2) {
       const uint8_t *a = args.codes + p * args.codes_stride, *b = a + args.codes_stride;
@@ -394,11 +393,11 @@ struct Bf16Lines {
         ahead(a + done);
         ahead(b + done);
         __m512i lanes[4];
-        e4m3_64(lanes, a + done, b + done, of_a, of_b);
+        block(lanes, a + done, b + done);
         put(line + 2 * done, lanes);
       }
     }
-    return of_a.met_nan() || of_b.met_nan() ? column : done;
+    return failed() ? column : done;
   }
   // The first n columns of all pairs of rows, in sixteens. What scales need is made once where pairs have the same, and
   // so is the question whether a code was NaN.
@@ -413,11 +412,19 @@ struct Bf16Lines {
         for (end = p + 2; end < pairs_end && scale(end) == scale_a && scale(end + 1) == scale_b;) end += 2;
         int64_t done = column;
         if (scale_a != 0 && scale_a == scale_b) {
-          E4m3Codes<Bytes64> of_both{E4m3Numbers(scale_a)};
-          done = e4m3_blocks(args, p, end, column, stop, of_both, of_both, ahead);
+          E4m3Codes<Bytes64> of{E4m3Numbers(scale_a)};
+          done = e4m3_blocks(
+              args, p, end, column, stop, ahead,
+              [&of](auto& lanes, const uint8_t* a, const uint8_t* b)
+                  __attribute__((always_inline)) { e4m3_64(lanes, a, b, of); },
+              [&of] { return of.met_nan(); });
         } else if (scale_a != 0 && scale_b != 0) {
           E4m3Codes<Bytes64> of_a{E4m3Numbers(scale_a)}, of_b{E4m3Numbers(scale_b)};
-          done = e4m3_blocks(args, p, end, column, stop, of_a, of_b, ahead);
+          done = e4m3_blocks(
+              args, p, end, column, stop, ahead,
+              [&](auto& lanes, const uint8_t* a, const uint8_t* b)
+                  __attribute__((always_inline)) { e4m3_64(lanes, a, b, of_a, of_b); },
+              [&] { return of_a.met_nan() || of_b.met_nan(); });
         }
         for (int64_t q = p; done < stop && q < end; q += 2)
           group<Code::e4m3>(args, PackedRow<bf16_t>(args, q, first_group), PackedRow<bf16_t>(args, q + 1, first_group),
