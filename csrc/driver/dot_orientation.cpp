@@ -19,7 +19,7 @@ DotRows::DotRows(const KernelChoice& choice, const GroupedLinear& op, const Bloc
 
 void DotRows::operator()(int64_t out, int64_t width, bool fetch, char* c, int64_t ldc, Arena& arena) const {
   const Kernels& k = *choice_.kernels;
-  bool as_codes = true;  // until it takes unpacking, which it is then likely to go on to
+  bool as_codes = true;  // until some must be unpacked: those that follow then probably must, too
   const auto tile = [&](int64_t i, int64_t p) {
     Arena::Scope scope(arena);
     const int64_t height = min64(height_, width - i);

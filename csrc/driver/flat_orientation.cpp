@@ -99,7 +99,7 @@ class BaseSteps {
     const int64_t all = steps_.ldc, stride = copy_pitch(k, min64(outputs, all) * k.pack);
     char* some = static_cast<char*>(arena.take(lined() / k.pack * stride));
     steps_.r = {{some, stride}, k.compute, true};
-    bool as_codes = true;  // until it takes unpacking, which it is then likely to go on to
+    bool as_codes = true;  // until some must be unpacked: those that follow then probably must, too
     for (int64_t p = p0; p < p1; p += lined()) {
       const int64_t steps = min64(lined(), p1 - p);
       const Start start = p == p0 ? Start::zero : Start::resume;
