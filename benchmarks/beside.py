@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moelora.hot_factors import HotFactors
 from moelora.placement.beside import Beside
 from moelora.placement.beside.hot import Hot
 from moelora.placement.beside.layer import Neighbours
@@ -134,10 +135,22 @@ class Bench:
         placements = [Beside(Module(layer), layer.experts, together) for layer in self.layers]
         for one in placements:
             one.keep(hot, self.device)
+        given = [layer.parameters | ({"hot": self._lent(layer, hot)} if hot else {}) for layer in self.layers]
         return [
-            lambda x, ids, gates, p=p, layer=layer: p.sum(x, ids, gates, layer.parameters, _compute)
-            for p, layer in zip(placements, self.layers, strict=True)
+            lambda x, ids, gates, p=p, g=g: p.sum(x, ids, gates, g, _compute)
+            for p, g in zip(placements, given, strict=True)
         ]
+
+    def _lent(self, layer: Layer, hot: list[int]) -> dict[str, HotFactors]:
+        """The hot experts' LoRA, on the accelerator."""
+
+        def there(name: str) -> Tensor:
+            return layer.parameters[name].detach()[hot].to(self.device).requires_grad_()
+
+        return {
+            name: HotFactors(tuple(hot), there(f"{name}_lora_a"), there(f"{name}_lora_b"))
+            for name in ("gate_up", "down")
+        }
 
     def there(self) -> list[Callable[..., Tensor]]:
         moved = [_moved(layer, self.device) for layer in self.layers]

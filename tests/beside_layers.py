@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import late_device
 import torch
+from moelora.hot_factors import HotFactors
 from moelora.placement import beside
 from moelora.placement.beside import layer, rates
 from moelora.placement.beside.hot import Hot
@@ -28,7 +29,7 @@ class Here:
         if not self.ids:
             return compute(x, ids, gates, parameters)
         hot = Hot(self.ids, self.count, parameters, torch.device("cpu"))
-        factors = {n: t[hot.rows] for n, t in parameters.items() if "_lora_" in n}
+        factors = {n: t[hot.ids] for n, t in parameters.items() if "_lora_" in n}
         own = parameters | hot.weights | factors | {"sum_fp32": True}
         first = compute(x, hot.here(ids), gates, own)
         return (first + compute(x, hot.elsewhere(ids), gates, parameters | {"sum_fp32": True})).to(x.dtype)
@@ -107,19 +108,43 @@ def placed(problems: list[Problem], way: str, hot: list[int]) -> list[beside.Bes
     return found
 
 
+def lent(p: Problem, ids: list[int]) -> tuple[dict, dict[str, Tensor]]:
+    """The arguments, with the LoRA of hot experts on the device, and all leaves of it. Nobody may read what
+    the host has of theirs.
+    """
+    if not ids:
+        return p.parameters, {n: t for n, t in p.leaves().items() if "_lora_" in n}
+    hot, leaves = {}, {}
+    for projection in ("gate_up", "down"):
+        several = {side: p.parameters[f"{projection}_lora_{side}"].detach() for side in "ab"}
+        there = {side: t[ids].to(LATE).requires_grad_() for side, t in several.items()}
+        rows = torch.tensor(ids)
+        here = {side: t.index_fill(0, rows, torch.nan).requires_grad_() for side, t in several.items()}
+        leaves |= {f"{projection}_lora_{side}": t for side, t in here.items()}
+        leaves |= {f"hot {projection}_lora_{side}": t for side, t in there.items()}
+        hot[projection] = HotFactors(tuple(ids), there["a"], there["b"])
+    return p.parameters | {n: t for n, t in leaves.items() if n in p.parameters} | {"hot": hot}, leaves
+
+
 def run(problems: list[Problem], placements: list, device) -> list[list[Tensor]]:
     """Outputs and gradients of layers, each on its own input: forwards, then backwards."""
     outs = []
     for p, placement in zip(problems, placements, strict=True):
         x, gates = (t.detach().to(device).requires_grad_() for t in (p.x, p.gates))
-        out = placement.sum(x, p.ids.to(device), gates, p.parameters, compute)
-        outs.append((out, x, gates))
+        ids = placement.ids if isinstance(placement, beside.Beside) else []
+        parameters, factors = lent(p, ids)
+        out = placement.sum(x, p.ids.to(device), gates, parameters, compute)
+        outs.append((out, {"x": x, "gates": gates} | factors, ids))
     results = []
-    for p, (out, x, gates) in reversed(list(zip(problems, outs, strict=True))):
-        wanted = p.leaves() | {"x": x, "gates": gates}
+    for out, leaves, ids in reversed(outs):
         weight = torch.linspace(-1, 1, out.numel(), device=device).view(out.shape).to(out.dtype)
-        found = torch.autograd.grad(out, list(wanted.values()), weight)
-        results.append([t.detach().cpu() for t in (out, *found)])
+        gradients = torch.autograd.grad(out, list(leaves.values()), weight)
+        found = {name: t.detach().cpu() for name, t in zip(leaves, gradients, strict=True)}
+        for name in [name for name in found if name.startswith("hot ")]:
+            whole = found[name.removeprefix("hot ")]
+            assert not whole[ids].any()
+            whole[ids] = found.pop(name)
+        results.append([out.detach().cpu(), *found.values()])
     return results
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import late_device
 import pytest
 import torch
-from beside_layers import BF16, LATE, STREAMS, WIDE, E, H, Here, compute, placed, problem, run, same
+from beside_layers import BF16, LATE, STREAMS, WIDE, E, H, Here, compute, lent, placed, problem, run, same
 from moelora.placement import beside
 from moelora.placement.beside import buffers, link, order, rates, resident
 
@@ -137,14 +137,15 @@ def test_nobody_waits_for_the_device(own_link):
         before = late_device.counts()
         for p, placement in zip(problems, placements, strict=True):
             x = p.x.detach().to(LATE).requires_grad_()
-            outs.append(placement.sum(x, p.ids.to(LATE), p.gates.detach().to(LATE), p.parameters, compute))
+            parameters, _ = lent(p, hot)
+            outs.append(placement.sum(x, p.ids.to(LATE), p.gates.detach().to(LATE), parameters, compute))
         for out in outs:
             out.backward(torch.ones_like(out))
         after = late_device.counts()
         assert after.device_synchronisations == before.device_synchronisations
         assert after.stream_synchronisations == before.stream_synchronisations
-        # Rows of three layers out and their gradients; where weights come over, LoRA's gradients alone.
-        assert after.event_synchronisations - before.event_synchronisations == (9 if way == "compute" else 3)
+        # Rows of three layers out, the sums' gradients; where weights come over, LoRA's gradients alone.
+        assert after.event_synchronisations - before.event_synchronisations == (6 if way == "compute" else 3)
 
 
 def test_buffers_are_reused_and_bounded():
@@ -193,7 +194,7 @@ def test_an_error_on_the_host_is_raised_by_its_forward(own_link):
     placements = placed(problems, "compute", [1])
     p = problems[0]
     with pytest.raises(ZeroDivisionError, match="the host's share"):
-        placements[0].sum(p.x.detach().to(LATE), p.ids.to(LATE), p.gates.to(LATE), p.parameters, broken)
+        placements[0].sum(p.x.detach().to(LATE), p.ids.to(LATE), p.gates.to(LATE), lent(p, [1])[0], broken)
     assert same(run(problems, placements, LATE), expected)
 
 
@@ -334,7 +335,7 @@ def test_backward_twice():
     p = problem(BF16, "dense")
     (placement,) = placed([p], "compute", [1])
     x = p.x.detach().to(LATE).requires_grad_()
-    out = placement.sum(x, p.ids.to(LATE), p.gates.detach().to(LATE), p.parameters, compute)
+    out = placement.sum(x, p.ids.to(LATE), p.gates.detach().to(LATE), lent(p, [1])[0], compute)
     one, two = (
         torch.autograd.grad(out.float().sum(), x, retain_graph=keep)[0].cpu() for keep in (True, False)
     )

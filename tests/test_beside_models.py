@@ -88,17 +88,6 @@ def test_models(kind, served_there):
     assert places == {"cpu"}
 
 
-def test_optimiser_state_stays():
-    model = put(model_tiny.adapt(model_tiny.build("qwen3_moe", BF16)))
-    moelora.enable(model)
-    moelora.place(model, hot=2, way="compute")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    before = step(model)[0]
-    optimizer.step()
-    assert {t.device.type for s in optimizer.state.values() for t in s.values()} == {"cpu"}
-    assert step(model)[0] < before
-
-
 def test_hot_experts_are_the_most_used():
     model = put(model_tiny.adapt(model_tiny.build("qwen3_moe", BF16)))
     moelora.enable(model)

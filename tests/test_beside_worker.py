@@ -15,7 +15,7 @@ from pathlib import Path
 import late_device
 import pytest
 import torch
-from beside_layers import BF16, LATE, E, Here, compute, placed, problem, run, same
+from beside_layers import BF16, LATE, E, Here, compute, lent, placed, problem, run, same
 from moelora.placement.beside import link, shares, ways
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -63,10 +63,11 @@ class Meeting:
 def test_the_host_computes_while_the_accelerator_is_given_its_share(monkeypatch, own_link):
     """Forward and backward; what the accelerator is given, the caller gives it, and nobody waits for it."""
     p = problem(BF16, "dense")
-    (placement,) = placed([p], "compute", [1, 4])
+    (placement,) = placed([p], "compute", HOT)
     meeting = Meeting(monkeypatch)
     x = p.x.detach().to(LATE).requires_grad_()
-    out = placement.sum(x, p.ids.to(LATE), p.gates.detach().to(LATE), p.parameters, meeting.compute)
+    parameters, _ = lent(p, HOT)
+    out = placement.sum(x, p.ids.to(LATE), p.gates.detach().to(LATE), parameters, meeting.compute)
     behind = torch.Event(LATE)
     behind.record()
     assert not behind.query()  # all of it is still to be done, the host's share excepted
@@ -84,8 +85,9 @@ def test_the_host_computes_while_the_accelerator_is_given_its_share(monkeypatch,
 
 
 def arguments(p) -> tuple:
-    """On the device; gates and parameters as they are differentiated."""
-    return p.x.detach().to(LATE).requires_grad_(), p.ids.to(LATE), p.gates.detach().to(LATE), p.parameters
+    """On the device, with hot experts; gates and parameters as they are differentiated."""
+    x, gates = p.x.detach().to(LATE).requires_grad_(), p.gates.detach().to(LATE)
+    return x, p.ids.to(LATE), gates, lent(p, HOT)[0]
 
 
 class Broken(Meeting):
@@ -194,7 +196,7 @@ def test_training_after_inference_mode(way, hot, streams, own_link):
     with late_device.eager(streams):
         with torch.inference_mode():
             for p, placement in zip(problems, placements, strict=True):
-                placement.sum(p.x.to(LATE), p.ids.to(LATE), p.gates.to(LATE), p.parameters, compute)
+                placement.sum(p.x.to(LATE), p.ids.to(LATE), p.gates.to(LATE), lent(p, hot)[0], compute)
         torch.accelerator.synchronize()
         assert same(run(problems, placements, LATE), run(problems, [Here(hot, E)] * 2, "cpu"))
 
@@ -249,7 +251,9 @@ def test_modes_see_both_shares(own_link):
 def test_checkpointing(reentrant, way, monkeypatch, own_link):
     """The same bits, the block computed anew once, and meanwhile what it saved is not kept."""
     problems = [problem(BF16, "dense", seed=seed) for seed in range(2)]
-    placements = placed(problems, way, HOT if way == "compute" else [])
+    hot = HOT if way == "compute" else []
+    placements = placed(problems, way, hot)
+    given = [lent(p, hot) for p in problems]
     calls, kept = [], []
     makes = ways.Share.__init__
 
@@ -261,14 +265,14 @@ def test_checkpointing(reentrant, way, monkeypatch, own_link):
 
     def block(x):
         calls.append(threading.get_ident())
-        for p, placement in zip(problems, placements, strict=True):
-            x = placement.sum(x, p.ids.to(LATE), p.gates.to(LATE), p.parameters, compute)
+        for p, placement, (parameters, _) in zip(problems, placements, given, strict=True):
+            x = placement.sum(x, p.ids.to(LATE), p.gates.to(LATE), parameters, compute)
         return x
 
     def gradients(forward):
         x = problems[0].x.detach().to(LATE).requires_grad_()
         out = forward(x)
-        leaves = [p.parameters[n] for p in problems for n in p.parameters if n.endswith(("_a", "_b"))]
+        leaves = [leaf for _, leaves in given for leaf in leaves.values()]
         for leaf in leaves:
             leaf.grad = None
         saved = []
@@ -332,7 +336,7 @@ def test_within_a_share(own_link):
     """A host's share that itself meets a layer of this kind, forward and backward."""
     outer, inner = (problem(BF16, "dense", seed=seed) for seed in range(2))
     first, second = placed([outer, inner], "compute", HOT)
-    rest = (inner.ids.to(LATE), inner.gates.detach().to(LATE), inner.parameters, compute)
+    rest = (*arguments(inner)[1:], compute)
     names = []
 
     def nested(x, ids, gates, parameters):
@@ -406,20 +410,3 @@ def test_the_interpreter_ends():
         env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "2\n1\n"), done.stderr
-
-
-def test_factors_go_in_one_copy(monkeypatch, own_link):
-    """Of several shapes and strides, in one page-locked buffer."""
-    here = link.link_of(LATE)
-    rows = torch.tensor([0, 3])
-    tensors = [
-        torch.randn(5, 3, 4), torch.randn(3, 5).t(), torch.randn(5, 2, 2).to(BF16), torch.ones(5, 0),
-    ]  # fmt: skip
-    taken = []
-    take = here.buffers.take
-    monkeypatch.setattr(here.buffers, "take", lambda size: taken.append(size) or take(size))
-    found = here.send_rows(tensors, rows)
-    assert len(taken) == 1
-    assert all(torch.equal(f.cpu(), t[rows]) for f, t in zip(found, tensors, strict=True))
-    assert all(f.data_ptr() % 16 == 0 and f.dtype == t.dtype for f, t in zip(found, tensors, strict=True))
-    assert here.send_rows([], rows) == []

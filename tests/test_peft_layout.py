@@ -14,13 +14,16 @@ from model_tiny import (
 )
 from moelora.adapters import factors
 from moelora.experts import Factors
+from moelora.hot_factors import stored
 from peft.tuners.lora.layer import ParamWrapper
 
 KINDS = ("qwen3_moe", "gpt_oss")  # [E, out, in] and [E, in, out]
 
 
 def _factors(wrapper: ParamWrapper) -> Factors:
-    return factors(wrapper, "default", wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight)
+    return factors(
+        wrapper, "default", *(stored(side["default"]) for side in (wrapper.lora_A, wrapper.lora_B))
+    )
 
 
 def _merged_minus_base(kind: str, **keywords) -> dict[str, torch.Tensor]:
@@ -37,7 +40,7 @@ def test_views_give_the_delta_that_peft_merges(kind, rank):
     for name, wrapper in model.named_modules():
         if wrapper not in wrappers(model):
             continue
-        a, b, scaling = _factors(wrapper)
+        a, b, scaling, _ = _factors(wrapper)
         delta = scaling * b @ a  # [E, out, in]
         layer = name.removeprefix("base_model.model.").replace(".base_layer", "")
         expected = deltas[f"{layer}.{wrapper.parameter_name}"]

@@ -18,14 +18,16 @@ from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from moelora import weights
+from moelora import hot_factors, weights
 from moelora.errors import MoeloraError, warn_once
 from moelora.experts import DTYPES, IMPLEMENTATION, LORA, Factors, projections
+from moelora.hot_factors import HotFactors, by_expert
 from moelora.watch import Watch, replaced
 from torch_moelora.formats import PackedWeight
 
 # PEFT changes the module for the time of a call, and torch has one cache of parametrizations for all threads.
 _BY_PEFT = threading.RLock()
+Stored = tuple[Tensor, hot_factors.HotPart | None]  # a factor, as `hot_factors.stored` has it
 
 
 class ParamWrapper(PeftParamWrapper):
@@ -47,7 +49,7 @@ class ParamWrapper(PeftParamWrapper):
                 torch._dynamo.graph_break(msg=told)  # which PEFT's own code would do, in other words
             return _by_peft(self, told, x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
-        several = [factors(self, name, *weights) for name, weights in zip(present, found, strict=True)]
+        several = [factors(self, name, *stored) for name, stored in zip(present, found, strict=True)]
         lora = {**kwargs.pop(LORA, {}), self.parameter_name: together(several)}
         return self.base_layer(x, *args, **kwargs, **{LORA: lora})
 
@@ -97,8 +99,8 @@ def _by_peft(wrapper: ParamWrapper, told: str, x: Tensor, *args: Any, **kwargs: 
         return PeftParamWrapper.forward(wrapper, x, *args, **kwargs)
 
 
-def served(wrapper: PeftParamWrapper, adapters: list[str]) -> list[tuple[Tensor, Tensor]] | str:
-    """A's and B's weights of this wrapper's active `adapters` if the operators can apply them, or why not."""
+def served(wrapper: PeftParamWrapper, adapters: list[str]) -> list[tuple[Stored, Stored]] | str:
+    """A and B of this wrapper's active `adapters`, if the operators can apply them, or why not."""
     module = wrapper.get_base_layer()
     binding = getattr(module, "_moelora", None)
     if binding is None:
@@ -111,24 +113,31 @@ def served(wrapper: PeftParamWrapper, adapters: list[str]) -> list[tuple[Tensor,
         return f"{wrapper.parameter_name} is not a projection's weight"
     found = []
     for adapter in adapters:
-        # Once: a parametrization computes them at each access.
-        a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-        reason = _unusable(wrapper, adapter, a, b)
+        a, b = (hot_factors.stored(layer[adapter]) for layer in (wrapper.lora_A, wrapper.lora_B))
+        reason = _unusable(wrapper, adapter, a[0], b[0])
         if reason is not None:
             return reason if len(adapters) == 1 else f"of {adapter}, {reason}"
         found.append((a, b))
     return found
 
 
-def factors(wrapper: PeftParamWrapper, adapter: str, a: Tensor, b: Tensor) -> Factors:
-    """One adapter's factors as views. PEFT keeps A as [E·R, K] and B as [N, R·E], the expert fastest."""
-    rank = wrapper.r[adapter]
-    experts = a.shape[0] // rank  # those that are here
-    return Factors(
-        a.unflatten(0, (experts, rank)),
-        b.unflatten(1, (rank, experts)).permute(2, 0, 1),
-        float(wrapper.scaling[adapter]),
-    )
+def factors(wrapper: PeftParamWrapper, adapter: str, a: Stored, b: Stored) -> Factors:
+    """One adapter's factors as views, of those experts that are here."""
+    rank, hot = wrapper.r[adapter], None
+    if a[1] is not None:  # and b's, too
+        _warn_of_unknown(a, b)
+        hot = HotFactors(a[1].ids, by_expert(a[1].part, 0, rank), by_expert(b[1].part, 1, rank))
+    return Factors(by_expert(a[0], 0, rank), by_expert(b[0], 1, rank), float(wrapper.scaling[adapter]), hot)
+
+
+def _warn_of_unknown(*several: Stored) -> None:
+    """Of an optimizer that clears one gradient of a factor, having stepped, and does not know the other."""
+    backward = torch._C._current_graph_task_id() != -1  # where gradients come one by one
+    if not backward and any(t.grad is None and hot.part.grad is not None for t, hot in several):
+        warn_once(
+            "LoRA of hot experts is not trained: the optimizer was made before moelora.place(hot=...), and "
+            "does not know their parameters"
+        )
 
 
 def together(several: list[Factors]) -> Factors:
@@ -137,6 +146,12 @@ def together(several: list[Factors]) -> Factors:
     """
     if len(several) == 1:
         return several[0]
+    whose = {None if one.hot is None else one.hot.ids for one in several}
+    if len(whose) == 1 and None not in whose:
+        here = together([one._replace(hot=None) for one in several])
+        there = together([Factors(one.hot.a, one.hot.b, one.scaling) for one in several])
+        return here._replace(hot=HotFactors(several[0].hot.ids, there.a, there.b))
+    several = [one.joined() for one in several]
     if all(factors.scaling == several[0].scaling for factors in several):  # nothing to fold into B
         pairs, scaling = [(f.a, f.b) for f in several], several[0].scaling
     else:  # in float32: a half-precision B would be rounded once more

@@ -21,6 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from moelora import weights
 from moelora.errors import MoeloraError, warn_once
+from moelora.hot_factors import HotFactors, joined
 from moelora.watch import Watch, has_values
 from torch_moelora.formats import PackedWeight
 from torch_moelora.functional import glu, moe_mlp
@@ -51,6 +52,14 @@ class Factors(NamedTuple):
     a: Tensor  # [E, R, K]
     b: Tensor  # [E, N, R]
     scaling: float
+    hot: HotFactors | None = None  # of some experts, elsewhere; theirs in a and b are then not in use
+
+    def joined(self) -> Factors:
+        """All of them in a and b."""
+        if self.hot is None:
+            return self
+        ids, a, b = self.hot
+        return Factors(joined(self.a, ids, a), joined(self.b, ids, b), self.scaling)
 
 
 Compute = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
@@ -64,8 +73,9 @@ class Placement(Protocol):
     ) -> Tensor:
         """[T, H] in x's dtype, or in float32 for a half x if `parameters` say `sum_fp32`.
 
-        x [T, H], ids and gates [T, top_k], parameters: `moe_mlp`'s other arguments; with the same four,
-        `compute` is the next placement's `sum`, or `moe_mlp` itself.
+        x [T, H], ids and gates [T, top_k], parameters: `moe_mlp`'s other arguments, and as `hot` by the
+        projection's name the factors of hot experts, where a placement has them. With the same four but for
+        those, `compute` is the next placement's `sum`, or `moe_mlp` itself.
         """
 
 
@@ -302,13 +312,16 @@ def _warn_of_late_adapters(module: nn.Module, binding: Binding) -> None:
 def _parameters(module: nn.Module, binding: Binding, lora: dict[str, Factors]) -> dict[str, Any]:
     """`moe_mlp`'s arguments other than its inputs and the routing."""
     first, second = projections(module)
+    several = {"gate_up": lora.get(first), "down": lora.get(second)}
+    hot = {name: factors.hot for name, factors in several.items() if factors and factors.hot}
     return {
         "gate_up_weight": weights.oriented(module, weights.weight_of(module, first)),
         "down_weight": weights.oriented(module, weights.weight_of(module, second)),
         "gate_up_bias": getattr(module, f"{first}_bias") if module.has_bias else None,
         "down_bias": getattr(module, f"{second}_bias") if module.has_bias else None,
-        **_lora("gate_up", lora.get(first)),
-        **_lora("down", lora.get(second)),
+        **_lora("gate_up", several["gate_up"]),
+        **_lora("down", several["down"]),
+        **({"hot": hot} if hot else {}),
         **binding.activation,
     }
 
@@ -336,5 +349,5 @@ def _lora(projection: str, factors: Factors | None) -> dict[str, Any]:
     """`moe_mlp`'s LoRA arguments for one projection."""
     if factors is None:
         return {}
-    values = zip(("lora_a", "lora_b", "scaling"), factors, strict=True)
+    values = zip(("lora_a", "lora_b", "scaling"), factors[:3], strict=True)
     return {f"{projection}_{name}": value for name, value in values}

@@ -40,8 +40,9 @@ def place(
     Args:
         owners: "spread", "rank0", or the rank in `group` of each expert.
         group: the ranks that share the experts; None for all.
-        hot: how many experts of each layer have their frozen weights on the accelerator too, or which, by the
-            layer's name. Their LoRA factors stay with the others', and travel. Not for experts over ranks.
+        hot: how many experts of each layer are on the accelerator too, or which, by the layer's name: copies
+            of their frozen weights, and their LoRA factors, which become parameters of their own there. So
+            say it before the optimizer is made. Files have whole factors. Not for experts over ranks.
         batches: keyword arguments of some forwards, over which the most used experts are counted; without
             them the first ones of a layer are taken.
         way: "compute" where the weights are, "bring" them over a layer ahead, or "auto", a rule from rates

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora.errors import MoeloraError
+from moelora.hot_factors import of_experts
 from moelora.placement.ranks import Ranks
 
 
@@ -27,12 +28,7 @@ class Part:
     dim: int
 
     def own(self, factor: Tensor) -> Tensor:
-        return self._of(factor, len(self.ranks.owners), self.ranks.own)
-
-    def _of(self, factor: Tensor, experts: int, chosen: list[int]) -> Tensor:
-        if self.dim == 0:
-            return factor.view(experts, self.rank, factor.shape[1])[chosen].flatten(0, 1)
-        return factor.view(factor.shape[0], self.rank, experts)[:, :, chosen].flatten(1)
+        return of_experts(factor, self.dim, self.rank, self.ranks.own)
 
     def is_whole(self, shape: torch.Size) -> bool:
         return shape[self.dim] == self.rank * len(self.ranks.owners)

@@ -1,14 +1,16 @@
-"""Some experts of a layer in the accelerator's own memory: which, and copies of their weights there."""
+"""Some experts of a layer in the accelerator's own memory: which, copies of their weights, LoRA there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moelora.errors import MoeloraError
+from moelora.hot_factors import HotFactors, joined
 from moelora.placement.spreading import of_experts
 from torch_moelora.formats import PackedWeight
 
@@ -17,8 +19,39 @@ BIASES = ("gate_up_bias", "down_bias")
 FACTORS = tuple(f"{name}_lora_{side}" for name in ("gate_up", "down") for side in "ab")
 
 
+@dataclass(frozen=True)
+class Lent:
+    """LoRA factors of hot experts `ids` on the accelerator, [H, ...] by `moe_mlp`'s names for them."""
+
+    ids: tuple[int, ...] = ()
+    factors: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(parameters: dict[str, Any]) -> tuple[dict[str, Any], Lent]:
+        """`parameters` as `experts.Placement` has them, without what is lent, and that."""
+        hot: dict[str, HotFactors] = parameters.get("hot", {})
+        rest = {name: value for name, value in parameters.items() if name != "hot"}
+        whose = {one.ids for one in hot.values()}
+        if len(whose) > 1:  # one is no longer where `place` has put it
+            raise MoeloraError("hot experts' LoRA is of several sets of experts: call moelora.enable(model)")
+        sides = {
+            f"{name}_lora_{side}": t for name, one in hot.items() for side, t in (("a", one.a), ("b", one.b))
+        }
+        return rest, Lent(next(iter(whose), ()), sides)
+
+    def joined(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """`parameters` with all experts' factors, where the others' are."""
+        whole = {name: joined(parameters[name], self.ids, t) for name, t in self.factors.items()}
+        return parameters | whole
+
+    def complete(self, parameters: dict[str, Any], ids: Sequence[int]) -> bool:
+        """Whether all of the factors are lent, of these experts; so where there are none."""
+        present = {name for name in FACTORS if parameters.get(name) is not None}
+        return self.factors.keys() == present and (not present or self.ids == tuple(ids))
+
+
 class Hot:
-    """Experts `ids` of a layer on `device`: frozen weights and biases there, LoRA with that of all others."""
+    """Experts `ids` of a layer on `device`: frozen weights and biases there."""
 
     def __init__(
         self, ids: list[int], experts: int, parameters: dict[str, Any], device: torch.device
@@ -29,15 +62,15 @@ class Hot:
             for name in WEIGHTS + BIASES
             if parameters.get(name) is not None
         }
-        self.rows = torch.tensor(self.ids)
+        rows = torch.tensor(self.ids)
         local = torch.full((experts + 1,), len(self.ids), dtype=torch.int64)  # the last is everybody else's
-        local[self.rows] = torch.arange(len(self.ids))
-        self._local, self._experts = local.to(device), experts
-        self._elsewhere = torch.arange(experts + 1).index_fill(0, self.rows, experts)
+        local[rows] = torch.arange(len(self.ids))
+        self.rows, self._local, self._experts = rows.to(device), local.to(device), experts
+        self._elsewhere = torch.arange(experts + 1).index_fill(0, rows, experts)
 
     def used_on(self, stream: torch.Stream) -> None:
         """Keeps the copies' memory from others until what `stream` has been given is done, when they go."""
-        for weight in (self._local, *self.weights.values()):
+        for weight in (self.rows, self._local, *self.weights.values()):
             for tensor in weight.tensors if isinstance(weight, PackedWeight) else (weight,):
                 tensor.record_stream(stream)
 

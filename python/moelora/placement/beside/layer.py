@@ -12,13 +12,14 @@ from moelora import weights
 from moelora.experts import POST_NORM, Compute, projections
 from moelora.placement.beside import rates as rule
 from moelora.placement.beside import ways
-from moelora.placement.beside.hot import BIASES, WEIGHTS, Hot
+from moelora.placement.beside.hot import BIASES, WEIGHTS, Hot, Lent
 from moelora.placement.beside.link import Link, link_of
 from moelora.placement.beside.order import after, for_all_calls, mark
 from moelora.placement.beside.resident import Load, Resident
 from torch_moelora.formats import PackedWeight
 
 WAYS = ("auto", "compute", "bring")
+IDLE = ", not in use: their LoRA is in host memory, because it came after moelora.enable or is parametrized"
 
 
 class Neighbours:
@@ -68,6 +69,9 @@ class Beside:
         self.rates: rule.Rates | None = None
         self.counts: Tensor | None = None  # [E], while the choices of experts are counted
         self.reason: str | None = None  # why all of it stays on the host
+        self._elsewhere = (
+            False  # whether the hot experts' LoRA is not on the accelerator, so that none is used
+        )
         self._top_k = 0
         self._hot: Hot | None = None
         self._copied: torch.Event | None = None  # when its copies are there
@@ -92,29 +96,42 @@ class Beside:
         if self.counts is not None:
             kept = ids[(ids >= 0) & (ids < self.experts)].flatten().cpu()
             self.counts += torch.bincount(kept, minlength=self.experts)
+        parameters, lent = Lent.of(parameters)
         if x.device == parameters["down_weight"].device or x.device.type in ("cpu", "meta"):
-            return compute(x, ids, gates, parameters)
-        return self._sum(x, ids, gates, parameters, compute)
+            return compute(x, ids, gates, lent.joined(parameters))
+        return self._sum(x, ids, gates, parameters, lent, compute)
 
     @torch.compiler.disable(reason="experts in host memory are beside the graph of the accelerator")
     def _sum(
-        self, x: Tensor, ids: Tensor, gates: Tensor, parameters: dict[str, Any], compute: Compute
+        self,
+        x: Tensor,
+        ids: Tensor,
+        gates: Tensor,
+        parameters: dict[str, Any],
+        lent: Lent,
+        compute: Compute,
     ) -> Tensor:
         self.device, self._top_k = x.device, ids.shape[1]
         link = link_of(x.device)
         self._follow(parameters)
         movable = self._movable(parameters)
+        self._elsewhere = bool(self.ids) and not lent.complete(parameters, self.ids)
+        hot = self._hot_on(x.device, parameters) if movable and self.ids and not self._elsewhere else None
+        if hot is None:
+            parameters, lent = lent.joined(parameters), Lent()
         call = ways.Call(
             link=link,
             compute=compute,
             rest={n: v for n, v in parameters.items() if not isinstance(v, Tensor)},
             names=[n for n, v in parameters.items() if isinstance(v, Tensor)],
             others=[p for p in self._others() if p.requires_grad],
-            hot=self._hot_on(x.device, parameters) if movable and self.ids else None,
+            lent=list(lent.factors),
+            hot=hot,
             resident=self._resident_for(link, x, ids, parameters, compute) if movable else None,
             index=self.index,
         )
-        return ways.run(call, x, ids, gates, [parameters[name] for name in call.names])
+        tensors = [*(parameters[name] for name in call.names), *lent.factors.values()]
+        return ways.run(call, x, ids, gates, tensors)
 
     def stored(self) -> dict[str, Tensor | PackedWeight]:
         """The weights as they are in host memory, by `moe_mlp`'s names for them."""
@@ -174,7 +191,7 @@ class Beside:
     def keep(self, ids: list[int], device: torch.device | None) -> None:
         """Lets these experts be on `device`, and no others."""
         with self._lock:
-            self.ids, self._hot = ids, None
+            self.ids, self._hot = sorted(ids), None
             self.device = device or self.device
 
     def _resident_for(
@@ -207,7 +224,7 @@ class Beside:
 
     def __str__(self) -> str:
         told = f"on {self.stored()['down_weight'].device} beside {self.device or 'an accelerator'}"
-        notes = [f"{len(self.ids)} of them there"] if self.ids else []
+        notes = [f"{len(self.ids)} of them there{IDLE if self._elsewhere else ''}"] if self.ids else []
         if self.reason:
             notes.append(f"computed on the host: {self.reason}")
         elif self.together.way != "auto":

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from moelora.placement.beside.buffers import Buffers, typed
 from moelora.placement.beside.order import after, mark, on, wait
 from moelora.placement.beside.worker import Worker
 
-ALIGNMENT = 256  # of tensors that share a buffer
 _LINKS: dict[torch.device, Link] = {}
 _LOCK = threading.Lock()
 
@@ -68,27 +65,6 @@ class Link:
         finally:
             self.buffers.give(buffer, mark(self.device))
         return out
-
-    def send_rows(self, tensors: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
-        """Those rows [N] of each tensor [E, ...], on the device, by one copy; otherwise as `send`."""
-        shapes = [(len(rows), *t.shape[1:]) for t in tensors]
-        sizes = [len(rows) * t[0].numel() * t.element_size() for t in tensors]
-        ends = list(accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
-        total = ends[-1] if ends else 0
-        out = torch.empty(total, dtype=torch.uint8, device=self.device)
-        buffer = self.buffers.take(total)
-        found = []
-        try:
-            for t, shape, size, start in zip(tensors, shapes, sizes, (0, *ends), strict=False):
-                staged, arrived = (
-                    whole[start : start + size].view(t.dtype).view(shape) for whole in (buffer, out)
-                )
-                torch.index_select(t.detach(), 0, rows, out=staged)
-                found.append(arrived)
-            out.copy_(buffer[:total], non_blocking=True)
-        finally:
-            self.buffers.give(buffer, mark(self.device))
-        return found
 
 
 def _in_child() -> None:

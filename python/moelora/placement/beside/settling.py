@@ -9,7 +9,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
-from moelora import adapters, experts, weights
+from moelora import adapters, experts, hot_factors, weights
 from moelora.errors import MoeloraError
 from moelora.placement.beside import hot as hot_experts
 from moelora.placement.beside.layer import WAYS, Beside, Neighbours
@@ -58,7 +58,9 @@ def _stay_here(hook: Any) -> None:
 
 
 def settle(model: nn.Module) -> None:
-    """Gives a placement to the enabled layers of `model` that need one, if they have none."""
+    """Gives a placement to the enabled layers of `model` that need one, if they have none, and adapters that
+    have come the hot experts' part of their factors.
+    """
     device = _accelerator_of(model)
     if device is None:
         return
@@ -73,6 +75,20 @@ def settle(model: nn.Module) -> None:
             placement = Beside(module, binding.experts, together)
             placement.device = device
             binding.placements = (*binding.placements, placement)
+    _split_factors(model, device)
+
+
+def _split_factors(model: nn.Module, device: torch.device | None) -> None:
+    """LoRA of hot experts is where they are, and that of all others where those are."""
+    for several in adapters.wrappers(model).values():
+        placement = beside(several[0].get_base_layer())
+        if placement is None:
+            continue
+        for wrapper in several:
+            for adapter, rank in wrapper.r.items():
+                a, b = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
+                hot_factors.split(a, b, rank, placement.ids, device)
+            adapters.watch(wrapper, running=False)
 
 
 def _accelerator_of(model: nn.Module) -> torch.device | None:
@@ -84,7 +100,11 @@ def _accelerator_of(model: nn.Module) -> torch.device | None:
 
 
 def release(model: nn.Module) -> None:
-    """Gives accelerate its hooks back."""
+    """Gives accelerate its hooks back, and adapters their factors in one piece."""
+    for several in adapters.wrappers(model).values():
+        for wrapper in several:
+            for layer in (*wrapper.lora_A.values(), *wrapper.lora_B.values()):
+                hot_factors.join(layer)
     for module in model.modules():
         for inner, hook in vars(module).pop(HOOKS, ()):
             add_hook_to_module(inner, hook)
@@ -117,9 +137,11 @@ def keep(
             "hot, batches and way are for experts in host memory beside an accelerator, and no layer's are: "
             "load with a device_map that puts them on the cpu, then call moelora.enable(model)"
         )
+    device = _accelerator_of(model)
     counts = {} if batches is None else hot_experts.count(model, layers, batches)
     if hot is not None:
         for name, ids in hot_experts.choose(layers, hot, counts).items():
-            layers[name].keep(ids, _accelerator_of(model))
+            layers[name].keep(ids, device)
+        _split_factors(model, device)
     for layer in layers.values():
         layer.together.way, layer.together.rates = way, rates

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -15,11 +15,13 @@ from torch.autograd.function import once_differentiable
 
 from moelora.experts import Compute
 from moelora.placement.beside.hot import BIASES, FACTORS, WEIGHTS, Hot
-from moelora.placement.beside.link import Arrival, Link
+from moelora.placement.beside.link import Link
 from moelora.placement.beside.resident import Resident
 from moelora.placement.beside.shares import Kept, Share, as_on
 
+Tensors = dict[str, Tensor]
 Gradients = dict[str | int, Tensor | None]
+HOT = "hot "  # before the names of what is lent, among those of gradients
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Call:
     compute: Compute
     rest: dict[str, Any]  # `moe_mlp`'s arguments that are no tensors
     names: list[str]  # of those that are, all on the host
+    lent: list[str]  # and then of those on the accelerator: factors of hot experts
     others: list[Tensor]  # leaves that `compute` reads itself
     hot: Hot | None  # experts that are on the accelerator too
     resident: Resident | None  # where the weights are brought; None: rows go to the host
@@ -44,13 +47,13 @@ class Call:
         """[T, H] on x's device."""
         if Kept.wanted() and (needed or self.others):
             self.kept = (Kept(), Kept())
-        given = dict(zip(self.names, tensors, strict=True))
-        if self.resident is not None:
-            return self._bring(x, ids, gates, given, needed)
-        return self._visit(x, ids, gates, given, needed)
+        given = dict(zip(self.names, tensors[: len(self.names)], strict=True))
+        lent = dict(zip(self.lent, tensors[len(self.names) :], strict=True))
+        way = self._visit if self.resident is None else self._bring
+        return way(x, ids, gates, given, lent, needed)
 
     def _visit(
-        self, x: Tensor, ids: Tensor, gates: Tensor, given: dict[str, Tensor], needed: set[str]
+        self, x: Tensor, ids: Tensor, gates: Tensor, given: Tensors, lent: Tensors, needed: set[str]
     ) -> Tensor:
         """The host computes its experts while the accelerator's are launched."""
         hot, link, kept = self.hot, self.link, bool(needed or self.others)
@@ -68,7 +71,7 @@ class Call:
                     )
 
             if hot:
-                there = partial(self._hot, x, ids, gates, given, needed)
+                there = partial(self._hot, x, ids, gates, lent, needed)
                 first, share = link.worker.both(there, here, self.threads)
             else:
                 first, share = None, here()
@@ -80,26 +83,23 @@ class Call:
         total = first.out + out
         return total if self.rest.get("sum_fp32") else total.to(_result_dtype(x))
 
-    def _hot(
-        self, x: Tensor, ids: Tensor, gates: Tensor, given: dict[str, Tensor], needed: set[str]
-    ) -> Share:
-        names = [name for name in FACTORS if name in given]
-        sent = self.link.send_rows([given[name] for name in names], self.hot.rows)
-        factors = dict(zip(names, sent, strict=True))
+    def _hot(self, x: Tensor, ids: Tensor, gates: Tensor, lent: Tensors, needed: set[str]) -> Share:
         rest = (
             {n: v for n, v in self.rest.items() if n not in WEIGHTS} | self.hot.weights | {"sum_fp32": True}
         )
-        inputs = {"x": x, "gates": gates} | factors
+        needed = needed & {"x", "gates"} | {name for name in lent if HOT + name in needed}
         with self._keeping(0):
-            return Share(self.compute, inputs, self.hot.here(ids), rest, needed & set(inputs))
+            return Share(self.compute, {"x": x, "gates": gates} | lent, self.hot.here(ids), rest, needed)
 
     def _keeping(self, which: int) -> AbstractContextManager:
         return self.kept[which].hooks() if self.kept else nullcontext()
 
     def _bring(
-        self, x: Tensor, ids: Tensor, gates: Tensor, given: dict[str, Tensor], needed: set[str]
+        self, x: Tensor, ids: Tensor, gates: Tensor, given: Tensors, lent: Tensors, needed: set[str]
     ) -> Tensor:
         sent = {n: self.link.send(given[n]) for n in FACTORS + BIASES if n in given}
+        for name, t in lent.items():
+            sent[name].index_copy_(0, self.hot.rows, t.detach())
         inputs = {"x": x, "gates": gates} | sent
         with self.resident.layer(self.index, bool(needed)) as weights:
             rest = {n: v for n, v in self.rest.items() if n not in WEIGHTS} | weights
@@ -137,13 +137,10 @@ class Call:
 
     def _visit_backward(self, dy: Tensor, shares: tuple[Share, ...], retain: bool) -> Gradients:
         link, host = self.link, shares[-1]
-        with ExitStack() as stack:
-            arrival = stack.enter_context(link.fetch(dy))
+        with link.fetch(dy) as arrival:
 
-            def there() -> tuple[Gradients, list[str], Arrival]:
-                found = shares[0].gradients(dy, retain)
-                names = [name for name in FACTORS if found.get(name) is not None]
-                return found, names, stack.enter_context(link.fetch(*(found[name] for name in names)))
+            def there() -> Gradients:
+                return shares[0].gradients(dy, retain)
 
             def here() -> Gradients:
                 return host.gradients(arrival.wait()[0], retain)
@@ -151,10 +148,8 @@ class Call:
             if not self.hot:
                 found = here()
             else:
-                both = link.worker.both(there, here, self.threads, host.apart)
-                (first, factors, late), found = both
-                for name, rows in zip(factors, late.wait(), strict=True):
-                    found[name].index_copy_(0, self.hot.rows, rows)
+                first, found = link.worker.both(there, here, self.threads, host.apart)
+                found |= {HOT + name: first.get(name) for name in self.lent}
         for name in ("x", "gates"):
             if found.get(name) is not None:
                 second = link.send(found[name])
@@ -164,9 +159,16 @@ class Call:
     def _bring_backward(self, dy: Tensor, share: Share, retain: bool) -> Gradients:
         with self.resident.layer(self.index, True):
             found = share.gradients(dy, retain)
+        lent = {HOT + name: self._taken(found[name]) for name in self.lent if found.get(name) is not None}
         names = [name for name, t in found.items() if t is not None and name not in ("x", "gates")]
         with self.link.fetch(*(found[name] for name in names)) as arrival:
-            return found | {name: t.clone() for name, t in zip(names, arrival.wait(), strict=True)}
+            return found | lent | {name: t.clone() for name, t in zip(names, arrival.wait(), strict=True)}
+
+    def _taken(self, gradient: Tensor) -> Tensor:
+        """The hot experts' part of a gradient, which is taken out of it."""
+        found = gradient.index_select(0, self.hot.rows)
+        gradient.index_fill_(0, self.hot.rows, 0)
+        return found
 
 
 def _sum(first: Tensor, second: Tensor) -> Tensor:
@@ -189,10 +191,11 @@ class _Placed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, ids: Tensor, gates: Tensor, *tensors: Tensor) -> Tensor:
         ctx.call = call
-        ctx.names = ["", "x", "", "gates", *call.names, *range(len(call.others))]
+        lent = [HOT + name for name in call.lent]
+        ctx.names = ["", "x", "", "gates", *call.names, *lent, *range(len(call.others))]
         needed = {n for n, need in zip(ctx.names, ctx.needs_input_grad, strict=True) if need}
         own = {n for n in needed if isinstance(n, str)}
-        out = call.forward(x, ids, gates, list(tensors[: len(call.names)]), own)
+        out = call.forward(x, ids, gates, list(tensors[: len(call.names) + len(lent)]), own)
         ctx.save_for_backward(*call.taken())
         return out
 

@@ -1,0 +1,135 @@
+"""LoRA factors of which some experts' part is a parameter of its own on an accelerator, beside these experts.
+
+The layer of a factor stays what it is to PEFT: its `weight` is the whole factor, a parametrization that puts
+the part in its place, and so is its entry in a state dict. The part of these experts in the parameter in host
+memory is not in use. Who computes with the operators takes both as they are (`stored`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+PART = "parametrizations.weight.0.part"
+ORIGINAL = "parametrizations.weight.original"
+
+
+class HotFactors(NamedTuple):
+    """One projection's factors of some experts, on their device."""
+
+    ids: tuple[int, ...]  # of H experts
+    a: Tensor  # [H, R, K]
+    b: Tensor  # [H, N, R]
+
+
+class HotPart(nn.Module):
+    """`part`: those experts' part of a factor as PEFT keeps it, A [E·R, K] (dim 0) or B [N, R·E] (dim 1)."""
+
+    def __init__(self, factor: nn.Parameter, dim: int, rank: int, ids: Sequence[int], device: Any) -> None:
+        super().__init__()
+        self.dim, self.rank, self.ids = dim, rank, tuple(ids)
+        part = of_experts(factor.detach(), dim, rank, self.ids).to(device)
+        self.part = nn.Parameter(part, requires_grad=factor.requires_grad)
+
+    def forward(self, factor: Tensor) -> Tensor:
+        rows = torch.tensor(self.ids, device=factor.device)
+        part = by_expert(self.part.to(factor.device), self.dim, self.rank)
+        whole = by_expert(factor, self.dim, self.rank).index_copy(0, rows, part)
+        return whole.flatten(0, 1) if self.dim == 0 else whole.permute(1, 2, 0).flatten(1)
+
+    def right_inverse(self, factor: Tensor) -> Tensor:
+        """For whoever assigns to the layer's weight."""
+        self.part.copy_(of_experts(factor, self.dim, self.rank, self.ids))
+        return factor
+
+
+def by_expert(factor: Tensor, dim: int, rank: int) -> Tensor:
+    """A view of A [E·R, K] (dim 0) as [E, R, K], of B [N, R·E] (dim 1), the expert fastest, as [E, N, R]."""
+    experts = factor.shape[dim] // rank
+    if dim == 0:
+        return factor.unflatten(0, (experts, rank))
+    return factor.unflatten(1, (rank, experts)).permute(2, 0, 1)
+
+
+def of_experts(factor: Tensor, dim: int, rank: int, chosen: Sequence[int]) -> Tensor:
+    """A copy of the part of some experts, in the same layout."""
+    found = by_expert(factor, dim, rank)[list(chosen)]
+    return found.flatten(0, 1) if dim == 0 else found.permute(1, 2, 0).flatten(1)
+
+
+def split(a: nn.Module, b: nn.Module, rank: int, ids: Sequence[int], device: torch.device) -> None:
+    """Gives the factors of layers `a` and `b` parts on `device`, for experts `ids` and no others.
+
+    Both stay in one piece if one of them is parametrized by somebody else, or is no matrix (between calls
+    FSDP1 has them flat).
+    """
+    parts = _part(a), _part(b)
+    if all(part and (part.ids, part.part.device) == (tuple(ids), device) for part in parts):
+        return
+    join(a)
+    join(b)
+    if not ids or not all(_plain(layer) for layer in (a, b)):
+        return
+    for layer, dim in ((a, 0), (b, 1)):
+        part = HotPart(layer.weight, dim, rank, ids, device)
+        parametrize.register_parametrization(layer, "weight", part, unsafe=True)
+        if not hasattr(layer, "_moelora_one_factor"):
+            layer._moelora_one_factor = True
+            layer.register_state_dict_post_hook(_save_one)
+            layer.register_load_state_dict_pre_hook(_load_one)
+
+
+def _plain(layer: nn.Module) -> bool:
+    return (
+        not parametrize.is_parametrized(layer, "weight")
+        and isinstance(layer.weight, nn.Parameter)
+        and layer.weight.ndim == 2
+    )
+
+
+def join(layer: nn.Module) -> None:
+    """Makes the layer's weight one parameter again, the one that it was."""
+    if _part(layer) is not None:
+        parametrize.remove_parametrizations(layer, "weight")
+
+
+def stored(layer: nn.Module) -> tuple[Tensor, HotPart | None]:
+    """The factor as it is stored: what is in host memory, and the part that is elsewhere, if there is one."""
+    part = _part(layer)
+    if part is None:
+        return layer.weight, None  # once: a parametrization computes it at each access
+    return layer.parametrizations.weight.original, part
+
+
+def joined(factor: Tensor, ids: Sequence[int], part: Tensor) -> Tensor:
+    """[E, ...] with the part [H, ...] of experts `ids` in its place."""
+    return factor.index_copy(0, torch.tensor(ids, device=factor.device), part.to(factor.device))
+
+
+def _part(layer: nn.Module) -> HotPart | None:
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    several = layer.parametrizations.weight
+    return several[0] if len(several) == 1 and isinstance(several[0], HotPart) else None
+
+
+def _save_one(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A state dict has the whole factor, under the name that it has everywhere."""
+    if _part(layer) is not None:
+        del state[prefix + ORIGINAL], state[prefix + PART]
+        with torch.no_grad():
+            state[prefix + "weight"] = layer.weight
+
+
+def _load_one(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state dict is loaded: the whole factor is told apart."""
+    part = _part(layer)
+    if part is not None and prefix + "weight" in state:
+        whole = state.pop(prefix + "weight")
+        state[prefix + ORIGINAL] = whole
+        if whole.shape == layer.parametrizations.weight.original.shape:  # else torch names both shapes
+            state[prefix + PART] = of_experts(whole, part.dim, part.rank, part.ids)
