@@ -1,7 +1,6 @@
 """Whole models whose experts are in host memory, on a device whose streams are late on purpose."""
 
 import copy
-import itertools
 
 import late_device
 import model_tiny
@@ -14,20 +13,14 @@ from beside_layers import BF16, LATE, same
 from model_tiny import one_thread  # noqa: F401
 from moelora import experts
 from moelora.errors import MoeloraError
-from moelora.placement.beside import link, settling
+from moelora.placement.beside import settling
 from packed_files import LAYOUTS, write
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    DeepseekV3Config,
-    Qwen2MoeConfig,
-    Qwen3_5MoeTextConfig,
     Trainer,
     TrainingArguments,
 )
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
-from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
 
 
 def put(model: torch.nn.Module) -> torch.nn.Module:
@@ -236,40 +229,6 @@ def test_trainer(tmp_path):
         moelora.enable(model_tiny.adapt(base))
     for name, expected in adapters[0].items():
         assert model_tiny.difference(adapters[1][name], expected) < 1e-5, name
-
-
-SIZES = {
-    "hidden_size": 24, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 20,
-    "intermediate_size": 20,
-    "num_experts": 5, "n_routed_experts": 5, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("block", "config", "order"),
-    [
-        (Qwen2MoeSparseMoeBlock, Qwen2MoeConfig, ["shared", "wait", "shared backward"]),
-        (Qwen3_5MoeSparseMoeBlock, Qwen3_5MoeTextConfig, ["shared", "wait", "shared backward"]),
-        (DeepseekV3MoE, DeepseekV3Config, ["wait", "shared", "shared backward", "wait"]),
-    ],
-)
-def test_shared_experts(block, config, order, monkeypatch):
-    """What the block has launched when the host waits for its rows: docs/scale.md tells it."""
-    layer = block(config(**SIZES))
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    put(layer)
-    moelora.enable(layer)
-    moelora.place(layer, way="compute")
-    seen = []
-    (shared,) = (m for name, m in layer.named_children() if name in ("shared_expert", "shared_experts"))
-    shared.register_forward_hook(lambda *_: seen.append("shared"))
-    shared.register_full_backward_hook(lambda *_: seen.append("shared backward"))
-    wait = link.wait
-    monkeypatch.setattr(link, "wait", lambda event: (seen.append("wait"), wait(event)))
-    x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0)).to(LATE).requires_grad_()
-    layer(x).sum().backward()
-    assert [one for one, _ in itertools.groupby(seen)] == order and x.grad.isfinite().all()
 
 
 def test_copies():

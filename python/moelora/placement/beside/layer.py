@@ -16,6 +16,7 @@ from moelora.placement.beside.hot import BIASES, WEIGHTS, Hot, Lent
 from moelora.placement.beside.link import Link, link_of
 from moelora.placement.beside.order import after, for_all_calls, mark
 from moelora.placement.beside.resident import Load, Resident
+from moelora.placement.beside.shared import Shared
 from torch_moelora.formats import PackedWeight
 
 WAYS = ("auto", "compute", "bring")
@@ -72,6 +73,7 @@ class Beside:
         self._elsewhere = (
             False  # whether the hot experts' LoRA is not on the accelerator, so that none is used
         )
+        self.shared: Shared | None = None  # the block's own
         self._top_k = 0
         self._hot: Hot | None = None
         self._copied: torch.Event | None = None  # when its copies are there
@@ -129,9 +131,15 @@ class Beside:
             hot=hot,
             resident=self._resident_for(link, x, ids, parameters, compute) if movable else None,
             index=self.index,
+            shared=self.shared,
         )
         tensors = [*(parameters[name] for name in call.names), *lent.factors.values()]
-        return ways.run(call, x, ids, gates, tensors)
+        try:
+            return ways.run(call, x, ids, gates, tensors)
+        except BaseException:
+            if self.shared is not None:
+                self.shared.forget()
+            raise
 
     def stored(self) -> dict[str, Tensor | PackedWeight]:
         """The weights as they are in host memory, by `moe_mlp`'s names for them."""

@@ -37,6 +37,10 @@ class Arrival:
             self._link.buffers.give(buffer, self._event)
         self._buffers, self._sources = [], []
 
+    def __del__(self) -> None:  # of a backward that came to no end
+        if hasattr(self, "_event"):
+            self.__exit__()
+
     def wait(self) -> list[Tensor]:
         """The tensors, in page-locked memory that is theirs until `with` ends."""
         wait(self._event)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from moelora import adapters, experts, hot_factors, weights
@@ -14,6 +15,7 @@ from moelora.errors import MoeloraError
 from moelora.placement.beside import hot as hot_experts
 from moelora.placement.beside.layer import WAYS, Beside, Neighbours
 from moelora.placement.beside.rates import Rates
+from moelora.placement.beside.shared import shared_of
 
 HOOKS = "_moelora_hooks"  # on an experts module: accelerate's, which `release` gives back
 
@@ -75,7 +77,18 @@ def settle(model: nn.Module) -> None:
             placement = Beside(module, binding.experts, together)
             placement.device = device
             binding.placements = (*binding.placements, placement)
+    _find_shared(model)
     _split_factors(model, device)
+
+
+def _find_shared(model: nn.Module) -> None:
+    """Lets placements know of the shared experts of their blocks."""
+    for block in model.modules():
+        for name, child in block.named_children():
+            module = child.get_base_layer() if isinstance(child, ParamWrapper) else child
+            placement = beside(module)
+            if placement is not None and placement.shared is None:
+                placement.shared = shared_of(block, name, module)
 
 
 def _split_factors(model: nn.Module, device: torch.device | None) -> None:
@@ -106,6 +119,10 @@ def release(model: nn.Module) -> None:
             for layer in (*wrapper.lora_A.values(), *wrapper.lora_B.values()):
                 hot_factors.join(layer)
     for module in model.modules():
+        placement = beside(module)
+        if placement is not None and placement.shared is not None:
+            placement.shared.release()
+            placement.shared = None
         for inner, hook in vars(module).pop(HOOKS, ()):
             add_hook_to_module(inner, hook)
 

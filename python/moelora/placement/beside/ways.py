@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from moelora.experts import Compute
 from moelora.placement.beside.hot import BIASES, FACTORS, WEIGHTS, Hot
-from moelora.placement.beside.link import Link
+from moelora.placement.beside.link import Arrival, Link
 from moelora.placement.beside.resident import Resident
+from moelora.placement.beside.shared import Shared
 from moelora.placement.beside.shares import Kept, Share, as_on
 
 Tensors = dict[str, Tensor]
@@ -37,8 +37,11 @@ class Call:
     hot: Hot | None  # experts that are on the accelerator too
     resident: Resident | None  # where the weights are brought; None: rows go to the host
     index: int  # of the layer there
+    shared: Shared | None = None  # the block's own, which the accelerator computes meanwhile
+    grad: bool = field(default_factory=torch.is_grad_enabled)  # of the block's pass
     threads: int = field(default_factory=torch.get_num_threads)  # of the host's share
     shares: tuple[Share, ...] = ()  # what the backward follows
+    arrival: Arrival | None = None  # of the sum's gradient, where it has left before this backward's turn
     kept: tuple[Kept, ...] = ()  # what it reads, if hooks save it: of the accelerator's share, the host's
 
     def forward(
@@ -70,11 +73,13 @@ class Call:
                         x.device, lambda: Share(self.compute, inputs, ids_here, rest, needed, self.others)
                     )
 
-            if hot:
-                there = partial(self._hot, x, ids, gates, lent, needed)
-                first, share = link.worker.both(there, here, self.threads)
-            else:
-                first, share = None, here()
+            def there() -> Share | None:
+                first = self._hot(x, ids, gates, lent, needed) if hot else None
+                if self.shared is not None:
+                    self.shared.launch(self.grad)
+                return first
+
+            first, share = link.worker.both(there, here, self.threads) if hot else (there(), here())
             out = link.send(share.out)
         if kept:
             self.shares = (share,) if first is None else (first, share)
@@ -135,9 +140,15 @@ class Call:
         finally:
             self.taken()
 
+    def leaves(self, dy: Tensor) -> None:
+        """The sum's gradient goes to the host; what autograd has launched until the backward is beside it."""
+        if self.resident is None:
+            self.arrival = self.link.fetch(dy)
+
     def _visit_backward(self, dy: Tensor, shares: tuple[Share, ...], retain: bool) -> Gradients:
         link, host = self.link, shares[-1]
-        with link.fetch(dy) as arrival:
+        arrival, self.arrival = self.arrival or link.fetch(dy), None
+        with arrival:
 
             def there() -> Gradients:
                 return shares[0].gradients(dy, retain)
@@ -207,10 +218,31 @@ class _Placed(torch.autograd.Function):
         return tuple(found.get(name) if need else None for name, need in wanted)
 
 
+class _Leaving(torch.autograd.Function):
+    """Before whatever else the gradient is for: it leaves for the host."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, out: Tensor) -> Tensor:
+        ctx.call = call
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
+        ctx.call.leaves(dy)
+        return None, dy
+
+
 def run(call: Call, x: Tensor, ids: Tensor, gates: Tensor, tensors: list[Tensor]) -> Tensor:
     """[T, H], with gradients for whoever needs one."""
     inputs = (x, gates, *tensors, *call.others)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return _Placed.apply(call, x, ids, gates, *tensors, *call.others)
+        out = _Placed.apply(call, x, ids, gates, *tensors, *call.others)
+        if call.shared is None:
+            return out
+        number = call.shared.number()
+        if number is not None:  # autograd takes the highest first
+            out.grad_fn._set_sequence_nr(number)
+        return _Leaving.apply(call, out)
     call.others = []
     return call.forward(x, ids, gates, tensors, set())
