@@ -162,6 +162,16 @@ def test_not_in_the_way(monkeypatch):
     assert seen == [False]
 
 
+@pytest.mark.parametrize(("block", "config"), [FIRST[0], LAST[0]])
+def test_compiled(block, config):
+    """In a graph they run where the block has them."""
+    layer = beside(block, config)
+    compiled = torch.compile(layer, backend="eager")
+    expected = gradients(layer)
+    for found, one in zip(gradients(layer, lambda x: compiled(x)), expected, strict=True):
+        assert model_tiny.difference(found, one) < 1e-6
+
+
 def count(layer: nn.Module) -> list[str]:
     seen = []
     theirs(layer).down_proj.register_forward_hook(lambda *_: seen.append(threading.current_thread().name))
