@@ -31,6 +31,7 @@ struct Bytes32 {
   static vec lookup(vec table, vec index) { return _mm256_shuffle_epi8(table, index); }
   static vec upper_nibbles(vec v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), set1(0x0f)); }
   static bool any_negative(vec v) { return _mm256_movemask_epi8(v) != 0; }
+  static bool all_negative(vec v) { return _mm256_movemask_epi8(v) == -1; }
 };
 
 struct Avx2Unpack {

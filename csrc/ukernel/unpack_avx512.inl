@@ -33,6 +33,7 @@ struct Bytes64 {
   static vec lookup(vec table, vec index) { return _mm512_shuffle_epi8(table, index); }
   static vec upper_nibbles(vec v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), set1(0x0f)); }
   static bool any_negative(vec v) { return _mm512_movepi8_mask(v) != 0; }
+  static bool all_negative(vec v) { return _mm512_movepi8_mask(v) == ~__mmask64{0}; }
 };
 
 struct Avx512Values {

@@ -43,7 +43,7 @@ struct E4m3Numbers {
 
 // B: vec, vectors of bytes; spread(__m256i, four parts of it): these in each 16 bytes; load(const uint8_t*): kBytes of
 // them, in the order in which `unpack` instructions bring 32-bit numbers in order; bit_and, bit_xor, add, most, lookup;
-// set1; upper_nibbles, any_negative
+// set1; upper_nibbles, any_negative, all_negative
 template <class B>
 class E4m3Codes {
  public:
@@ -71,8 +71,12 @@ class E4m3Codes {
     // Beyond 127, which the lookup makes 0 of, for all but those below 8.
     const vec below = B::add(size, B::set1(0x78));
     const vec upper = B::lookup(B::sign_and_exponent(), B::upper_nibbles(all));
-    low = B::bit_xor(B::lookup(low_, size), B::lookup(low_below_, below));
-    high = B::bit_xor(B::add(B::lookup(high_, size), upper), B::lookup(high_below_, below));
+    low = B::lookup(low_, size);
+    high = B::add(B::lookup(high_, size), upper);
+    if (B::all_negative(below)) [[likely]]
+      return;  // weights below a 28672th of the largest are few
+    low = B::bit_xor(low, B::lookup(low_below_, below));
+    high = B::bit_xor(high, B::lookup(high_below_, below));
   }
   // Whether one of those that went by since this was last asked was NaN.
   bool met_nan() {
