@@ -9,6 +9,7 @@ import model_tiny
 import moelora
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from beside_layers import BF16, LATE, STREAMS, same
 from model_tiny import one_thread  # noqa: F401
 from moelora.placement.beside import link, order, settling, shared
@@ -191,6 +192,20 @@ def test_once(block, config):
     assert len(seen) == 2 and not vars(own._now)
     twin = copy.copy(own)
     assert not vars(twin._now)
+
+
+def test_accelerate_takes_its_hooks_off():
+    """And with them, perhaps, what was put above them."""
+    layer = beside(*LAST[0])
+    expected = layer(inputs()).detach().cpu()
+    seen, module = count(layer), theirs(layer)
+    own = module.forward
+    add_hook_to_module(module, ModelHook())
+    assert torch.equal(layer(inputs()).detach().cpu(), expected) and len(seen) == 1
+    module._old_forward = own.plain
+    remove_hook_from_module(module)
+    assert torch.equal(layer(inputs()).detach().cpu(), expected) and len(seen) == 2
+    assert not vars(own._now)
 
 
 def test_errors():

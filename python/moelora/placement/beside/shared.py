@@ -103,11 +103,13 @@ class Shared:
     def launch(self, grad: bool) -> None:
         """Runs them now, if the block will ask for it. grad: whether the block's pass is differentiated.
 
-        Hooks of the module itself have a claim to come when the block calls it.
+        Hooks of the module itself have a claim to come when the block calls it, and so has a forward that
+        somebody else has put in this one's place.
         """
         given = vars(self._now).pop("given", None)
         given = None if given is None else given()
-        if isinstance(given, Tensor) and not any(getattr(self.module, hooks) for hooks in _HOOKS):
+        asked = vars(self.module).get("forward") is self and not any(getattr(self.module, h) for h in _HOOKS)
+        if asked and isinstance(given, Tensor):
             with torch.set_grad_enabled(grad):
                 self._now.kept = (given, self.plain(given))
 
