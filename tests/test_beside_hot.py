@@ -11,10 +11,11 @@ from beside_layers import BF16, LATE
 from hypothesis import given
 from hypothesis import strategies as st
 from model_tiny import one_thread  # noqa: F401
-from moelora import adapters, hot_factors
+from moelora import adapters, errors, hot_factors
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_beside_models import put, step
+from torch.nn.utils import parametrize
 
 HOT = {"model.layers.0.mlp.experts": [1, 4], "model.layers.1.mlp.experts": [0, 2, 3]}
 
@@ -185,7 +186,7 @@ def test_a_factor(experts, rank, rows, columns, data):
     expected = [layer.weight.detach().clone() for layer in (a, b)]
     hot_factors.split(a, b, rank, ids, torch.device("cpu"))
     for layer, whole, dim in zip((a, b), expected, (0, 1), strict=True):
-        original, part = hot_factors.stored(layer)
+        original, part = layer.parametrizations.weight.original, layer.parametrizations.weight[0]
         assert part.ids == tuple(ids)
         assert torch.equal(part.part, hot_factors.of_experts(whole, dim, rank, ids))
         hot_factors.by_expert(original.data, dim, rank)[ids] = torch.nan
@@ -205,24 +206,113 @@ def test_a_factor(experts, rank, rows, columns, data):
         assert layer.weight is original and torch.equal(original, whole)
 
 
-def test_parametrized_by_somebody_else():
-    model = built(hot=None)
-    (wrapper, *_) = (m for m in model.modules() if type(m).__name__ == "ParamWrapper")
-    torch.nn.utils.parametrizations.weight_norm(wrapper.lora_A["default"])
-    expected = step(model)
-    moelora.place(model, hot=HOT, way="compute")
-    assert model_tiny.difference(step(model)[0], expected[0]) < 1e-5
+class Half(torch.nn.Module):
+    def forward(self, factor):
+        return factor / 2
+
+
+@pytest.mark.parametrize("side", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("late", [False, True])
+def test_parametrized_by_somebody_else(side, late):
+    """Before `place`, or behind it."""
+    plain, model = built(hot=None), built(hot=HOT if late else None)
+    for one in (plain, model):
+        (wrapper, *_) = (m for m in one.modules() if type(m).__name__ == "ParamWrapper")
+        parametrize.register_parametrization(getattr(wrapper, side)["default"], "weight", Half())
+    if late:
+        stale(model)
+    else:
+        moelora.place(model, hot=HOT, way="compute")
+    assert model_tiny.difference(step(model)[0], step(plain)[0]) < 1e-5
     assert "not in use" in str(moelora.report(model))
 
 
-def test_an_optimizer_that_came_before(caplog):
+@pytest.mark.parametrize("clear", ["optimizer", "model", "zeros"])
+def test_an_optimizer_that_came_before(clear, caplog, monkeypatch):
+    monkeypatch.setattr(errors, "_warned", set())
     model = built(hot=None)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    moelora.place(model, hot=HOT, way="compute")
+    for hot, warned in ((None, False), (HOT, True)):
+        if hot:
+            moelora.place(model, hot=HOT, way="compute")
+        with caplog.at_level(logging.WARNING, "moelora"):
+            for _ in range(4):
+                step(model)
+                optimizer.step()
+                if clear == "model":
+                    model.zero_grad()
+                else:
+                    optimizer.zero_grad(set_to_none=clear == "optimizer")
+        assert ("after moelora.place(hot=...)" in caplog.text) == warned
+
+
+def test_moved_and_assigned():
+    """What is no longer on the accelerator is not used there; a state dict puts it there again."""
+    model = built()
+    expected = step(model)[0]
+    state = {n: t.clone() for n, t in model.state_dict().items() if "lora_" in n}
+    for part in parts(model).values():
+        part.to("cpu")
+    assert model_tiny.difference(step(model)[0], expected) < 1e-5
+    assert "not in use" in str(moelora.report(model))
+    moelora.enable(model)
+    assert torch.equal(step(model)[0], expected) and "not in use" not in str(moelora.report(model))
+    model.load_state_dict(state, strict=False, assign=True)
+    assert {part.part.device.type for part in parts(model).values()} == {LATE.type}
+    assert torch.equal(step(model)[0], expected)
+
+
+@pytest.mark.parametrize("way", ["compute", "bring"])
+def test_the_others_frozen(way):
+    model = built()
+    moelora.place(model, way=way)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("0.part"))
     tokens = model_tiny.tokens().to(LATE)
-    with caplog.at_level(logging.WARNING, "moelora"):
-        for _ in range(2):
-            model(input_ids=tokens, labels=tokens).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    assert "before moelora.place(hot=...)" in caplog.text
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(part.part.grad.abs().max() > 0 for part in parts(model).values())
+
+
+def test_between_two_backwards():
+    """Gradients of a step that is not complete go with what they are of, there and back."""
+    plain, model = built(hot=None), built(hot=None)
+    for again in (HOT, 0):
+        norms = []
+        for one in (plain, model):
+            step(one)
+            if one is model:
+                moelora.place(one, hot=again, way="compute")
+            tokens = model_tiny.tokens().to(LATE)
+            one(input_ids=tokens, labels=tokens).loss.backward()
+            norms.append(
+                torch.nn.utils.get_total_norm([p.grad for p in one.parameters() if p.requires_grad]).cpu()
+            )
+        assert model_tiny.difference(*norms) < 1e-5
+
+
+def test_enabled_in_other_states():
+    """An adapter without values yet, a `place` within inference mode, linear layers that are served too."""
+    model = built(hot=None)
+    moelora.enable(model, linears=True)
+    with torch.inference_mode():
+        moelora.place(model, hot=HOT, way="compute")
+    step(model)
+    model.add_adapter("second", model.peft_config["default"], low_cpu_mem_usage=True)
+    moelora.enable(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    moelora.enable(model, linears=True)
+    moelora.disable(model)
+    kinds = {type(m).__name__ for n, m in model.named_modules() if "lora_A." in n}
+    assert kinds == {"Linear"}
+
+
+def test_in_a_graph():
+    """Tokens on the host need no break."""
+    model = built()
+    gen = torch.Generator().manual_seed(0)
+    gates, ids = torch.rand(9, 5, generator=gen).topk(2)
+    x = torch.randn(9, 24, generator=gen)
+    outermost = next(iter(adapters.wrappers(model).values()))[0]
+    compiled = torch.compile(outermost, backend="eager", fullgraph=True)
+    assert model_tiny.difference(compiled(x, ids, gates).detach(), outermost(x, ids, gates).detach()) < 1e-6

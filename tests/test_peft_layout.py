@@ -21,9 +21,7 @@ KINDS = ("qwen3_moe", "gpt_oss")  # [E, out, in] and [E, in, out]
 
 
 def _factors(wrapper: ParamWrapper) -> Factors:
-    return factors(
-        wrapper, "default", *(stored(side["default"]) for side in (wrapper.lora_A, wrapper.lora_B))
-    )
+    return factors(wrapper, "default", *stored(wrapper.lora_A["default"], wrapper.lora_B["default"]))
 
 
 def _merged_minus_base(kind: str, **keywords) -> dict[str, torch.Tensor]:

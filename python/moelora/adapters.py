@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from moelora import hot_factors, weights
 from moelora.errors import MoeloraError, warn_once
 from moelora.experts import DTYPES, IMPLEMENTATION, LORA, Factors, projections
-from moelora.hot_factors import HotFactors, by_expert
+from moelora.hot_factors import HotFactors, Stored, by_expert
 from moelora.watch import Watch, replaced
 from torch_moelora.formats import PackedWeight
 
 # PEFT changes the module for the time of a call, and torch has one cache of parametrizations for all threads.
 _BY_PEFT = threading.RLock()
-Stored = tuple[Tensor, hot_factors.HotPart | None]  # a factor, as `hot_factors.stored` has it
 
 
 class ParamWrapper(PeftParamWrapper):
@@ -113,7 +112,7 @@ def served(wrapper: PeftParamWrapper, adapters: list[str]) -> list[tuple[Stored,
         return f"{wrapper.parameter_name} is not a projection's weight"
     found = []
     for adapter in adapters:
-        a, b = (hot_factors.stored(layer[adapter]) for layer in (wrapper.lora_A, wrapper.lora_B))
+        a, b = hot_factors.stored(wrapper.lora_A[adapter], wrapper.lora_B[adapter])
         reason = _unusable(wrapper, adapter, a[0], b[0])
         if reason is not None:
             return reason if len(adapters) == 1 else f"of {adapter}, {reason}"
@@ -131,12 +130,15 @@ def factors(wrapper: PeftParamWrapper, adapter: str, a: Stored, b: Stored) -> Fa
 
 
 def _warn_of_unknown(*several: Stored) -> None:
-    """Of an optimizer that clears one gradient of a factor, having stepped, and does not know the other."""
-    backward = torch._C._current_graph_task_id() != -1  # where gradients come one by one
-    if not backward and any(t.grad is None and hot.part.grad is not None for t, hot in several):
+    """Of an optimizer that was made before a factor was split."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    (a, of_a), (b, of_b) = several
+    if of_a.left_behind(a) or of_b.left_behind(b):
         warn_once(
-            "LoRA of hot experts is not trained: the optimizer was made before moelora.place(hot=...), and "
-            "does not know their parameters"
+            "LoRA of hot experts stays as it is while that of the others is trained: the optimizer does not "
+            "know its parameters. Make it after moelora.place(hot=...), and after moelora.enable where "
+            "adapters came late"
         )
 
 

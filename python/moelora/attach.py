@@ -26,8 +26,9 @@ def enable(model: nn.Module, linears: bool | None = None) -> Report:
     """Run a model's experts, and the PEFT adapters on them, on the operators.
 
     Works on the instance: experts modules get `experts_implementation="moelora"`, PEFT's expert wrappers hand
-    them their LoRA factors as views. State dicts, parameters and their names stay as they are. Call it again
-    after adding adapters; undo it with `disable`.
+    them their LoRA factors as views. State dicts, parameters and their names stay as they are, but for
+    parameters of hot experts' factors (see `place`). Call it again after adding adapters; undo it with
+    `disable`.
 
     Args:
         model: a transformers model, or a `PeftModel` around one.
@@ -95,8 +96,8 @@ def disable(model: nn.Module) -> None:
             weights.is_spread(module, weight) for weight in experts.projections(module)
         ):
             raise MoeloraError(f"{name} is spread over ranks, which cannot be undone: load the model anew")
-    unhook(model)
     _beside("release", model)
+    unhook(model)
     for module in model.modules():
         if isinstance(module, LoraModel):
             adapters.unhook_tuner(module)
@@ -198,7 +199,7 @@ def _is_zero(factor: Tensor) -> bool:
     return has_values(here) and here.numel() > 0 and not bool(nonzero(here.detach()))
 
 
-def _reason(served: list[tuple[Tensor, Tensor]] | str) -> str | None:
+def _reason(served: list | str) -> str | None:
     return served if isinstance(served, str) else None
 
 

@@ -1,8 +1,10 @@
 """LoRA factors of which some experts' part is a parameter of its own on an accelerator, beside these experts.
 
-The layer of a factor stays what it is to PEFT: its `weight` is the whole factor, a parametrization that puts
-the part in its place, and so is its entry in a state dict. The part of these experts in the parameter in host
-memory is not in use. Who computes with the operators takes both as they are (`stored`).
+To PEFT a factor stays one: its layer's `weight` is the whole factor, by a parametrization that puts the part
+in its place, and so is its entry in a state dict. It is computed at each access, so that writing into it (as
+PEFT's `hotswap_adapter` does) changes nothing; assigning to it, and loading a state dict, does. The place of
+these experts in the parameter in host memory is not in use. Who computes with the operators takes both
+parameters as they are (`stored`).
 """
 
 from __future__ import annotations
@@ -32,8 +34,12 @@ class HotPart(nn.Module):
     def __init__(self, factor: nn.Parameter, dim: int, rank: int, ids: Sequence[int], device: Any) -> None:
         super().__init__()
         self.dim, self.rank, self.ids = dim, rank, tuple(ids)
+        self._versions, self._alone = (0, 0), 0
         part = of_experts(factor.detach(), dim, rank, self.ids).to(device)
         self.part = nn.Parameter(part, requires_grad=factor.requires_grad)
+        if factor.grad is not None:  # of a step that is not complete
+            self.part.grad = of_experts(factor.grad, dim, rank, self.ids).to(device)
+            by_expert(factor.grad, dim, rank)[list(self.ids)] = 0
 
     def forward(self, factor: Tensor) -> Tensor:
         rows = torch.tensor(self.ids, device=factor.device)
@@ -41,10 +47,22 @@ class HotPart(nn.Module):
         whole = by_expert(factor, self.dim, self.rank).index_copy(0, rows, part)
         return whole.flatten(0, 1) if self.dim == 0 else whole.permute(1, 2, 0).flatten(1)
 
+    def left_behind(self, factor: Tensor) -> bool:
+        """Whether `factor` has changed twice since the first time, as by an optimizer, and `part` not."""
+        if factor.is_inference() or not (factor.requires_grad and self.part.requires_grad):
+            return False
+        before, self._versions = self._versions, (factor._version, self.part._version)
+        changed = [now > then for now, then in zip(self._versions, before, strict=True)]
+        self._alone = self._alone + changed[0] if not changed[1] else 0
+        return self._alone > 2  # the first is what was before
+
     def right_inverse(self, factor: Tensor) -> Tensor:
         """For whoever assigns to the layer's weight."""
         self.part.copy_(of_experts(factor, self.dim, self.rank, self.ids))
         return factor
+
+
+Stored = tuple[Tensor, HotPart | None]  # a factor: what is in host memory, and its part elsewhere
 
 
 def by_expert(factor: Tensor, dim: int, rank: int) -> Tensor:
@@ -64,8 +82,8 @@ def of_experts(factor: Tensor, dim: int, rank: int, chosen: Sequence[int]) -> Te
 def split(a: nn.Module, b: nn.Module, rank: int, ids: Sequence[int], device: torch.device) -> None:
     """Gives the factors of layers `a` and `b` parts on `device`, for experts `ids` and no others.
 
-    Both stay in one piece if one of them is parametrized by somebody else, or is no matrix (between calls
-    FSDP1 has them flat).
+    Both stay in one piece if one of them is parametrized by somebody else, has no values yet, or is no matrix
+    (between calls FSDP1 has them flat).
     """
     parts = _part(a), _part(b)
     if all(part and (part.ids, part.part.device) == (tuple(ids), device) for part in parts):
@@ -75,8 +93,9 @@ def split(a: nn.Module, b: nn.Module, rank: int, ids: Sequence[int], device: tor
     if not ids or not all(_plain(layer) for layer in (a, b)):
         return
     for layer, dim in ((a, 0), (b, 1)):
-        part = HotPart(layer.weight, dim, rank, ids, device)
-        parametrize.register_parametrization(layer, "weight", part, unsafe=True)
+        with torch.inference_mode(False), torch.no_grad():  # they are trained later
+            part = HotPart(layer.weight, dim, rank, ids, device)
+            parametrize.register_parametrization(layer, "weight", part, unsafe=True)
         if not hasattr(layer, "_moelora_one_factor"):
             layer._moelora_one_factor = True
             layer.register_state_dict_post_hook(_save_one)
@@ -88,21 +107,27 @@ def _plain(layer: nn.Module) -> bool:
         not parametrize.is_parametrized(layer, "weight")
         and isinstance(layer.weight, nn.Parameter)
         and layer.weight.ndim == 2
+        and not layer.weight.is_meta
     )
 
 
 def join(layer: nn.Module) -> None:
     """Makes the layer's weight one parameter again, the one that it was."""
-    if _part(layer) is not None:
-        parametrize.remove_parametrizations(layer, "weight")
-
-
-def stored(layer: nn.Module) -> tuple[Tensor, HotPart | None]:
-    """The factor as it is stored: what is in host memory, and the part that is elsewhere, if there is one."""
     part = _part(layer)
     if part is None:
-        return layer.weight, None  # once: a parametrization computes it at each access
-    return layer.parametrizations.weight.original, part
+        return
+    parametrize.remove_parametrizations(layer, "weight")
+    if part.part.grad is not None and layer.weight.grad is not None:
+        rows = by_expert(layer.weight.grad, part.dim, part.rank)
+        rows[list(part.ids)] = by_expert(part.part.grad, part.dim, part.rank).to(rows.device)
+
+
+def stored(a: nn.Module, b: nn.Module) -> tuple[Stored, Stored]:
+    """Both factors as they are stored: what is in host memory, and the parts elsewhere, if there are any."""
+    parts = _part(a), _part(b)
+    if None in parts:  # of one, too, if somebody has parametrized the other since
+        return (a.weight, None), (b.weight, None)  # once: a parametrization computes it at each access
+    return (a.parametrizations.weight.original, parts[0]), (b.parametrizations.weight.original, parts[1])
 
 
 def joined(factor: Tensor, ids: Sequence[int], part: Tensor) -> Tensor:
@@ -132,4 +157,5 @@ def _load_one(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> 
         whole = state.pop(prefix + "weight")
         state[prefix + ORIGINAL] = whole
         if whole.shape == layer.parametrizations.weight.original.shape:  # else torch names both shapes
-            state[prefix + PART] = of_experts(whole, part.dim, part.rank, part.ids)
+            own = of_experts(whole, part.dim, part.rank, part.ids)
+            state[prefix + PART] = own.to(part.part.device)  # it may be put in the part's place

@@ -44,10 +44,11 @@ class Lent:
         whole = {name: joined(parameters[name], self.ids, t) for name, t in self.factors.items()}
         return parameters | whole
 
-    def complete(self, parameters: dict[str, Any], ids: Sequence[int]) -> bool:
-        """Whether all of the factors are lent, of these experts; so where there are none."""
+    def complete(self, parameters: dict[str, Any], ids: Sequence[int], device: torch.device) -> bool:
+        """Whether all of the factors are lent, of these experts, on `device`; so where there are none."""
         present = {name for name in FACTORS if parameters.get(name) is not None}
-        return self.factors.keys() == present and (not present or self.ids == tuple(ids))
+        whole = self.factors.keys() == present and all(t.device == device for t in self.factors.values())
+        return whole and (not present or self.ids == tuple(ids))
 
 
 class Hot:

@@ -20,7 +20,7 @@ from moelora.placement.beside.shared import Shared
 from torch_moelora.formats import PackedWeight
 
 WAYS = ("auto", "compute", "bring")
-IDLE = ", not in use: their LoRA is in host memory, because it came after moelora.enable or is parametrized"
+IDLE = ", not in use: their LoRA is not there. Call moelora.enable(model), unless it is parametrized"
 
 
 class Neighbours:
@@ -117,7 +117,7 @@ class Beside:
         link = link_of(x.device)
         self._follow(parameters)
         movable = self._movable(parameters)
-        self._elsewhere = bool(self.ids) and not lent.complete(parameters, self.ids)
+        self._elsewhere = bool(self.ids) and not lent.complete(parameters, self.ids, x.device)
         hot = self._hot_on(x.device, parameters) if movable and self.ids and not self._elsewhere else None
         if hot is None:
             parameters, lent = lent.joined(parameters), Lent()
@@ -200,7 +200,7 @@ class Beside:
         """Lets these experts be on `device`, and no others."""
         with self._lock:
             self.ids, self._hot = sorted(ids), None
-            self.device = device or self.device
+            self.device = self.device or device
 
     def _resident_for(
         self, link: Link, x: Tensor, ids: Tensor, parameters: dict[str, Any], compute: Compute

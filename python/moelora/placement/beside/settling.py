@@ -100,7 +100,7 @@ def _split_factors(model: nn.Module, device: torch.device | None) -> None:
         for wrapper in several:
             for adapter, rank in wrapper.r.items():
                 a, b = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
-                hot_factors.split(a, b, rank, placement.ids, device)
+                hot_factors.split(a, b, rank, placement.ids, placement.device or device)
             adapters.watch(wrapper, running=False)
 
 

@@ -106,6 +106,7 @@ class Call:
         for name, t in lent.items():
             sent[name].index_copy_(0, self.hot.rows, t.detach())
         inputs = {"x": x, "gates": gates} | sent
+        needed = needed | {name for name in lent if HOT + name in needed}
         with self.resident.layer(self.index, bool(needed)) as weights:
             rest = {n: v for n, v in self.rest.items() if n not in WEIGHTS} | weights
             with self._keeping(0), self.resident.saved(self.index) if needed else nullcontext():
