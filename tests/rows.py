@@ -23,6 +23,8 @@ OPERATORS = (
     "-m",
     "operators and not long",
 )
+# All that conftest.py keeps out of the suite.
+BESIDE = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_beside*.py")))
 AHEAD_OF_TIME = "tests/test_triton_aot.py"
 QUICK, SPARSE, SEARCH, FUZZ = (
     f"--hypothesis-profile={name}" for name in ("quick", "sparse", "search", "fuzz")
@@ -103,8 +105,7 @@ def short_runs() -> list[Run]:
             ("tests", f"--ignore={AHEAD_OF_TIME}", "-m", "not long"),
         ),
         Run("beside", "experts beside an accelerator, on a device that is late on purpose",
-            ("tests/test_beside.py", "tests/test_beside_worker.py", "tests/test_beside_models.py",
-             "tests/test_beside_ranks.py")),
+            BESIDE),
         # At real sizes the interpreter takes seconds a test: a long run has them.
         Run("triton", "the operators through the Triton kernels, interpreted",
             (*OPERATORS, SPARSE, "-k", "not real"), TRITON, why_not=no_triton),
