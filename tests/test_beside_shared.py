@@ -4,15 +4,14 @@ import copy
 import itertools
 import threading
 
-import late_device
 import model_tiny
 import moelora
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from beside_layers import BF16, LATE, STREAMS, same
+from beside_layers import BF16, LATE, same
 from model_tiny import one_thread  # noqa: F401
-from moelora.placement.beside import link, order, settling, shared
+from moelora.placement.beside import link, settling, shared
 from test_beside_models import put, served_there, step  # noqa: F401
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -119,48 +118,6 @@ def test_values(block, config, dtype, served_there):  # noqa: F811
             assert alike(again, expected)
         with torch.no_grad():
             assert torch.equal(layer(inputs(dtype)).cpu(), expected[0])
-
-
-def _removed(monkeypatch, which: str) -> None:
-    if which == "join":
-        monkeypatch.setattr(shared.Shared, "_join", lambda *_: None)
-    elif which == "behind what they are given":
-        monkeypatch.setattr(
-            shared,
-            "mark",
-            lambda device, stream=None: order.mark(device, stream or link.link_of(device).aside),
-        )
-
-
-@pytest.mark.parametrize("which", ["nothing", "join", "behind what they are given"])
-def test_their_stream(which, monkeypatch, served_there):  # noqa: F811
-    """Values are right on streams that are late and on such that run ahead; without a wait they are not."""
-    there = built(*FIRST[0]).to(LATE)
-    moelora.enable(there)
-    expected = gradients(there, lambda x: there(x * 2), 3)
-    _removed(monkeypatch, which)
-    layer, right = beside(*FIRST[0]), []
-    for streams in STREAMS.values():
-        with late_device.eager(streams):
-            found = gradients(layer, lambda x: layer(x * 2), 3)
-        right.append(all(model_tiny.difference(f, e) < 1e-5 for f, e in zip(found, expected, strict=True)))
-    assert all(right) == (which == "nothing")
-
-
-def test_not_in_the_way(monkeypatch):
-    """Rows leave for the host, which computes, while the shared experts are still to be done."""
-    layer = beside(*FIRST[0])
-    own, seen = settling.beside(layer.experts).shared, []
-    wait = link.wait
-
-    def look(event):
-        wait(event)
-        seen.append(own._now.done.query())
-
-    monkeypatch.setattr(link, "wait", look)
-    with torch.no_grad():
-        layer(inputs())
-    assert seen == [False]
 
 
 @pytest.mark.parametrize(("block", "config"), [FIRST[0], LAST[0]])

@@ -52,7 +52,7 @@ class Link:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.buffers, self.worker = device, Buffers(), Worker(device)
-        self.outward, self.inward, self.aside = (torch.Stream(device) for _ in range(3))
+        self.outward, self.inward = torch.Stream(device), torch.Stream(device)
 
     def fetch(self, *tensors: Tensor) -> Arrival:
         """Sends tensors to the host, behind what the current stream was given so far; use with `with`."""

@@ -1,8 +1,8 @@
 """Experts that every token takes, where a block has them: the accelerator's while the host is at work.
 
-A block calls them before its routed experts: then they have a stream of their own. Or behind them, with what
-it was given itself: then they are launched when the rows are on their way to the host, and the block's call
-is given the result. In a backward either kind comes before the routed ones, whose gradients are on the way.
+A block calls them before its routed experts, and the router is behind them. Or behind those, with what it was
+given itself: then they are launched when the rows are on their way to the host, and the block's call is given
+the result. In a backward either kind comes before the routed ones, whose gradients are on the way.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelora.placement.beside.link import link_of
-from moelora.placement.beside.order import after, mark, on
-
 NAMES = ("shared_expert", "shared_experts", "shared_mlp")
 _HOOKS = (
     "_forward_pre_hooks",
@@ -30,19 +27,17 @@ _HOOKS = (
 
 
 class Shared:
-    """The forward of a block's shared experts `module`, which are called before `experts` or behind.
+    """The forward of a block's shared experts `module`.
 
-    like: behind; the module, `experts` or the block, whose first argument is theirs. None: before.
+    like: the module, the routed experts or the block, whose first argument they are called with behind the
+    routed experts; None if they are called before.
     """
 
-    def __init__(self, module: nn.Module, experts: nn.Module, like: nn.Module | None) -> None:
-        self.module, self.plain, self.first = module, module.forward, like is None
+    def __init__(self, module: nn.Module, like: nn.Module | None) -> None:
+        self.module, self.plain = module, module.forward
         self._own = vars(module).get("forward")  # accelerate's, perhaps
-        self._now = threading.local()  # given, kept, number, done: of this thread's pass of the block
-        if like is None:
-            self._handle = experts.register_forward_hook(self._join)
-        else:
-            self._handle = like.register_forward_pre_hook(self._begin)
+        self._now = threading.local()  # given, kept, number: of this thread's pass of the block
+        self._handle = None if like is None else like.register_forward_pre_hook(self._begin)
         module.forward = self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -53,7 +48,8 @@ class Shared:
 
     def release(self) -> None:
         """Gives the module its forward back."""
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
         if vars(self.module).get("forward") is self:
             del self.module.forward
             if self._own is not None:
@@ -65,31 +61,10 @@ class Shared:
         given, found = vars(self._now).pop("kept", (None, None))
         if given is not None and len(args) == 1 and args[0] is given and not kwargs:
             return found
-        if self.first and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            return self._aside(args[0])
-        return self.plain(*args, **kwargs)
-
-    def _aside(self, x: Tensor) -> Any:
-        """On a stream of their own, so that the router and the rows that leave are not behind them."""
-        if x.device.type in ("cpu", "meta"):
-            return self.plain(x)
-        if x.requires_grad and torch.is_grad_enabled():
+        x = args[0] if args else None
+        if self._handle is None and isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             self._now.number = x.view_as(x).grad_fn._sequence_nr()
-        current, aside = torch.accelerator.current_stream(x.device), link_of(x.device).aside
-        after(aside, mark(x.device))
-        with on(aside):
-            out = self.plain(x)
-            self._now.done = mark(x.device, aside)
-        x.record_stream(aside)
-        for t in out if isinstance(out, tuple) else (out,):
-            t.record_stream(current)
-        return out
-
-    def _join(self, *_: Any) -> None:
-        """What the current stream is given behind the routed experts comes after them."""
-        done = vars(self._now).pop("done", None)
-        if done is not None:
-            after(torch.accelerator.current_stream(done.device), done)
+        return self.plain(*args, **kwargs)
 
     def _begin(self, _: nn.Module, args: tuple) -> None:
         if not torch.compiler.is_compiling():
@@ -129,9 +104,9 @@ def shared_of(block: nn.Module, name: str, experts: nn.Module) -> Shared | None:
             return module.forward
         routed, theirs = calls
         if (theirs.lineno, theirs.col_offset) < (routed.lineno, routed.col_offset):
-            return Shared(module, experts, None)
+            return Shared(module, None)
         same = bool(routed.args and theirs.args) and ast.dump(routed.args[0]) == ast.dump(theirs.args[0])
-        return Shared(module, experts, experts if same else block)
+        return Shared(module, experts if same else block)
     return None
 
 
