@@ -19,7 +19,7 @@ class Buffers:
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
         self.allocated = 0  # bytes of all, in use and idle
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # `give` may come from the garbage collector
         self._idle: dict[int, list[tuple[Tensor, torch.Event]]] = {}  # oldest first, by size
 
     def take(self, nbytes: int) -> Tensor:

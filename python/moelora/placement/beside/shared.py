@@ -103,6 +103,8 @@ def shared_of(block: nn.Module, name: str, experts: nn.Module) -> Shared | None:
         if isinstance(vars(module).get("forward"), Shared):
             return module.forward
         routed, theirs = calls
+        if len(theirs.args) != 1 or theirs.keywords or not isinstance(theirs.args[0], ast.Name):
+            continue  # more than what somebody was given, or made of it
         if (theirs.lineno, theirs.col_offset) < (routed.lineno, routed.col_offset):
             return Shared(module, None)
         same = bool(routed.args and theirs.args) and ast.dump(routed.args[0]) == ast.dump(theirs.args[0])
@@ -113,11 +115,11 @@ def shared_of(block: nn.Module, name: str, experts: nn.Module) -> Shared | None:
 def _calls(kind: type, *names: str) -> list[ast.Call] | None:
     """The first call of each of these submodules in a class' forward, None if it does not show them all."""
     try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward)))
-    except (OSError, TypeError):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
+    except (OSError, TypeError, SyntaxError):
         return None
     found: dict[str, ast.Call] = {}
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         called = node.func if isinstance(node, ast.Call) else None
         if isinstance(called, ast.Attribute) and ast.unparse(called.value) == "self":
             first = found.setdefault(called.attr, node)
