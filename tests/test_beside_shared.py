@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 import threading
 
 import model_tiny
@@ -22,9 +23,12 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3_5MoeTextConfig,
 )
+from transformers.models.aria.modeling_aria import AriaTextMoELayer
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 from transformers.models.hy_v3.modeling_hy_v3 import HYV3MoE
+from transformers.models.inkling.configuration_inkling import InklingTextConfig
+from transformers.models.inkling.modeling_inkling import InklingMoE
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
 
@@ -211,12 +215,82 @@ def test_disable():
     assert "forward" not in vars(module) and not layer._forward_pre_hooks
 
 
-def test_which_blocks():
-    """hy_v3 gives them what it gives its experts, others what they are given."""
-    calls = shared._calls(HYV3MoE, "experts", "shared_experts")
-    assert calls and all(call.args[0].id == "hidden_states" for call in calls)
-    assert shared._calls(nn.Linear, "experts", "shared_experts") is None
-    assert shared._calls(type("NoSource", (), {"forward": len}), "experts", "shared_experts") is None
+@pytest.mark.parametrize(
+    ("block", "whose"),
+    [(HYV3MoE, "experts"), (DeepseekV3MoE, "block"), (InklingMoE, None), (AriaTextMoELayer, None)],
+)
+def test_which_blocks(block, whose):
+    """Read from the source: whose first argument they are given, and nothing else."""
+    forward = shared._forward(block)
+    routed, own = (shared._call(forward, name) for name in ("experts", "shared_experts"))
+    assert shared._whose(forward, routed, own) == whose
+
+
+def test_blocks_that_show_nothing(monkeypatch):
+    assert shared._forward(type("NoSource", (nn.Module,), {"forward": len})) is None
+    assert shared._call(shared._forward(nn.Linear), "experts") is None
+    margin = "    def forward(self, x):\n# where lines begin before the function\n        return x\n"
+    monkeypatch.setattr(shared.inspect, "getsource", lambda _: margin)
+    assert shared._forward(nn.Linear) is None
+
+
+def test_inkling():
+    """Its shared experts take gates, too: they run when the block calls them."""
+    layer = beside(InklingMoE, InklingTextConfig)
+    assert settling.beside(layer.experts).shared is None and layer(inputs()).isfinite().all()
+
+
+def test_pickled():
+    layer = beside(*LAST[0])
+    expected = layer(inputs()).detach().cpu()
+    twin = pickle.loads(pickle.dumps(layer.cpu()))
+    assert model_tiny.difference(twin(inputs().cpu().detach()).detach(), expected) < 1e-5
+
+
+def test_another_module_in_their_place():
+    """As PEFT's modules_to_save puts one: it runs when the block calls it, and `enable` finds it."""
+    layer = beside(*LAST[0])
+    own, before = settling.beside(layer.experts).shared, theirs(layer)
+    layer.shared_experts = copy.deepcopy(before.cpu()).to(LATE)
+    seen = count(layer)
+    layer(inputs())
+    assert len(seen) == 1 and not vars(own._now)
+    moelora.enable(layer)
+    found = settling.beside(layer.experts).shared
+    assert found.module is layer.shared_experts and "forward" not in vars(before)
+    layer(inputs()).sum().backward()
+    assert len(seen) == 2 and not vars(found._now)
+
+
+def test_routed_experts_alone():
+    """Nothing is launched for a call that no block has made."""
+    layer = beside(*LAST[0])
+    own, seen = settling.beside(layer.experts).shared, count(layer)
+    gates, ids = torch.rand(18, 5, generator=torch.Generator().manual_seed(0)).topk(2)
+    layer.experts(inputs().flatten(0, 1), ids.to(LATE), gates.to(LATE))
+    assert not seen and not vars(own._now)
+
+
+def test_two_backwards_at_once():
+    """Of one graph, by two threads: each has its own gradient of the sum."""
+    layer, x = beside(*LAST[0]), inputs()
+    out = layer(x)
+    expected = torch.autograd.grad(out, x, torch.ones_like(out), retain_graph=True)[0].cpu()
+    wrong = []
+
+    def run(factor):
+        for _ in range(40):
+            seed = torch.full_like(out, factor)
+            found = torch.autograd.grad(out, x, seed, retain_graph=True)[0].cpu()
+            if model_tiny.difference(found, factor * expected) > 1e-5:
+                wrong.append(factor)
+
+    threads = [threading.Thread(target=run, args=(factor,)) for factor in (1.0, -3.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -134,12 +134,7 @@ class Beside:
             shared=self.shared,
         )
         tensors = [*(parameters[name] for name in call.names), *lent.factors.values()]
-        try:
-            return ways.run(call, x, ids, gates, tensors)
-        except BaseException:
-            if self.shared is not None:
-                self.shared.forget()
-            raise
+        return ways.run(call, x, ids, gates, tensors)
 
     def stored(self) -> dict[str, Tensor | PackedWeight]:
         """The weights as they are in host memory, by `moe_mlp`'s names for them."""

@@ -87,8 +87,13 @@ def _find_shared(model: nn.Module) -> None:
         for name, child in block.named_children():
             module = child.get_base_layer() if isinstance(child, ParamWrapper) else child
             placement = beside(module)
-            if placement is not None and placement.shared is None:
-                placement.shared = shared_of(block, name, module)
+            if placement is None:
+                continue
+            known = placement.shared
+            if known is not None and getattr(block, known.name, None) is not known.module:
+                known.release()  # somebody has put another module in its place
+                known = None
+            placement.shared = known or shared_of(block, name, module)
 
 
 def _split_factors(model: nn.Module, device: torch.device | None) -> None:

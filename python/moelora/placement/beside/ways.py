@@ -41,7 +41,7 @@ class Call:
     grad: bool = field(default_factory=torch.is_grad_enabled)  # of the block's pass
     threads: int = field(default_factory=torch.get_num_threads)  # of the host's share
     shares: tuple[Share, ...] = ()  # what the backward follows
-    arrival: Arrival | None = None  # of the sum's gradient, where it has left before this backward's turn
+    left: dict[int, Arrival] = field(default_factory=dict)  # gradients ahead of their backward, by its pass
     kept: tuple[Kept, ...] = ()  # what it reads, if hooks save it: of the accelerator's share, the host's
 
     def forward(
@@ -144,12 +144,11 @@ class Call:
     def leaves(self, dy: Tensor) -> None:
         """The sum's gradient goes to the host; what autograd has launched until the backward is beside it."""
         if self.resident is None:
-            self.arrival = self.link.fetch(dy)
+            self.left[torch._C._current_graph_task_id()] = self.link.fetch(dy)
 
     def _visit_backward(self, dy: Tensor, shares: tuple[Share, ...], retain: bool) -> Gradients:
         link, host = self.link, shares[-1]
-        arrival, self.arrival = self.arrival or link.fetch(dy), None
-        with arrival:
+        with self.left.pop(torch._C._current_graph_task_id(), None) or link.fetch(dy) as arrival:
 
             def there() -> Gradients:
                 return shares[0].gradients(dy, retain)
