@@ -42,9 +42,8 @@ class HotPart(nn.Module):
             by_expert(factor.grad, dim, rank)[list(self.ids)] = 0
 
     def forward(self, factor: Tensor) -> Tensor:
-        rows = torch.tensor(self.ids, device=factor.device)
-        part = by_expert(self.part.to(factor.device), self.dim, self.rank)
-        whole = by_expert(factor, self.dim, self.rank).index_copy(0, rows, part)
+        whole, part = (by_expert(t, self.dim, self.rank) for t in (factor, self.part))
+        whole = joined(whole, self.ids, part)
         return whole.flatten(0, 1) if self.dim == 0 else whole.permute(1, 2, 0).flatten(1)
 
     def left_behind(self, factor: Tensor) -> bool:

@@ -70,9 +70,7 @@ class Beside:
         self.rates: rule.Rates | None = None
         self.counts: Tensor | None = None  # [E], while the choices of experts are counted
         self.reason: str | None = None  # why all of it stays on the host
-        self._elsewhere = (
-            False  # whether the hot experts' LoRA is not on the accelerator, so that none is used
-        )
+        self._elsewhere = False  # whether the hot ones' LoRA is not there, so that they are not used
         self.shared: Shared | None = None  # the block's own
         self._top_k = 0
         self._hot: Hot | None = None
