@@ -158,4 +158,15 @@ Isa chosen_isa() {
   throw std::runtime_error("MOELORA_ISA must be one of " + usable + " on this machine, got \"" + wanted + "\"");
 }
 
+bool reads_fastest_to_l1() {
+#if defined(__x86_64__)
+  constexpr unsigned kZen5 = 0x1a;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+  return (a >> 8 & 0xf) + (a >> 20 & 0xff) >= kZen5;  // family and what is added to it
+#else
+  return false;
+#endif
+}
+
 }  // namespace moelora

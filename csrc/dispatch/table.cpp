@@ -216,11 +216,16 @@ bool usable(Isa isa) {
   return false;
 }
 
+KernelChoice choice(const Row& row) {
+  KernelChoice all{row.isa, &row.kernels(), row.blocking};
+  all.blocking.rows_to_l1 = reads_fastest_to_l1();
+  return all;
+}
+
 KernelChoice choose(DType dtype) {
   const Isa best = chosen_isa();
   for (const Row& row : kRows)
-    if (row.takes[static_cast<int>(dtype)] && row.isa >= best && usable(row.isa))
-      return {row.isa, &row.kernels(), row.blocking};
+    if (row.takes[static_cast<int>(dtype)] && row.isa >= best && usable(row.isa)) return choice(row);
   throw std::logic_error("no kernel set takes this dtype");
 }
 
@@ -242,7 +247,7 @@ const KernelChoice& kernels_for(DType dtype, bool batch_invariant) {
 std::vector<KernelChoice> usable_kernels() {
   std::vector<KernelChoice> all;
   for (const Row& row : kRows)
-    if (usable(row.isa)) all.push_back({row.isa, &row.kernels(), row.blocking});
+    if (usable(row.isa)) all.push_back(choice(row));
   return all;
 }
 

@@ -33,6 +33,7 @@ struct Blocking {
   int64_t outer_rows;        // rows of a weight-gradient block
   int64_t outer_cols;        // columns of it; block and panel fit L2
   int64_t outer_depth;       // tokens per pass
+  bool rows_to_l1 = false;   // where few rows have weights fetched: the machine's, see isa.h
 
   // Rows of weights are added up by tiles alone: a chain is a pass of theirs, or there is only one. Passes of strips
   // may divide it.

@@ -37,8 +37,10 @@ void DotRows::operator()(int64_t out, int64_t width, bool fetch, char* c, int64_
 // What is read after the pass from step p on of weight rows [out, out + height).
 Ahead DotRows::after(int64_t out, int64_t height, int64_t p) const {
   const int64_t next = p + steps_from(p);
-  return next < w_.depth() ? w_.rows_ahead(out, height, next, steps_from(next))
-                           : w_.rows_ahead(out + height, height, 0, steps_from(0));
+  Ahead ahead = next < w_.depth() ? w_.rows_ahead(out, height, next, steps_from(next))
+                                  : w_.rows_ahead(out + height, height, 0, steps_from(0));
+  ahead.to_l1 = choice_.blocking.rows_to_l1;
+  return ahead;
 }
 
 void DotRows::pass(const LeftRows& w, int64_t out, int64_t width, int64_t p, char* c, int64_t ldc, Arena& arena) const {

@@ -16,6 +16,7 @@ struct Steps {
   LeftRows l;
   WeightTiles::FlatOperand r;  // step 0
   int64_t rows, ldc, depth;
+  bool to_l1;  // what is fetched
 
   // after: what is read after step p1
   void add(int64_t p0, int64_t p1, int64_t first, int64_t width, const Ahead& after, Start start, char* c) const {
@@ -35,8 +36,13 @@ struct Steps {
   // The rows from step p on that are added together, in memory.
   Ahead part(int64_t p, int64_t first, int64_t width) const {
     const int64_t steps_a_row = r.lines ? k.pack : 1, lane_bytes = size_of(r.storage) * steps_a_row;
-    return {r.rows.data + first * lane_bytes + p / steps_a_row * r.rows.stride, r.rows.stride,
-            ceil_div(min64(kStep, depth - p), steps_a_row), width * lane_bytes};
+    return {r.rows.data + first * lane_bytes + p / steps_a_row * r.rows.stride,
+            r.rows.stride,
+            ceil_div(min64(kStep, depth - p), steps_a_row),
+            width * lane_bytes,
+            nullptr,
+            0,
+            to_l1};
   }
 
   // from: of step p and output `first`
@@ -73,8 +79,9 @@ struct Steps {
 // The base's rows: in place, or of packed weights some at a time.
 class BaseSteps {
  public:
-  BaseSteps(const Kernels& k, const WeightTiles& w, const LeftRows& x, int64_t rows, int64_t out, int64_t width)
-      : w_(w), out_(out), steps_{k, x, {}, rows, width, w.depth()} {
+  BaseSteps(const KernelChoice& choice, const WeightTiles& w, const LeftRows& x, int64_t rows, int64_t out,
+            int64_t width)
+      : w_(w), out_(out), steps_{*choice.kernels, x, {}, rows, width, w.depth(), choice.blocking.rows_to_l1} {
     if (!w.has_lines()) steps_.r = w.flat_rows(out, 0);
   }
 
@@ -118,6 +125,7 @@ class BaseSteps {
     const int64_t all = steps_.ldc;
     FlatArgs args = steps_.tile(0, steps_.rows, p, steps, 0, all, start, c);
     args.ahead = w_.rows_ahead(out_, all, p + steps, min64(lined(), w_.depth() - p - steps));
+    args.ahead.to_l1 = steps_.to_l1;
     return w_.flat_codes(out_, all, p, steps, 2 * lined(), args, arena);
   }
 
@@ -135,7 +143,7 @@ Ahead first_rows(const KernelChoice& choice, const GroupedLinear& op, const Bloc
   const WeightTiles w(k, op.w, block->expert);
   const int64_t width = min64(outputs, block->out1 - block->out0);
   if (!w.flat_as_stored()) return {};
-  return Steps{k, {}, w.flat_rows(block->out0, 0), 0, width, w.depth()}.part(0, 0, width);
+  return Steps{k, {}, w.flat_rows(block->out0, 0), 0, width, w.depth(), choice.blocking.rows_to_l1}.part(0, 0, width);
 }
 
 // LoRA's rows as lanes: in place, or packed into one panel.
@@ -160,8 +168,8 @@ void flat_orientation_block(const KernelChoice& choice, const GroupedLinear& op,
   const int64_t width = range.out1 - range.out0, acc = accumulator_size(k);
   const int64_t bytes = rows * width * acc, piece = segment_width(choice, op);
   const int64_t rank = op.u.data ? op.b.cols : 0;
-  BaseSteps base(k, w, x_rows(k, op, range, arena), rows, range.out0, width);
-  Steps lora{k, {}, {}, rows, width, rank};
+  BaseSteps base(choice, w, x_rows(k, op, range, arena), rows, range.out0, width);
+  Steps lora{k, {}, {}, rows, width, rank, choice.blocking.rows_to_l1};
   if (rank) {
     lora.l = left_rows(k, op.u, range.row0, rows, 0, rank, arena);
     lora.r = lora_rows(k, WeightTiles(k, op.b, range.expert), range.out0, width, arena);

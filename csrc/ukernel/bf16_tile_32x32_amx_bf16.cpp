@@ -109,7 +109,7 @@ struct Run {
 struct Job {
   const TileArgs& args;
   int64_t line, ldc;  // bytes between lines of R, rows of C
-  Fetcher<> ahead;
+  Fetcher ahead;
   Run runs[4];
   int n_runs = 0;
 
@@ -291,7 +291,7 @@ void tile(const TileArgs& args) {
   Job job{args,
           args.panel_lanes * kPairBytes,
           args.ldc * static_cast<int64_t>(sizeof(float)),
-          Fetcher<>(args.ahead, blocks * (args.segments[0].depth / kStep)),
+          Fetcher(args.ahead, blocks * (args.segments[0].depth / kStep)),
           {}};
   find_runs(job, padded);
   if (args.vecs == 1) return column(job, args.rows, 0);

@@ -48,7 +48,7 @@ template <class Op, class T, int MR, int NC>
         step(p, [](const auto* at) { return Op::load_whole(at); });
     }
   };
-  ahead.rows > 0 ? steps(Fetcher<moelora::kToL1>(ahead, segment.depth / kStride)) : steps(Alone{});
+  ahead.rows > 0 ? steps(Fetcher(ahead, segment.depth / kStride)) : steps(Alone{});
   const int64_t left = segment.depth - p;
   if (left > 0) step(p, [left](const auto* at) { return Op::load_run(at, left); });
 }

@@ -160,7 +160,7 @@ bool dot_nibbles_tile(const UnpackArgs& w, const moelora::DotArgs& args) {
   const float* r = static_cast<const float*>(args.segments[0].r);
   const int64_t r_stride = args.segments[0].r_stride / static_cast<int64_t>(sizeof(float)), last = w.rows - 1;
   const int64_t span = w.group % 64 == 0 ? 64 : kCodesLanes;
-  Fetcher<moelora::kToL1> ahead(args.ahead, w.n / span);
+  Fetcher ahead(args.ahead, w.n / span);
   Lanes lanes(w);
   const uint8_t* codes = w.codes + w.first / 2;
   for (int64_t column = 0; column < w.n; column += span, codes += span / 2, r += span) {

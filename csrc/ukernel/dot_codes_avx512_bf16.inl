@@ -89,7 +89,7 @@ template <class Op, Code C, int MR, int NC, class Dots>
   const bf16_t* r = static_cast<const bf16_t*>(args.segments[0].r);
   const int64_t r_stride = args.segments[0].r_stride / static_cast<int64_t>(sizeof(bf16_t));
   const int64_t last = w.rows - 1;
-  Fetcher<moelora::kToL1> ahead(args.ahead, blocks);
+  Fetcher ahead(args.ahead, blocks);
   int64_t group = 0, left = w.group - w.first % w.group;
   dots.begin(0);
   for (int64_t b = 0; b < blocks; ++b, codes += bytes, r += kCodesDepth) {

@@ -61,7 +61,7 @@ void flat_tile(const moelora::FlatArgs& args) {
     return reinterpret_cast<const typename Op::elem*>(static_cast<const char*>(args.l) + i * args.l_stride) + p;
   };
   const int64_t steps = (args.depth + Op::pack - 1) / Op::pack, block_lanes = kFlatVecs * Op::lanes;
-  Fetcher<moelora::kToL1> ahead(args.ahead, (args.width + block_lanes - 1) / block_lanes * steps);
+  Fetcher ahead(args.ahead, (args.width + block_lanes - 1) / block_lanes * steps);
   const auto block = [&]<int NV>(int64_t j, const auto& load, const auto& load_c,
                                  const auto& store_c) __attribute__((always_inline)) {
     typename Op::vec acc[MR][NV];

@@ -36,7 +36,7 @@ struct ByteLanes {
 template <class Op, Code C, int MR, class Lanes>
 [[gnu::always_inline]] inline void add_two_rows(const UnpackArgs& w, const moelora::FlatArgs& args, int64_t p,
                                                 int64_t j, int64_t stop, int64_t groups, Lanes (&lanes)[2],
-                                                Fetcher<moelora::kToL1>& ahead) {
+                                                Fetcher& ahead) {
   using vec = typename Op::vec;
   vec a[MR][2];
 #pragma GCC unroll 3
@@ -76,7 +76,7 @@ template <class Op, Code C, int MR, class Lanes>
 
 template <class Op, Code C, class Lanes, int MR>
 void flat_codes_tile(const UnpackArgs& w, const moelora::FlatArgs& args, int64_t groups) {
-  Fetcher<moelora::kToL1> ahead(args.ahead, args.depth / 2 * (args.width / kCodesLanes));
+  Fetcher ahead(args.ahead, args.depth / 2 * (args.width / kCodesLanes));
   Lanes lanes[2] = {Lanes(w), Lanes(w)};
   // What an E4M3 scale needs is much, and the same for many rows.
   for (int64_t j = 0, stop; j < args.width; j = stop) {

@@ -105,7 +105,7 @@ struct E4m3Lines {
 // C: [MR][64], a block of columns. False: nothing is written.
 template <class Op, int MR, class Lines>
 [[gnu::always_inline]] inline bool flat_codes_block(const moelora::FlatArgs& args, typename Op::acc_t* c, Lines& lines,
-                                                    Fetcher<moelora::kToL1>& ahead) {
+                                                    Fetcher& ahead) {
   typename Op::vec acc[MR][4];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
@@ -161,7 +161,7 @@ bool flat_codes_tile(const UnpackArgs& w, const moelora::FlatArgs& args) {
     if (args.rows < MR) return flat_codes_tile<Op, Lines, MR - 1>(w, args);
   if (!Lines::takes(w)) return false;
   const int64_t turns = (args.depth + kCodesTurn - 1) / kCodesTurn;
-  Fetcher<moelora::kToL1> ahead(args.ahead, args.width / kCodesLanes * turns);
+  Fetcher ahead(args.ahead, args.width / kCodesLanes * turns);
   const int64_t first_group = w.first / w.group;
   Lines lines(w);
   for (int64_t j = 0; j < args.width; j += kCodesLanes) {

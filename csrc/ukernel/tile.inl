@@ -97,7 +97,6 @@ struct Turns {
 
 // Fetches the lines of an Ahead, in the order of their memory. Evenly: rows may lie in as many pages, whose addresses
 // take time to look up.
-template <int Where = moelora::kToL2>
 struct Fetcher {
   moelora::Ahead ahead;
   int64_t lines, left, per_turn;
@@ -126,7 +125,10 @@ struct Fetcher {
   [[gnu::always_inline]] void fetch() {
     for (int64_t i = 0; i < per_turn; ++i) {
       if (left == 0) return;
-      __builtin_prefetch(at, 0, Where);
+      if (ahead.to_l1)
+        __builtin_prefetch(at, 0, moelora::kToL1);
+      else
+        __builtin_prefetch(at, 0, moelora::kToL2);
       at += 64;
       if (--left > 0 && at == run_end) start_run();
     }
@@ -142,7 +144,7 @@ template <class Op>
 struct Weaver {
   using elem = typename Op::elem;
   int64_t left;
-  Fetcher<> ahead;
+  Fetcher ahead;
   const char* rows;
   elem* panel;
   int64_t stride, line;
@@ -260,7 +262,7 @@ void tile_widening(const moelora::TileArgs& args) {
 template <class Op, int MR, int NV, bool HasHalf>
 void tile_in_place(const moelora::TileArgs& args) {
   Accumulators<Op, MR, NV, HasHalf> acc(args);
-  Fetcher<> ahead(args.ahead, args.segments[0].depth / Op::pack);
+  Fetcher ahead(args.ahead, args.segments[0].depth / Op::pack);
   for (int s = 0; s < args.n_segments; ++s) multiply_packed(acc, args.segments[s], args.panel_lanes, ahead);
   acc.store(args);
 }
@@ -283,7 +285,7 @@ void tile_weaving(const moelora::TileArgs& args) {
   using elem = typename Op::elem;
   Accumulators<Op, MR, 4, false> acc(args);
   const moelora::Segment& segment = args.segments[0];
-  Fetcher<> ahead(args.ahead, segment.depth / Op::pack);
+  Fetcher ahead(args.ahead, segment.depth / Op::pack);
   const LeftPointers<Op, MR> l(segment);
   const char* a = static_cast<const char*>(segment.rows);
   elem* r = static_cast<elem*>(segment.panel);
@@ -318,7 +320,7 @@ void tile_staged(const moelora::TileArgs& args) {
   constexpr int kStage = kStageBytes / sizeof(elem);
   alignas(64) elem staged[2][MR][kStage];
   Accumulators<Op, MR, NV, HasHalf> acc(args);
-  Fetcher<> ahead(args.ahead, args.segments[0].depth / Op::pack);
+  Fetcher ahead(args.ahead, args.segments[0].depth / Op::pack);
   for (int s = 0; s < args.n_segments; ++s) {
     const moelora::Segment& segment = args.segments[s];
     const elem* r = static_cast<const elem*>(segment.r);

@@ -70,12 +70,13 @@ struct Segment {
 constexpr int kToL2 = 2, kToL1 = 3;
 
 // Memory that will be wanted soon: `rows` runs of `bytes`, `stride` bytes apart, or each `offset` bytes behind its
-// entry of `runs`. A kernel may fetch it along the way.
+// entry of `runs`. A kernel may fetch it along the way, into L1 or into L2.
 struct Ahead {
   const void* from = nullptr;
   int64_t stride = 0, rows = 0, bytes = 0;
   const void* const* runs = nullptr;
   int64_t offset = 0;
+  bool to_l1 = false;
 };
 
 // Rows of a panel that later tiles will read, to be packed on the way: `depth` rows of the widest tile's lanes, in the
