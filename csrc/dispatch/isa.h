@@ -30,7 +30,7 @@ const std::string& isa_override();
 Isa chosen_isa();
 
 // Whether this CPU reads memory fastest if it is fetched into L1: where that has room for enough misses. Zen 5 does;
-// Zen 4 reads a fifth more into L2. So do others until somebody measures.
+// Zen 4 reads a fifth more into L2. Others, not measured, are taken to be like it.
 bool reads_fastest_to_l1();
 
 }  // namespace moelora
