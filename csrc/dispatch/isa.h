@@ -29,8 +29,8 @@ const std::string& isa_override();
 // Throws std::runtime_error when MOELORA_ISA names an unknown one or one that cannot run here.
 Isa chosen_isa();
 
-// Whether this CPU reads memory fastest if it is fetched into L1: where that has room for enough misses. Zen 5 does;
-// Zen 4 reads a fifth more into L2. Others, not measured, are taken to be like it.
+// Whether this CPU reads memory fastest if it is fetched into L1: where that keeps enough misses in flight.
+// Zen 5 does; Zen 4 reads a fifth more into L2. Others, not measured, are taken to be like it.
 bool reads_fastest_to_l1();
 
 }  // namespace moelora
