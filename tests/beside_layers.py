@@ -20,7 +20,9 @@ STREAMS = {"all late": 0, "copies ahead": 1, "all ahead": 2}
 
 
 class Here:
-    """A placement like the one beside an accelerator, with every place on the CPU."""
+    """A placement like the one beside an accelerator, with every place on the CPU. x is a leaf, whose
+    gradient of several places is rounded once.
+    """
 
     def __init__(self, ids: list[int], count: int) -> None:
         self.ids, self.count = ids, count
@@ -31,6 +33,7 @@ class Here:
         hot = Hot(self.ids, self.count, parameters, torch.device("cpu"))
         factors = {n: t[hot.ids] for n, t in parameters.items() if "_lora_" in n}
         own = parameters | hot.weights | factors | {"sum_fp32": True}
+        x.grad_dtype = torch.promote_types(x.dtype, torch.float32)
         first = compute(x, hot.here(ids), gates, own)
         return (first + compute(x, hot.elsewhere(ids), gates, parameters | {"sum_fp32": True})).to(x.dtype)
 
@@ -139,7 +142,7 @@ def run(problems: list[Problem], placements: list, device) -> list[list[Tensor]]
     for out, leaves, ids in reversed(outs):
         weight = torch.linspace(-1, 1, out.numel(), device=device).view(out.shape).to(out.dtype)
         gradients = torch.autograd.grad(out, list(leaves.values()), weight)
-        found = {name: t.detach().cpu() for name, t in zip(leaves, gradients, strict=True)}
+        found = {n: t.detach().to("cpu", leaves[n].dtype) for n, t in zip(leaves, gradients, strict=True)}
         for name in [name for name in found if name.startswith("hot ")]:
             whole = found[name.removeprefix("hot ")]
             assert not whole[ids].any()

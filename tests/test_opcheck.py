@@ -45,3 +45,9 @@ def test_opcheck(op, case):
     # Operators that differentiate once are checked with gradients, their backward operators without.
     grad = op in ("scatter_lora", "glu")
     torch.library.opcheck(getattr(torch.ops.moelora, op).default, arguments(op, case, grad))
+
+
+@pytest.mark.parametrize("op", ["scatter_lora", "scatter_lora_dx", "scatter_lora_backward"])
+def test_sums_in_fp32(op):
+    args = arguments(op, CASES["everything"], grad=op == "scatter_lora")
+    torch.library.opcheck(getattr(torch.ops.moelora, op).default, args, {"sum_fp32": True})

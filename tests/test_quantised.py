@@ -248,6 +248,12 @@ def test_gradient_of_a_sum_in_fp32():
         y = functional.scatter_lora(x, p.weight, *p.routing, **common, sum_fp32=wide)
         grads.append(torch.autograd.grad(y, (x, gates), p.dy.to(y.dtype)))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    x = x.detach().requires_grad_()
+    x.grad_dtype = FP32
+    y = functional.scatter_lora(x, p.weight, *p.routing, **common, sum_fp32=True)
+    (dx,) = torch.autograd.grad(y, x, p.dy.to(FP32))
+    assert dx.dtype == FP32 and not torch.equal(dx, dx.bfloat16().float())
+    assert torch.equal(dx.bfloat16(), grads[0][0])
 
 
 def trainable(p: problems.Problem) -> list[torch.Tensor]:

@@ -90,10 +90,11 @@ def dtypes_of(call: ScatterLora) -> Dtypes:
 
 def scatter_lora_gradients(dy: Tensor, call: ScatterLora, needs: Needs, dtypes: Dtypes) -> dict[str, Tensor]:
     """Argument → gradient, of the arguments that `needs` names. What `read_by_gradients` leaves of `call` is
-    enough. A dy in float32, where the sum over top_k was asked for in it, is rounded to x's dtype.
+    enough. Where sums over top_k were asked for in float32, dy is rounded to x's dtype, and dx is in float32:
+    autograd rounds it, unless x takes a gradient in that (`grad_dtype`).
     """
     ops = torch.ops.moelora
-    dy, call = dy.to(dtypes.x), call._replace(sum_fp32=False)
+    dy = dy.to(dtypes.x)
     grads = {}
     if needs.dx and needs.lora:
         joint = derive(ScatterLoraBackward, call, dy=dy, with_dgates=needs.gates)

@@ -85,7 +85,8 @@ def scatter_lora(
             `y_grouped`.
         x_grouped: x holds one row per slot, in grouped order, instead of one per token.
         y_grouped: the result is in grouped order instead of slot order.
-        sum_fp32: with gates, the sum of a half x comes back in float32, for sums that go on.
+        sum_fp32: with gates, the sum of a half x comes back in float32, for sums that go on; and so does its
+            gradient, if it takes one in float32 (a leaf whose `grad_dtype` says so).
 
     Returns:
         [T, N] with gates, else [S, N]; contiguous, x's dtype but for `sum_fp32`. Rows of sentinel slots are
@@ -278,7 +279,7 @@ def moe_mlp(
     routing = _routing(expert_idxs, gate_up_weight.shape[0])
     h = scatter_lora(
         x, gate_up_weight, **routing, lora_a=gate_up_lora_a, lora_b=gate_up_lora_b, scaling=gate_up_scaling,
-        bias=gate_up_bias, y_grouped=True,
+        bias=gate_up_bias, y_grouped=True, sum_fp32=sum_fp32,
     )  # fmt: skip
     down = ScatterLora(
         h, **_operands(down_weight), **routing, lora_a=down_lora_a, lora_b=down_lora_b, scaling=down_scaling,

@@ -56,6 +56,7 @@ class Share:
     """A place's part of a layer's sum.
 
     out: [T, H]. `gradients` is what the place makes of out's, with its own kernels and on its own device.
+    Where `rest` says `sum_fp32`, because out is a part of a sum, so is x's gradient.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class Share:
         }
         self._others, self.needed = list(others), [name for name in inputs if name in needed]
         x, gates = self._leaves["x"], self._leaves["gates"]
+        if rest.get("sum_fp32") and x.requires_grad and x.dtype.itemsize == 2:
+            x.grad_dtype = torch.float32
         parameters = {n: t for n, t in self._leaves.items() if n not in ("x", "gates")} | rest
         self._label = f"moelora share on {x.device.type}"  # in a profiler's trace
         with torch.set_grad_enabled(bool(needed or others)), record_function(self._label):

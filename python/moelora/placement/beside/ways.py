@@ -121,6 +121,7 @@ class Call:
 
     def backward(self, dy: Tensor, saved: Callable[[], Sequence[Tensor]]) -> Gradients:
         """By the names of what needs one: of x and gates on the accelerator, of all else on the host.
+        x's may be in float32, which autograd rounds.
 
         saved: returns what `taken` did.
         """
@@ -164,7 +165,8 @@ class Call:
         for name in ("x", "gates"):
             if found.get(name) is not None:
                 second = link.send(found[name])
-                found[name] = _sum(first[name], second) if self.hot else second
+                # Of x in float32, which autograd rounds; a gate has a gradient in one of the places only.
+                found[name] = first[name] + second if self.hot else second
         return found
 
     def _bring_backward(self, dy: Tensor, share: Share, retain: bool) -> Gradients:
@@ -180,12 +182,6 @@ class Call:
         found = gradient.index_select(0, self.hot.rows)
         gradient.index_fill_(0, self.hot.rows, 0)
         return found
-
-
-def _sum(first: Tensor, second: Tensor) -> Tensor:
-    if first.dtype.itemsize > 2:
-        return first + second
-    return (first.float() + second.float()).to(first.dtype)
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
