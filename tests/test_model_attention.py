@@ -215,11 +215,14 @@ def test_without_storage():
     assert y.shape == (2, 9, 4, 8) and key.grad.shape == key.shape
 
 
-def test_compiled():
+@pytest.mark.parametrize("products", [False, True], ids=["sinks", "products"])
+def test_compiled(products, monkeypatch):
     """In one graph, with its backward."""
+    monkeypatch.setattr(attention, "_lacks_products", lambda: products)
+    dtype = torch.bfloat16 if products else torch.float32
     gen = torch.Generator().manual_seed(8)
-    tensors = [torch.randn(1, heads, 9, 8, generator=gen, requires_grad=True) for heads in (4, 2, 2)]
-    sinks = torch.randn(4, generator=gen)
+    tensors = [torch.randn(1, heads, 19, 8, generator=gen).to(dtype).requires_grad_() for heads in (4, 2, 2)]
+    sinks = None if products else torch.randn(4, generator=gen)
 
     def loss(query, key, value):
         return attention.attend(nn.Module(), query, key, value, None, s_aux=sinks)[0].square().sum()
@@ -235,3 +238,83 @@ def test_others_are_left_alone():
     flexible = _model("gpt_oss")
     flexible.set_attn_implementation("flex_attention")
     assert not attention.use(flexible)
+
+
+def _exact(query, key, value, mask, scale):
+    """In float64, step by step; of a query without a key nothing."""
+    query, key, value = (t.double() for t in (query, key, value))
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    added = mask.double() if mask.dtype is not torch.bool else torch.zeros(mask.shape).double()
+    if mask.dtype is torch.bool:
+        added = added.masked_fill(~mask, torch.finfo(torch.float64).min)
+    shares = (query @ key.transpose(2, 3) * scale + added).softmax(-1)
+    seen = (added > torch.finfo(torch.bfloat16).min / 2).any(-1, keepdim=True)
+    return ((shares * seen) @ value).transpose(1, 2)
+
+
+def _masks(queries: int, keys: int) -> dict[str, torch.Tensor]:
+    causal = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    padded = causal.expand(2, 1, -1, -1).clone()
+    padded[0, :, :, :4] = False  # so that some queries see nothing
+    padded[1, :, :, 30:] = False
+    window = causal.triu(keys - queries - 7)
+    of_heads = torch.rand(1, 6, queries, keys, generator=torch.Generator().manual_seed(6)) < 0.5
+    added = torch.zeros(padded.shape).masked_fill(~padded, torch.finfo(torch.bfloat16).min)
+    some = {"causal": causal[None, None], "padded": padded, "window": window[None, None]}
+    return some | {
+        "of heads": of_heads,
+        "all": torch.ones_like(causal)[None, None],
+        "added": added.bfloat16(),
+    }
+
+
+@pytest.mark.parametrize("at_once", [64, 7], ids=["", "blocks"])
+@pytest.mark.parametrize("own", [16, 12], ids=["", "narrow values"])
+@pytest.mark.parametrize("kind", _masks(2, 2))
+def test_by_products(kind, own, at_once, monkeypatch):
+    """Values and gradients, of strided arguments; key heads with several heads each."""
+    monkeypatch.setattr(attention, "_lacks_products", lambda: True)
+    monkeypatch.setattr(attention, "ROWS", at_once)
+    gen = torch.Generator().manual_seed(7)
+    queries, keys, scale = 33, 40, 0.4
+    several = [
+        torch.randn(2, n, heads, width, generator=gen).bfloat16().transpose(1, 2).requires_grad_()
+        for n, heads, width in ((queries, 6, 16), (keys, 3, 16), (keys, 3, own))
+    ]
+    mask = _masks(queries, keys)[kind]
+    y, _ = attention.attend(nn.Module(), *several, mask, scaling=scale)
+    assert y.grad_fn is not None and "ByProducts" in str(y.grad_fn.next_functions[0][0])
+    dy = torch.randn(y.shape, generator=gen).bfloat16()
+    found = (y, *torch.autograd.grad(y, several, dy))
+    exact = _exact(*several, mask, scale)
+    expected = (exact, *torch.autograd.grad(exact, several, dy.double()))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.double() - other.double()).norm() <= 6e-3 * other.double().norm()
+
+
+def test_products_of_a_model(monkeypatch):
+    """For which transformers takes torch's kernel; not in another dtype, nor where somebody has chosen."""
+    monkeypatch.setattr(attention, "_lacks_products", lambda: True)
+    model = build("qwen3_moe").to(torch.bfloat16)
+    ids = torch.randint(1, 64, (2, 30), generator=torch.Generator().manual_seed(3))
+    exact = copy.deepcopy(model).double()
+    assert not attention.use(exact)
+    with torch.no_grad():
+        wide, theirs = exact(input_ids=ids).logits, model(input_ids=ids).logits.double()
+        assert attention.use(model)
+        ours = model(input_ids=ids).logits.double()
+    assert not torch.equal(ours, theirs)
+    assert (ours - wide).norm() <= 1.2 * (theirs - wide).norm()
+    model.set_attn_implementation("eager")
+    assert not attention.use(model)
+
+
+def test_not_causal():
+    gen = torch.Generator().manual_seed(8)
+    query, key, value = (torch.randn(2, 2, 5, 8, generator=gen) for _ in range(3))
+    module = nn.Module()
+    module.is_causal = False
+    one, _ = attention.attend(module, query, key, value, None)
+    other, _ = attention.attend(module, query, key, value, torch.ones(1, 1, 5, 5, dtype=torch.bool))
+    torch.testing.assert_close(one, other)

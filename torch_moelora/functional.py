@@ -136,6 +136,8 @@ def linear_lora(
         torch.full((1,), tokens, dtype=torch.int32, device=x.device),
         1,
         scaling=scaling,
+        x_grouped=True,  # the order of rows is the same, and nobody need ask
+        y_grouped=True,
         **{name: t if t is None else t.unsqueeze(0) for name, t in as_expert.items()},
     )
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -40,13 +40,17 @@ int64_t border(int64_t piece, int64_t pieces, int64_t total, int64_t unit) {
 
 constexpr int64_t kTasksPerThread = 8;
 
-// Into how many ranges of outputs an expert's work is cut. Few rows: none, so that weights are read in order, unless
-// there are too few experts for the threads.
+// Into how many ranges of outputs the work on a chunk of rows is cut. Few rows: none, so that weights are read in
+// order, unless there are too few chunks for the threads.
 int64_t task_pieces(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime) {
   const Routing& routing = *op.routing;
-  int64_t used = 0;
-  for (int64_t e = 0; e < routing.experts; ++e) used += routing.begin(e) < routing.end(e);
-  const int64_t balanced = ceil_div(kTasksPerThread * runtime.threads, max64(1, used));
+  int64_t used = 0, chunks = 0;
+  for (int64_t e = 0; e < routing.experts; ++e) {
+    const int64_t rows = routing.end(e) - routing.begin(e);
+    used += rows > 0;
+    chunks += ceil_div(rows, choice.blocking.row_chunk);
+  }
+  const int64_t balanced = ceil_div(kTasksPerThread * runtime.threads, max64(1, chunks));
   if (routing.routed() <= used * choice.blocking.few_rows) return balanced;
   return max64(balanced, ceil_div(op.w.rows(), choice.blocking.outputs));
 }
@@ -297,12 +301,17 @@ int64_t dot_part_count(const KernelChoice& choice, const GroupedLinear& op) {
 
 void run_grouped_linear(const KernelChoice& choice, const GroupedLinear& op, const Runtime& runtime) {
   if (op.routing->slots == 0 || op.w.rows() == 0) return;
-  if (op.out_order != RowOrder::token)
+  if (op.out_order != RowOrder::token) {
     run_apart(choice, op, runtime);
-  else if (op.routing->slots * op.w.rows() * accumulator_size(*choice.kernels) <= choice.blocking.combine_bytes)
+  } else if (op.routing->top_k == 1) {  // sums of one row each
+    GroupedLinear rows = op;
+    rows.out_order = RowOrder::scattered;
+    run_apart(choice, rows, runtime);
+  } else if (op.routing->slots * op.w.rows() * accumulator_size(*choice.kernels) <= choice.blocking.combine_bytes) {
     run_combined(choice, op, runtime);
-  else
+  } else {
     run_summed(choice, op, runtime);
+  }
 }
 
 Matrix run_projection(const KernelChoice& choice, const Projection& op, Arena& arena, const Runtime& runtime) {

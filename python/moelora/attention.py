@@ -1,8 +1,9 @@
-"""Attention by torch's own fused kernel for CPUs, with sinks and without work for keys that nobody sees.
+"""Attention on CPUs, with sinks and without work for keys that nobody sees.
 
 transformers computes attention with sinks (gpt-oss's) step by step, a matrix of scores at a time, and torch's
-kernel for CPUs multiplies all queries with up to 512 keys, hidden ones too. Here queries are taken a block at
-a time, each with the keys from the first to the last that any of them sees.
+fused kernel for CPUs multiplies all queries with up to 512 keys, hidden ones too. Here queries are taken a
+block at a time, each with the keys from the first to the last that any of them sees: by that kernel, or where
+it multiplies bf16 no faster than float32, by products.
 
 A sink is a key that every query sees with the same logit s, and whose value is zero. With the result o and
 the log-sum-exp l of the other keys, attention is y = σ(l - s)·o, and its gradients are those of o for σ(l -
@@ -15,6 +16,7 @@ name known.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,24 +27,30 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from torch_moelora import info
+from torch_moelora.functional import scatter_lora
+
 NAME = "moelora"
 KNOWN = ("gpt_oss", "granitemoe_swa", "mimo_v2_flash")  # with sinks, compared with transformers' own
 BLOCK = 256  # queries; of fewer than 192 the kernel takes 32 at a time
+ROWS, LEAST_ROWS = 64, 16  # queries of all heads whose scores are made at once, fewer if these would be more
+SCORES = 1 << 22  #   than so many
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def _blocks(mask: Tensor, keys: int) -> list[tuple[slice, slice]]:
+def _has_values(mask: Tensor) -> bool:
+    """Whether it is one of bools that can be looked at."""
+    abstract = isinstance(mask, FakeTensor) or mask.is_meta or torch.compiler.is_compiling()
+    return mask.dtype is torch.bool and not abstract
+
+
+def _blocks(mask: Tensor, keys: int, size: int) -> list[tuple[slice, slice]]:
     """Blocks of queries, each with the keys that it sees some of. Where that cannot be asked, with all."""
     queries = mask.shape[-2]
-    blocks = [slice(start, min(start + BLOCK, queries)) for start in range(0, queries, BLOCK)]
-    if (
-        mask.dtype is not torch.bool
-        or isinstance(mask, FakeTensor)
-        or mask.is_meta
-        or torch.compiler.is_compiling()
-    ):
+    blocks = [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
+    if not _has_values(mask):
         return [(block, slice(0, keys)) for block in blocks]
     found = []
     for block in blocks:
@@ -70,7 +78,7 @@ class _Attention(torch.autograd.Function):
         y = query.new_empty(batch, queries, heads, width).transpose(1, 2)
         sums = torch.empty(batch, heads, queries, dtype=_sums_of(query.dtype), device=query.device)
         added, least = _added(mask, query.dtype), torch.finfo(query.dtype).min
-        for rows, cols in _blocks(mask, key.shape[2]):
+        for rows, cols in _blocks(mask, key.shape[2], BLOCK):
             out, sums[:, :, rows] = _forward(
                 query[:, :, rows],
                 key[:, :, cols],
@@ -97,7 +105,7 @@ class _Attention(torch.autograd.Function):
         d_out = (dy * shares).to(dy.dtype)
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.zeros_like(t, dtype=sums.dtype) for t in (key, value))
-        for rows, cols in _blocks(mask, key.shape[2]):
+        for rows, cols in _blocks(mask, key.shape[2], BLOCK):
             d_query[:, :, rows], of_key, of_value = _backward(
                 d_out[:, :, rows], query[:, :, rows], key[:, :, cols], value[:, :, cols], y[:, :, rows],
                 sums[:, :, rows], 0.0, False, attn_mask=added[..., rows, cols], scale=ctx.scale,
@@ -124,6 +132,105 @@ def _shares(sums: Tensor, sinks: Tensor | None, least: float) -> Tensor:
     return torch.sigmoid(sums - sinks.to(sums.dtype).view(1, -1, 1))[..., None]
 
 
+def _products(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale · a · bᵀ for each key head of each sequence: [E, R, D] and [E, M, D] → [E, R, M], in float32."""
+    heads, rows, width = a.shape
+    places = torch.arange(heads * rows, device=a.device)
+    ends = torch.arange(rows, heads * rows + 1, rows, dtype=torch.int32, device=a.device)
+    scales = torch.full((heads * rows, 1), scale, device=a.device)
+    found = scatter_lora(a.view(-1, width), b, places, ends, 1, gates=scales, x_grouped=True, sum_fp32=True)
+    return found.view(heads, rows, -1)
+
+
+def _softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Over the keys that are seen; of a query without one, zeros. Changes `scores`, [B, H, T, M]."""
+    if mask.dtype is torch.bool:
+        _hide(scores, mask)
+        seen = mask.any(-1, keepdim=True)
+    else:
+        least = torch.finfo(mask.dtype).min
+        scores += mask.clamp(min=least)
+        seen = (mask > least / 2).any(-1, keepdim=True)
+    found = torch.softmax(scores, -1)
+    return found if _has_values(seen) and seen.all() else found.mul_(seen)
+
+
+def _hide(scores: Tensor, mask: Tensor) -> None:
+    """Where `mask` is false. Columns of keys that all queries see, as most are, are not touched."""
+    some = slice(None)
+    if _has_values(mask):
+        columns = (~mask).flatten(0, -2).any(0).nonzero().flatten().tolist()
+        some = slice(columns[0], columns[-1] + 1) if columns else slice(0, 0)
+    scores[..., some].masked_fill_(~mask[..., some], torch.finfo(scores.dtype).min)
+
+
+class _ByProducts(torch.autograd.Function):
+    """y [B, H, T, Dv]. Scores and their gradients are products of the operators, in float32, with key heads
+    for experts; the others are torch's.
+    """
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+        batch, heads, queries, _ = query.shape
+        y = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
+        key, value = (t.flatten(0, 1) for t in (key, value))
+        for rows, cols in _blocks(mask, key.shape[1], _rows_at_once(query, key)):
+            shares, _ = _shares_of_keys(query[:, :, rows], key[:, cols], mask[..., rows, cols], scale)
+            out = torch.bmm(shares.to(query.dtype), value[:, cols])
+            y[:, :, rows] = out.view(batch, heads, -1, out.shape[2])
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        query, keys, values, mask = ctx.saved_tensors
+        key, value = (t.flatten(0, 1) for t in (keys, values))
+        d_query = torch.empty_like(query)
+        d_key, d_value = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
+        for rows, cols in _blocks(mask, key.shape[1], _rows_at_once(query, key)):
+            shares, q = _shares_of_keys(query[:, :, rows], key[:, cols], mask[..., rows, cols], ctx.scale)
+            of_y = dy[:, :, rows].reshape(*q.shape[:2], -1)
+            d_value[:, cols] += torch.bmm(shares.to(dy.dtype).transpose(1, 2), of_y)
+            of_shares = _products(of_y, value[:, cols], ctx.scale)
+            of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype).to(dy.dtype)
+            d_query[:, :, rows] = torch.bmm(of_scores, key[:, cols]).view(d_query[:, :, rows].shape)
+            d_key[:, cols] += torch.bmm(of_scores.transpose(1, 2), q)
+        return d_query, d_key.to(dy.dtype).view_as(keys), d_value.to(dy.dtype).view_as(values), None, None
+
+
+def _shares_of_keys(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Of the softmax: [E, R, M], with the queries [E, R, D] as they are beside the keys [E, M, D]."""
+    q = query.reshape(len(key), -1, query.shape[3])
+    scores = _products(q, key, scale)
+    found = _softmax(scores.view(*query.shape[:3], -1), mask)
+    return found.view(scores.shape), q
+
+
+def _rows_at_once(query: Tensor, key: Tensor) -> int:
+    """Queries whose scores are made together."""
+    fit = SCORES // max(1, query.shape[:2].numel() * key.shape[1])
+    return max(LEAST_ROWS, min(ROWS, fit))
+
+
+@cache
+def _lacks_products() -> bool:
+    """Whether torch's kernel multiplies bf16 as float32: MKL has products of bf16 for Intel's processors, and
+    those with AVX-512-BF16 and no AMX are nearly all AMD's.
+    """
+    return info()["cpu"]["chosen"]["bf16"] == "avx512_bf16"
+
+
+def _by_products(query: Tensor, sinks: Tensor | None) -> bool:
+    """Whether products are faster than torch's kernel. With few queries there is little to multiply."""
+    few = not torch.compiler.is_compiling() and query.shape[2] < LEAST_ROWS
+    return sinks is None and query.dtype is torch.bfloat16 and not few and _lacks_products()
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -140,7 +247,7 @@ def attend(
     Args:
         query: [B, H, T, D]; key: [B, Hkv, S, D]; value: [B, Hkv, S, Dv] with Dv ≤ D.
         attention_mask: [B or 1, 1 or H, T, S], bool or what is added to scores; None for all keys up to each
-            query's position.
+            query's position, or for all where `module` is not causal.
         scaling: of scores; None: D ** -0.5.
         s_aux: logits of the sinks, [H]; None: none.
     """
@@ -150,20 +257,25 @@ def attend(
         raise ValueError(f"{NAME}: key must have S of at least 1, got shape {list(key.shape)}")
     scaling = width**-0.5 if scaling is None else scaling
     if attention_mask is None:
-        seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-        attention_mask = seen[None, None]
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+        causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
+        attention_mask = (seen.tril(keys - queries) if causal in (None, True) else seen)[None, None]
     if attention_mask.dim() != 4:
         found = list(attention_mask.shape)
         raise ValueError(
             f"{NAME}: attention_mask must be a 4-D tensor [B or 1, 1 or H, T, S], got shape {found}"
         )
     attention_mask = attention_mask.expand(-1, -1, queries, keys)
-    value = functional.pad(value, (0, width - own)) if own < width else value
     query, key, value = _as_torch_casts(query, key, value)
     if not query.dtype == key.dtype == value.dtype:
         found = f"{query.dtype}, {key.dtype} and {value.dtype}"
         raise ValueError(f"{NAME}: query, key and value must have one dtype, got {found}")
-    if query.device.type in ("cpu", "meta") and dropout == 0 and not attention_mask.requires_grad:
+    here = query.device.type in ("cpu", "meta") and dropout == 0 and not attention_mask.requires_grad
+    if here and _by_products(query, s_aux):
+        y = _ByProducts.apply(query, key, value, attention_mask, scaling)
+        return y.transpose(1, 2).contiguous(), None
+    value = functional.pad(value, (0, width - own)) if own < width else value
+    if here:
         # The kernel reads neighbours, whatever the last stride.
         query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
         y, _ = _Attention.apply(query, key, value, s_aux, attention_mask, scaling)
@@ -218,10 +330,14 @@ AttentionMaskInterface.register(NAME, mask)
 
 
 def use(model: PreTrainedModel) -> bool:
-    """Puts a model with sinks, on the CPU or without storage, on it, unless it has another way than eager."""
+    """Puts a model on the CPU or without storage on it: one with sinks, and one in bf16 where products are
+    faster than torch's kernel. Not where another way than transformers' own choice was asked for.
+    """
     text = model.config.get_text_config()
-    wanted = text.model_type in KNOWN and text._attn_implementation == "eager"
-    if wanted and model.device.type in ("cpu", "meta"):
+    sinks = text.model_type in KNOWN and text._attn_implementation == "eager"
+    plain = text._attn_implementation == "sdpa" and model.is_backend_compatible()
+    slow = plain and model.dtype is torch.bfloat16 and _lacks_products()
+    if (sinks or slow) and model.device.type in ("cpu", "meta"):
         model.set_attn_implementation(NAME)
         return True
     return False

@@ -48,11 +48,13 @@ is treated in the same way.
 |---|---|---|---|---|
 {followers}
 
-## Attention with sinks
+## Attention
 
 gpt-oss and some others add a sink to each row of attention scores, and transformers computes them step by
 step. On CPUs, commands of `python -m moelora` run these on torch's fused attention: {sinks}.
-Elsewhere, `import moelora.attention; model.set_attn_implementation(moelora.attention.NAME)` does it.
+Other models in bf16 they run by products where torch's kernel multiplies as in float32, on processors with
+AVX-512-BF16 and no AMX; unless the attention is not transformers' choice.
+Elsewhere, `import moelora.attention; model.set_attn_implementation(moelora.attention.NAME)` does either.
 
 ## Outside the interface
 
