@@ -132,8 +132,9 @@ def test_a_slow_head_is_widened(arguments, tmp_path, monkeypatch):  # noqa: F811
     losses = []
     for slow in (False, True):
         out = tmp_path / str(slow)
-        for where in ("moelora.linears.slow_in_torch", "moelora.commands.training.slow_in_torch"):
-            monkeypatch.setattr(where, lambda weight, slow=slow: slow and weight.dtype in linears.HALF)
+        for where in ("linears", "commands.training", "commands.head"):
+            here = f"moelora.{where}.slow_in_torch"
+            monkeypatch.setattr(here, lambda weight, slow=slow: slow and weight.dtype in linears.HALF)
         assert main(changed(arguments, dtype="bfloat16", steps=2, output=out)) == 0
         losses.append([loss for _, loss in json.loads((out / "summary.json").read_text())["losses"]])
     assert losses[1] == pytest.approx(losses[0], rel=5e-3) and losses[1] != losses[0]

@@ -260,8 +260,11 @@ def _masks(queries: int, keys: int) -> dict[str, torch.Tensor]:
     window = causal.triu(keys - queries - 7)
     of_heads = torch.rand(1, 6, queries, keys, generator=torch.Generator().manual_seed(6)) < 0.5
     added = torch.zeros(padded.shape).masked_fill(~padded, torch.finfo(torch.bfloat16).min)
-    some = {"causal": causal[None, None], "padded": padded, "window": window[None, None]}
-    return some | {
+    return {
+        "causal": causal[None, None],
+        "none": causal[None, None],
+        "padded": padded,
+        "window": window[None, None],
         "of heads": of_heads,
         "all": torch.ones_like(causal)[None, None],
         "added": added.bfloat16(),
@@ -282,7 +285,7 @@ def test_by_products(kind, own, at_once, monkeypatch):
         for n, heads, width in ((queries, 6, 16), (keys, 3, 16), (keys, 3, own))
     ]
     mask = _masks(queries, keys)[kind]
-    y, _ = attention.attend(nn.Module(), *several, mask, scaling=scale)
+    y, _ = attention.attend(nn.Module(), *several, None if kind == "none" else mask, scaling=scale)
     assert y.grad_fn is not None and "ByProducts" in str(y.grad_fn.next_functions[0][0])
     dy = torch.randn(y.shape, generator=gen).bfloat16()
     found = (y, *torch.autograd.grad(y, several, dy))

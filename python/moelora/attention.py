@@ -46,10 +46,11 @@ def _has_values(mask: Tensor) -> bool:
     return mask.dtype is torch.bool and not abstract
 
 
-def _blocks(mask: Tensor, keys: int, size: int) -> list[tuple[slice, slice]]:
+def _blocks(mask: Tensor | None, queries: int, keys: int, size: int) -> list[tuple[slice, slice]]:
     """Blocks of queries, each with the keys that it sees some of. Where that cannot be asked, with all."""
-    queries = mask.shape[-2]
     blocks = [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
+    if mask is None:
+        return [(block, slice(0, max(1, keys - queries + block.stop))) for block in blocks]
     if not _has_values(mask):
         return [(block, slice(0, keys)) for block in blocks]
     found = []
@@ -57,6 +58,17 @@ def _blocks(mask: Tensor, keys: int, size: int) -> list[tuple[slice, slice]]:
         seen = mask[..., block, :].flatten(0, -2).any(0).nonzero().flatten().tolist()
         found.append((block, slice(seen[0], seen[-1] + 1) if seen else slice(0, keys)))
     return found
+
+
+def _part(mask: Tensor | None, rows: slice, cols: slice, apart: int, device: torch.device) -> Tensor:
+    """What some queries see of some keys, [B or 1, 1 or H, T, S]: a part of `mask`, or without one the
+    keys up to their own, which is `apart` places behind.
+    """
+    if mask is not None:
+        return mask[..., rows, cols]
+    shape = (rows.stop - rows.start, cols.stop - cols.start)
+    seen = torch.ones(shape, dtype=torch.bool, device=device).tril(rows.start - cols.start + apart)
+    return seen[None, None]
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,18 +84,19 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, mask: Tensor, scale: float
+        query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         batch, heads, queries, width = query.shape
         y = query.new_empty(batch, queries, heads, width).transpose(1, 2)
         sums = torch.empty(batch, heads, queries, dtype=_sums_of(query.dtype), device=query.device)
-        added, least = _added(mask, query.dtype), torch.finfo(query.dtype).min
-        for rows, cols in _blocks(mask, key.shape[2], BLOCK):
+        keys, least = key.shape[2], torch.finfo(query.dtype).min
+        for rows, cols in _blocks(mask, queries, keys, BLOCK):
+            part = _part(mask, rows, cols, keys - queries, query.device)
             out, sums[:, :, rows] = _forward(
                 query[:, :, rows],
                 key[:, :, cols],
                 value[:, :, cols],
-                attn_mask=added[..., rows, cols],
+                attn_mask=_added(part, query.dtype),
                 scale=scale,
             )
             y[:, :, rows] = out * _shares(sums[:, :, rows], sinks, least)
@@ -100,15 +113,16 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, mask, y, sums = ctx.saved_tensors
-        added = _added(mask, query.dtype)
+        queries, keys = query.shape[2], key.shape[2]
         shares = _shares(sums, sinks, torch.finfo(query.dtype).min)
         d_out = (dy * shares).to(dy.dtype)
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.zeros_like(t, dtype=sums.dtype) for t in (key, value))
-        for rows, cols in _blocks(mask, key.shape[2], BLOCK):
+        for rows, cols in _blocks(mask, queries, keys, BLOCK):
+            part = _part(mask, rows, cols, keys - queries, query.device)
             d_query[:, :, rows], of_key, of_value = _backward(
                 d_out[:, :, rows], query[:, :, rows], key[:, :, cols], value[:, :, cols], y[:, :, rows],
-                sums[:, :, rows], 0.0, False, attn_mask=added[..., rows, cols], scale=ctx.scale,
+                sums[:, :, rows], 0.0, False, attn_mask=_added(part, query.dtype), scale=ctx.scale,
             )  # fmt: skip
             d_key[:, :, cols] += of_key
             d_value[:, :, cols] += of_value
@@ -170,12 +184,14 @@ class _ByProducts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         batch, heads, queries, _ = query.shape
         y = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
         key, value = (t.flatten(0, 1) for t in (key, value))
-        for rows, cols in _blocks(mask, key.shape[1], _rows_at_once(query, key)):
-            shares, _ = _shares_of_keys(query[:, :, rows], key[:, cols], mask[..., rows, cols], scale)
+        keys = key.shape[1]
+        for rows, cols in _blocks(mask, queries, keys, _rows_at_once(query, key)):
+            part = _part(mask, rows, cols, keys - queries, query.device)
+            shares, _ = _shares_of_keys(query[:, :, rows], key[:, cols], part, scale)
             out = torch.bmm(shares.to(query.dtype), value[:, cols])
             y[:, :, rows] = out.view(batch, heads, -1, out.shape[2])
         return y
@@ -188,19 +204,22 @@ class _ByProducts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        query, keys, values, mask = ctx.saved_tensors
-        key, value = (t.flatten(0, 1) for t in (keys, values))
+        query, *both, mask = ctx.saved_tensors
+        key, value = (t.flatten(0, 1) for t in both)
+        queries, keys = query.shape[2], key.shape[1]
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
-        for rows, cols in _blocks(mask, key.shape[1], _rows_at_once(query, key)):
-            shares, q = _shares_of_keys(query[:, :, rows], key[:, cols], mask[..., rows, cols], ctx.scale)
+        for rows, cols in _blocks(mask, queries, keys, _rows_at_once(query, key)):
+            part = _part(mask, rows, cols, keys - queries, query.device)
+            shares, q = _shares_of_keys(query[:, :, rows], key[:, cols], part, ctx.scale)
             of_y = dy[:, :, rows].reshape(*q.shape[:2], -1)
             d_value[:, cols] += torch.bmm(shares.to(dy.dtype).transpose(1, 2), of_y)
             of_shares = _products(of_y, value[:, cols], ctx.scale)
             of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype).to(dy.dtype)
             d_query[:, :, rows] = torch.bmm(of_scores, key[:, cols]).view(d_query[:, :, rows].shape)
             d_key[:, cols] += torch.bmm(of_scores.transpose(1, 2), q)
-        return d_query, d_key.to(dy.dtype).view_as(keys), d_value.to(dy.dtype).view_as(values), None, None
+        found = (t.to(dy.dtype).view(like.shape) for t, like in zip((d_key, d_value), both, strict=True))
+        return d_query, *found, None, None
 
 
 def _shares_of_keys(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -256,21 +275,22 @@ def attend(
     if keys == 0:
         raise ValueError(f"{NAME}: key must have S of at least 1, got shape {list(key.shape)}")
     scaling = width**-0.5 if scaling is None else scaling
-    if attention_mask is None:
-        seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-        causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
-        attention_mask = (seen.tril(keys - queries) if causal in (None, True) else seen)[None, None]
-    if attention_mask.dim() != 4:
-        found = list(attention_mask.shape)
-        raise ValueError(
-            f"{NAME}: attention_mask must be a 4-D tensor [B or 1, 1 or H, T, S], got shape {found}"
-        )
-    attention_mask = attention_mask.expand(-1, -1, queries, keys)
+    causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) in (None, True)
+    if attention_mask is None and not causal:
+        attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)
+    if attention_mask is not None:
+        if attention_mask.dim() != 4:
+            found = list(attention_mask.shape)
+            raise ValueError(
+                f"{NAME}: attention_mask must be a 4-D tensor [B or 1, 1 or H, T, S], got shape {found}"
+            )
+        attention_mask = attention_mask.expand(-1, -1, queries, keys)
     query, key, value = _as_torch_casts(query, key, value)
     if not query.dtype == key.dtype == value.dtype:
         found = f"{query.dtype}, {key.dtype} and {value.dtype}"
         raise ValueError(f"{NAME}: query, key and value must have one dtype, got {found}")
-    here = query.device.type in ("cpu", "meta") and dropout == 0 and not attention_mask.requires_grad
+    learned = attention_mask is not None and attention_mask.requires_grad
+    here = query.device.type in ("cpu", "meta") and dropout == 0 and not learned
     if here and _by_products(query, s_aux):
         y = _ByProducts.apply(query, key, value, attention_mask, scaling)
         return y.transpose(1, 2).contiguous(), None
@@ -280,7 +300,8 @@ def attend(
         query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
         y, _ = _Attention.apply(query, key, value, s_aux, attention_mask, scaling)
     else:
-        y = _with_another_key(query, key, value, s_aux, attention_mask, scaling, dropout)
+        every = _part(attention_mask, slice(0, queries), slice(0, keys), keys - queries, query.device)
+        y = _with_another_key(query, key, value, s_aux, every, scaling, dropout)
     return y[..., :own].transpose(1, 2).contiguous(), None
 
 
@@ -320,13 +341,8 @@ def _with_another_key(
     return out[..., :width]
 
 
-def mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' for SDPA, whatever it says: blocks are cut by it."""
-    return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-
-
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, mask)
+AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def use(model: PreTrainedModel) -> bool:
