@@ -16,7 +16,6 @@ name known.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from torch_moelora import info
@@ -33,8 +33,12 @@ from torch_moelora.functional import scatter_lora
 NAME = "moelora"
 KNOWN = ("gpt_oss", "granitemoe_swa", "mimo_v2_flash")  # with sinks, compared with transformers' own
 BLOCK = 256  # queries; of fewer than 192 the kernel takes 32 at a time
+# Products, for ordinary attention in bf16:
+PLAIN = ("deepseek_v2", "deepseek_v3", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 ROWS, LEAST_ROWS = 64, 16  # queries of all heads whose scores are made at once, fewer if these would be more
 SCORES = 1 << 22  #   than so many
+MOST_KEYS = 16  # for each column of a query: of 64 columns 1024 take 7 % longer, of 128 4096 still less
+NOT_HERE = ("position_bias", "softcap", "indices", "block_indices")  # what some attention is told as well
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -152,8 +156,15 @@ def _products(a: Tensor, b: Tensor, scale: float) -> Tensor:
     places = torch.arange(heads * rows, device=a.device)
     ends = torch.arange(rows, heads * rows + 1, rows, dtype=torch.int32, device=a.device)
     scales = torch.full((heads * rows, 1), scale, device=a.device)
-    found = scatter_lora(a.view(-1, width), b, places, ends, 1, gates=scales, x_grouped=True, sum_fp32=True)
+    a = a.reshape(-1, width)
+    found = scatter_lora(a, b, places, ends, 1, gates=scales, x_grouped=True, sum_fp32=True)
     return found.view(heads, rows, -1)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """In b's dtype, whatever autocast says."""
+    with torch.autocast("cpu", enabled=False):
+        return torch.bmm(a.to(b.dtype), b)
 
 
 def _softmax(scores: Tensor, mask: Tensor) -> Tensor:
@@ -162,7 +173,7 @@ def _softmax(scores: Tensor, mask: Tensor) -> Tensor:
         _hide(scores, mask)
         seen = mask.any(-1, keepdim=True)
     else:
-        least = torch.finfo(mask.dtype).min
+        least = max(torch.finfo(t.dtype).min for t in (mask, scores))
         scores += mask.clamp(min=least)
         seen = (mask > least / 2).any(-1, keepdim=True)
     found = torch.softmax(scores, -1)
@@ -189,10 +200,11 @@ class _ByProducts(torch.autograd.Function):
         y = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
         key, value = (t.flatten(0, 1) for t in (key, value))
         keys = key.shape[1]
-        for rows, cols in _blocks(mask, queries, keys, _rows_at_once(query, key)):
+        # The largest first: malloc then has room for the others.
+        for rows, cols in reversed(_blocks(mask, queries, keys, _rows_at_once(query, key))):
             part = _part(mask, rows, cols, keys - queries, query.device)
             shares, _ = _shares_of_keys(query[:, :, rows], key[:, cols], part, scale)
-            out = torch.bmm(shares.to(query.dtype), value[:, cols])
+            out = _bmm(shares, value[:, cols])
             y[:, :, rows] = out.view(batch, heads, -1, out.shape[2])
         return y
 
@@ -209,15 +221,15 @@ class _ByProducts(torch.autograd.Function):
         queries, keys = query.shape[2], key.shape[1]
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
-        for rows, cols in _blocks(mask, queries, keys, _rows_at_once(query, key)):
+        for rows, cols in reversed(_blocks(mask, queries, keys, _rows_at_once(query, key))):
             part = _part(mask, rows, cols, keys - queries, query.device)
             shares, q = _shares_of_keys(query[:, :, rows], key[:, cols], part, ctx.scale)
             of_y = dy[:, :, rows].reshape(*q.shape[:2], -1)
-            d_value[:, cols] += torch.bmm(shares.to(dy.dtype).transpose(1, 2), of_y)
+            d_value[:, cols] += _bmm(shares.transpose(1, 2), of_y)
             of_shares = _products(of_y, value[:, cols], ctx.scale)
             of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype).to(dy.dtype)
-            d_query[:, :, rows] = torch.bmm(of_scores, key[:, cols]).view(d_query[:, :, rows].shape)
-            d_key[:, cols] += torch.bmm(of_scores.transpose(1, 2), q)
+            d_query[:, :, rows] = _bmm(of_scores, key[:, cols]).view(d_query[:, :, rows].shape)
+            d_key[:, cols] += _bmm(of_scores.transpose(1, 2), q)
         found = (t.to(dy.dtype).view(like.shape) for t, like in zip((d_key, d_value), both, strict=True))
         return d_query, *found, None, None
 
@@ -236,18 +248,25 @@ def _rows_at_once(query: Tensor, key: Tensor) -> int:
     return max(LEAST_ROWS, min(ROWS, fit))
 
 
-@cache
 def _lacks_products() -> bool:
     """Whether torch's kernel multiplies bf16 as float32: MKL has products of bf16 for Intel's processors, and
     those with AVX-512-BF16 and no AMX are nearly all AMD's.
     """
-    return info()["cpu"]["chosen"]["bf16"] == "avx512_bf16"
+    cpu = info()["cpu"]
+    return cpu["chosen"]["bf16"] == "avx512_bf16" and "amx_bf16" not in cpu["detected"]
 
 
-def _by_products(query: Tensor, sinks: Tensor | None) -> bool:
-    """Whether products are faster than torch's kernel. With few queries there is little to multiply."""
-    few = not torch.compiler.is_compiling() and query.shape[2] < LEAST_ROWS
-    return sinks is None and query.dtype is torch.bfloat16 and not few and _lacks_products()
+BY_PRODUCTS = _lacks_products()
+
+
+def _by_products(query: Tensor, key: Tensor, sinks: Tensor | None) -> bool:
+    """Whether products are faster than torch's kernel: not for few queries, nor where what is made of scores
+    takes as long as they do.
+    """
+    if not BY_PRODUCTS or sinks is not None or query.dtype is not torch.bfloat16:
+        return False
+    many = query.shape[2] >= LEAST_ROWS and query.numel() > 0
+    return many and key.shape[2] <= MOST_KEYS * query.shape[3]
 
 
 def attend(
@@ -264,7 +283,7 @@ def attend(
     """As transformers' attention functions: [B, T, H, Dv], and no scores.
 
     Args:
-        query: [B, H, T, D]; key: [B, Hkv, S, D]; value: [B, Hkv, S, Dv] with Dv ≤ D.
+        query: [B, H, T, D]; key: [B, Hkv, S, D]; value: [B, Hkv, S, Dv].
         attention_mask: [B or 1, 1 or H, T, S], bool or what is added to scores; None for all keys up to each
             query's position, or for all where `module` is not causal.
         scaling: of scores; None: D ** -0.5.
@@ -272,8 +291,11 @@ def attend(
     """
     queries, width = query.shape[2:]
     keys, own = key.shape[2], value.shape[3]
-    if keys == 0:
-        raise ValueError(f"{NAME}: key must have S of at least 1, got shape {list(key.shape)}")
+    _check(query, key, kwargs)
+    if query.device.type not in ("cpu", "meta") and s_aux is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     scaling = width**-0.5 if scaling is None else scaling
     causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) in (None, True)
     if attention_mask is None and not causal:
@@ -291,10 +313,11 @@ def attend(
         raise ValueError(f"{NAME}: query, key and value must have one dtype, got {found}")
     learned = attention_mask is not None and attention_mask.requires_grad
     here = query.device.type in ("cpu", "meta") and dropout == 0 and not learned
-    if here and _by_products(query, s_aux):
+    if here and _by_products(query, key, s_aux):
         y = _ByProducts.apply(query, key, value, attention_mask, scaling)
         return y.transpose(1, 2).contiguous(), None
-    value = functional.pad(value, (0, width - own)) if own < width else value
+    wide = max(own, width)  # of all three, for torch's kernel
+    query, key, value = (functional.pad(t, (0, wide - t.shape[3])) for t in (query, key, value))
     if here:
         # The kernel reads neighbours, whatever the last stride.
         query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
@@ -303,6 +326,16 @@ def attend(
         every = _part(attention_mask, slice(0, queries), slice(0, keys), keys - queries, query.device)
         y = _with_another_key(query, key, value, s_aux, every, scaling, dropout)
     return y[..., :own].transpose(1, 2).contiguous(), None
+
+
+def _check(query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
+    if key.shape[2] == 0:
+        raise ValueError(f"{NAME}: key must have S of at least 1, got shape {list(key.shape)}")
+    if query.shape[0] != key.shape[0]:
+        found = f"{query.shape[0]} and {key.shape[0]}"
+        raise ValueError(f"{NAME}: query and key must have the same B, got {found}")
+    if told := [name for name in NOT_HERE if options.get(name) is not None]:
+        raise ValueError(f"{NAME}: does not know {', '.join(told)}; use another attn_implementation")
 
 
 def _as_torch_casts(*tensors: Tensor) -> list[Tensor]:
@@ -346,13 +379,13 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def use(model: PreTrainedModel) -> bool:
-    """Puts a model on the CPU or without storage on it: one with sinks, and one in bf16 where products are
-    faster than torch's kernel. Not where another way than transformers' own choice was asked for.
+    """Puts a model on the CPU or without storage on it: a KNOWN one, and a PLAIN one in bf16 where products
+    are faster than torch's kernel. Not where another way than transformers' own choice was asked for.
     """
     text = model.config.get_text_config()
-    sinks = text.model_type in KNOWN and text._attn_implementation == "eager"
-    plain = text._attn_implementation == "sdpa" and model.is_backend_compatible()
-    slow = plain and model.dtype is torch.bfloat16 and _lacks_products()
+    kind, own = text.model_type, text._attn_implementation
+    sinks = kind in KNOWN and own == "eager"
+    slow = BY_PRODUCTS and kind in PLAIN and own == "sdpa" and model.dtype is torch.bfloat16
     if (sinks or slow) and model.device.type in ("cpu", "meta"):
         model.set_attn_implementation(NAME)
         return True

@@ -85,8 +85,8 @@ def outline(directory: Path) -> tuple[PreTrainedModel, PreTrainedConfig]:
 def load(
     directory: Path, dtype: str, fresh: Sequence[str] = (), seed: int = 0
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The causal language model in `directory`, and the keys whose weights are not from there. Attention with
-    sinks is on `moelora.attention`.
+    """The causal language model in `directory`, and the keys whose weights are not from there. Attention is
+    `moelora.attention`'s where that has another than transformers.
 
     Args:
         dtype: a name or "auto".

@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from moelora.attention import KNOWN
+from moelora.attention import KNOWN, MOST_KEYS, PLAIN
 from moelora.experts import OUTSIDE
 from moelora.survey import matrix
 
@@ -29,6 +29,8 @@ def markdown() -> str:
         followers="\n".join(followers),
         outside="\n".join(outside),
         sinks=", ".join(f"`{kind}`" for kind in KNOWN),
+        plain=", ".join(f"`{kind}`" for kind in PLAIN),
+        most=MOST_KEYS,
     )
 
 
@@ -52,9 +54,10 @@ is treated in the same way.
 
 gpt-oss and some others add a sink to each row of attention scores, and transformers computes them step by
 step. On CPUs, commands of `python -m moelora` run these on torch's fused attention: {sinks}.
-Other models in bf16 they run by products where torch's kernel multiplies as in float32, on processors with
-AVX-512-BF16 and no AMX; unless the attention is not transformers' choice.
-Elsewhere, `import moelora.attention; model.set_attn_implementation(moelora.attention.NAME)` does either.
+Where torch's kernel multiplies bf16 as float32, on processors with AVX-512-BF16 and no AMX, they run
+attention of others by products, with at most {most} keys for each column of a query: {plain}.
+Elsewhere, `import moelora.attention; model.set_attn_implementation(moelora.attention.NAME)` does either, for
+attention without biases for positions, soft caps or chosen keys, which it refuses.
 
 ## Outside the interface
 
