@@ -157,7 +157,8 @@ def _products(a: Tensor, b: Tensor, scale: float) -> Tensor:
     ends = torch.arange(rows, heads * rows + 1, rows, dtype=torch.int32, device=a.device)
     scales = torch.full((heads * rows, 1), scale, device=a.device)
     a = a.reshape(-1, width)
-    found = scatter_lora(a, b, places, ends, 1, gates=scales, x_grouped=True, sum_fp32=True)
+    with torch.autocast("cpu", enabled=False):  # a backward may run under another than its forward
+        found = scatter_lora(a, b, places, ends, 1, gates=scales, x_grouped=True, sum_fp32=True)
     return found.view(heads, rows, -1)
 
 
