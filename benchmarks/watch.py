@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import psutil
 
 PERIOD = 0.5  # seconds between two looks
-RARELY = 6.0  # seconds between two looks at all pages
+RARELY = 20.0  # seconds between two looks at all pages
 
 
 @dataclass
@@ -30,7 +30,7 @@ def watch(command: list[str], period: float = PERIOD, once: bool = False, **pope
     """Runs the command, its output on the terminal unless `popen`'s arguments say otherwise.
 
     once: a page that the process maps several times counts once; of one that other processes map, too, the
-    part that is its share. That takes going through all pages, 0.15 s for 20 GB in which the process can map
+    part that is its share. That takes going through all pages, 0.2 s for 20 GB in which the process can map
     and free no memory: it is done every RARELY seconds, and the looks between have what it found.
     """
     seen, started = Watched(), time.perf_counter()

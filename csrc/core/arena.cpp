@@ -4,8 +4,6 @@
 #include <cstring>
 #include <new>
 
-#include "core/pages.h"
-
 namespace moelora {
 
 void Arena::Free::operator()(void* p) const { std::free(p); }
@@ -14,7 +12,6 @@ void Arena::add_block(int64_t bytes) {
   void* data = nullptr;
   if (posix_memalign(&data, 64, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
   std::unique_ptr<char, Free> owner(static_cast<char*>(data));
-  prefer_large_pages(data, bytes);
   blocks_.push_back({std::move(owner), bytes});
 }
 

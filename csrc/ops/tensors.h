@@ -7,7 +7,6 @@
 
 #include <optional>
 
-#include "core/pages.h"
 #include "core/views.h"
 #include "driver/drivers.h"
 
@@ -52,10 +51,7 @@ inline Lora lora_of(const OptionalTensor& a, const OptionalTensor& b, double sca
 }
 
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  Tensor made =
-      torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
-  prefer_large_pages(made.mutable_data_ptr(), made.numel() * made.element_size());
-  return made;
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
 }
 
 // Whether calls of this thread are to be batch invariant: `moelora_set_batch_invariant` of the process, unless

@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from moelora import attention, stored
+from moelora import attention, norms, stored
 from moelora.errors import MoeloraError, one_line
 from moelora.experts import is_experts, outside
 from moelora.loading import from_pretrained
@@ -79,6 +79,7 @@ def outline(directory: Path) -> tuple[PreTrainedModel, PreTrainedConfig]:
             f"mixture-of-experts model that follows transformers' experts interface{outside(empty)}"
         )
     attention.use(empty)
+    norms.use(empty)
     return empty, config
 
 
@@ -117,6 +118,7 @@ def load(
     if told := "; ".join(f"{what}: {listed(keys)}" for what, keys in problems.items() if keys):
         raise MoeloraError(f"the weights in {directory} do not fit its configuration. {told}")
     attention.use(model)
+    norms.use(model)
     return model, sorted(info["missing_keys"] | set(shapes))
 
 

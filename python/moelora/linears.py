@@ -8,7 +8,6 @@ parameters, names and isinstance relations: an instance gets a subclass of its o
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from moelora.standin import packed
+from moelora.subclasses import Before, put, remove
 from torch_moelora.formats import PackedWeight
 from torch_moelora.functional import linear_lora
 
@@ -143,7 +143,7 @@ def _widened(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
-class OwnProducts(nn.Module):
+class OwnProducts(Before):
     """Comes before the class of a module with products of its own: of activations, as attention has, or by a
     frozen matrix, as a router.
     """
@@ -153,19 +153,6 @@ class OwnProducts(nn.Module):
             return super().forward(*args, **kwargs)
         with _Products():
             return super().forward(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _new, (type(self).__mro__[2],), self.__dict__
-
-
-@cache
-def _with_own_products(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (OwnProducts, kind), {"__module__": kind.__module__})
-
-
-def _new(kind: type[nn.Module]) -> nn.Module:
-    subclass = _with_own_products(kind)
-    return subclass.__new__(subclass)
 
 
 def hook(model: nn.Module, every: bool | None) -> int:
@@ -180,7 +167,7 @@ def hook(model: nn.Module, every: bool | None) -> int:
             if type(module) is nn.Linear and _wanted(module, every):
                 module.__class__ = FrozenLinear
         elif every is not False and (_slow_matrix(module) or _slow_attention(module)):
-            module.__class__ = _with_own_products(type(module))
+            put(OwnProducts, module)
     for module in model.modules():  # its base layer may come after it
         if type(module) is PeftLinear and _in_one_call(module.base_layer, every):
             module.__class__ = LoraLinear
@@ -244,4 +231,4 @@ def unhook(model: nn.Module) -> None:
         elif type(module) is LoraLinear:
             module.__class__ = PeftLinear
         elif isinstance(module, OwnProducts):
-            module.__class__ = type(module).__mro__[2]
+            remove(module)
