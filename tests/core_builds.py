@@ -1,14 +1,20 @@
-"""Other builds of the native core, and what a process needs to test them instead of the installed one."""
+"""Other builds of the native core, and what a process needs to test them instead of the installed one.
+
+They are compiled more quickly: kernels that this CPU cannot run are compiled for warnings and errors alone.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import functools
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 from amx_emulator import build as amx_emulator
@@ -16,6 +22,28 @@ from amx_emulator import build as amx_emulator
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZERS = "address,undefined"
 RACES = "thread"
+
+
+@functools.cache
+def cpu() -> dict:
+    """What the core says of it; without the package, whose torch each run would wait for. A process that has
+    done so cannot import the package any more.
+    """
+    (folder,) = importlib.util.find_spec("torch_moelora").submodule_search_locations
+    (library,) = Path(folder).glob("_C.*.so")
+    spec = importlib.util.spec_from_file_location("_C", library)
+    core = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(core)
+    return core.isa_report()
+
+
+def unoptimised(instruction_sets: Iterable[str]) -> str:
+    return f"-DMOELORA_UNOPTIMISED={';'.join(instruction_sets)}"
+
+
+def _for_this_cpu() -> str:
+    report = cpu()
+    return unoptimised(name for name in report["built"] if name not in report["detected"])
 
 
 def build(name: str, *options: str, targets: tuple[str, ...] = ()) -> dict[str, str]:
@@ -60,7 +88,7 @@ def no_sanitizers() -> str | None:
 
 
 def sanitized() -> dict[str, str]:
-    options = ("-DCMAKE_CXX_COMPILER=g++", f"-DMOELORA_SANITIZE={SANITIZERS}")
+    options = ("-DCMAKE_CXX_COMPILER=g++", f"-DMOELORA_SANITIZE={SANITIZERS}", _for_this_cpu())
     environ = build("sanitize", *options)
     # libstdc++ beside it: ASan looks for __cxa_throw when it starts, before Python loads any C++.
     preloaded = [_library("g++", name) for name in ("libasan.so", "libstdc++.so")]
@@ -84,7 +112,8 @@ def no_race_detector() -> str | None:
 
 
 def race_checked() -> dict[str, str]:
-    environ = build("races", "-DCMAKE_CXX_COMPILER=g++", f"-DMOELORA_SANITIZE={RACES}")
+    options = ("-DCMAKE_CXX_COMPILER=g++", f"-DMOELORA_SANITIZE={RACES}", _for_this_cpu())
+    environ = build("races", *options)
     return environ | {
         "LD_PRELOAD": _library("g++", "libtsan.so"),
         "TSAN_OPTIONS": "halt_on_error=1",
@@ -108,7 +137,7 @@ def no_clang() -> str | None:
 
 
 def with_clang() -> dict[str, str]:
-    return build("clang", f"-DCMAKE_CXX_COMPILER={_clang()}")
+    return build("clang", f"-DCMAKE_CXX_COMPILER={_clang()}", _for_this_cpu())
 
 
 # For pytest: `torch_moelora` is the package that wide() has made.
@@ -131,12 +160,16 @@ def wide() -> dict[str, str]:
     return environ | amx_emulator.environment() | {"MOELORA_TEST_WIDE_EMULATED": "1"}
 
 
+def _wide_operations(*targets: str) -> dict[str, str]:
+    options = ("-DMOELORA_EMULATE_WIDE=ON", unoptimised(["avx512", "avx512_bf16"]))
+    return build("wide_operations", *options, targets=targets)
+
+
 def wide_kernels() -> None:
     """Compiles the kernels for AVX-512 on the emulation, and nothing else."""
-    build("wide_operations", "-DMOELORA_EMULATE_WIDE=ON", targets=("wide_kernels",))
+    _wide_operations("wide_kernels")
 
 
 def wide_operations() -> Path:
     """The folder of libwide_real.so and libwide_emulated.so: tests/wide_emulation/operations.cpp."""
-    targets = ("wide_real", "wide_emulated")
-    return Path(build("wide_operations", "-DMOELORA_EMULATE_WIDE=ON", targets=targets)["MOELORA_TEST_CORE"])
+    return Path(_wide_operations("wide_real", "wide_emulated")["MOELORA_TEST_CORE"])
