@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import psutil
 
 PERIOD = 0.5  # seconds between two looks
-RARELY = 20.0  # seconds between two looks at all pages
+RARELY = 6.0  # seconds between two looks at all pages, or a tenth of those so far
 
 
 @dataclass
@@ -31,7 +31,7 @@ def watch(command: list[str], period: float = PERIOD, once: bool = False, **pope
 
     once: a page that the process maps several times counts once; of one that other processes map, too, the
     part that is its share. That takes going through all pages, 0.2 s for 20 GB in which the process can map
-    and free no memory: it is done every RARELY seconds, and the looks between have what it found.
+    and free no memory: it is done every RARELY seconds or later, and the looks between have what it found.
     """
     seen, started = Watched(), time.perf_counter()
     process = psutil.Popen(command, **popen)
@@ -47,7 +47,7 @@ def watch(command: list[str], period: float = PERIOD, once: bool = False, **pope
 
 
 def _look(process: psutil.Popen, now: float, seen: Watched, once: bool) -> None:
-    whole = once and now >= seen.pages_at + RARELY
+    whole = once and now >= seen.pages_at + max(RARELY, now / 10)
     try:
         memory = process.memory_full_info() if whole else process.memory_info()
     except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended

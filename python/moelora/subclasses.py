@@ -9,14 +9,14 @@ from torch import nn
 
 
 class Before(nn.Module):
-    """What comes before the class of a module. Subclasses say what they do instead, or first."""
+    """A mixin that `put` has in front of a module's class. It overrides what that does, or adds to it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _new, type(self).__bases__, self.__dict__
 
 
 def put(before: type[Before], module: nn.Module) -> None:
-    """Puts `before` in front of the module's class."""
+    """Gives the module a subclass of `before` and its own class, with the latter's name."""
     module.__class__ = _subclass(before, type(module))
 
 
