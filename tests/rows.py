@@ -25,6 +25,11 @@ OPERATORS = (
 )
 # All that conftest.py keeps out of the suite.
 BESIDE = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_beside*.py")))
+# What starts processes of its own and waits for them.
+TRAINING = (
+    "tests/test_placement.py",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_finetune*.py"))),
+)
 AHEAD_OF_TIME = "tests/test_triton_aot.py"
 QUICK, SPARSE, SEARCH, FUZZ = (
     f"--hypothesis-profile={name}" for name in ("quick", "sparse", "search", "fuzz")
@@ -88,9 +93,11 @@ def short_runs() -> list[Run]:
     return [
         Run(
             "suite",
-            f"everything, with the best instruction set ({best})",
-            ("tests", f"--ignore={AHEAD_OF_TIME}", "-m", "not long"),
+            f"everything else, with the best instruction set ({best})",
+            ("tests", *(f"--ignore={path}" for path in (AHEAD_OF_TIME, *TRAINING)), "-m", "not long"),
         ),
+        Run("training", "the command `finetune`, and experts spread over processes",
+            (*TRAINING, "-m", "not long")),
         Run("beside", "experts beside an accelerator, on a device that is late on purpose",
             BESIDE),
         # At real sizes the interpreter takes seconds a test: a long run has them.
