@@ -19,9 +19,8 @@ from torch.autograd.function import once_differentiable
 from moelora.linears import HALF
 from moelora.subclasses import Before, put
 
-AT_ONCE = (
-    1 << 17
-)  # elements for each thread: half a MB in float32, of which an operation reads and writes one
+# Elements for each thread: half a MB in float32.
+AT_ONCE = 1 << 17
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
@@ -32,12 +31,12 @@ def _blocks(rows: Tensor) -> Iterator[slice]:
 
 
 class _ByRows(torch.autograd.Function):
-    """norm(x [..., K]) of the same shape, by `norm(rows [n, K])`, which treats each row by itself and reads
-    `parameters`. Differentiable once, in x.
+    """norm(x [..., K]) of the same shape, by `norm(rows [n, K])`, the method of a module with a `weight`, which
+    treats each row by itself. Differentiable once, in x.
     """
 
     @staticmethod
-    def forward(x: Tensor, norm: Callable[[Tensor], Tensor], *parameters: Tensor) -> Tensor:
+    def forward(x: Tensor, norm: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
         rows, y = x.reshape(-1, x.shape[-1]), None
         for block in _blocks(rows):
             part = norm(rows[block])
@@ -47,15 +46,14 @@ class _ByRows(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, ctx.norm, *parameters = inputs
-        ctx.save_for_backward(x, *parameters)  # these, so that a change in between is noticed
+        x, ctx.norm, weight = inputs
+        ctx.save_for_backward(x, weight)  # this, so that a change in between is noticed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
-        now = list(ctx.norm.__self__.parameters())
-        if [p.data_ptr() for p in now] != [p.data_ptr() for p in parameters]:
+        x, weight = ctx.saved_tensors
+        if ctx.norm.__self__.weight.data_ptr() != weight.data_ptr():
             raise RuntimeError("a norm's weight is another in the backward than it was in the forward")
         rows, d_rows = (t.reshape(-1, x.shape[-1]) for t in (x, dy))
         dx = torch.empty_like(rows)
@@ -64,7 +62,7 @@ class _ByRows(torch.autograd.Function):
                 part = rows[block].detach().requires_grad_()
                 y = ctx.norm(part)
             (dx[block],) = torch.autograd.grad(y, part, d_rows[block])
-        return dx.view(x.shape), None, *(None for _ in parameters)
+        return dx.view(x.shape), None, None
 
 
 class ByRows(Before):
