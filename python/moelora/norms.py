@@ -31,7 +31,7 @@ def _blocks(rows: Tensor) -> Iterator[slice]:
 
 
 class _ByRows(torch.autograd.Function):
-    """norm(x [..., K]) of the same shape, by `norm(rows [n, K])`, the method of a module with a `weight`, which
+    """norm(x [..., K]) of the same shape, by `norm(rows [n, K])`: the method of a module with a `weight` that
     treats each row by itself. Differentiable once, in x.
     """
 
