@@ -87,7 +87,7 @@ def load(
     directory: Path, dtype: str, fresh: Sequence[str] = (), seed: int = 0
 ) -> tuple[PreTrainedModel, list[str]]:
     """The causal language model in `directory`, and the keys whose weights are not from there. Attention is
-    `moelora.attention`'s where that has another than transformers.
+    `moelora.attention`'s where that has another than transformers; norms are `moelora.norms`'s.
 
     Args:
         dtype: a name or "auto".
