@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
+import sys
 import threading
 import time
 
+import numpy
 import pytest
 import torch
 from checkpoint_tiny import CONFIGS
@@ -22,8 +25,9 @@ from model_tiny import adapt, build, one_thread, tokens  # noqa: F401  (one_thre
 from moelora import MoeloraError
 from moelora.__main__ import main
 from moelora.commands import depth, fingerprints, finite, resuming, threads, training, vetting
+from moelora.disk import sync
 from moelora.experts import is_experts
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
@@ -89,6 +93,36 @@ def test_reading_ends_with_the_run(model_dir):  # noqa: F811
     assert not vets._thread.is_alive()
     with pytest.raises(MoeloraError, match="have not been read through"):
         vets.digests()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_that_was_read_through_leaves_memory(tied, tmp_path):
+    """2 MB of it, mapped; a head is needed as a whole."""
+    if sys.platform != "linux":
+        pytest.skip("MADV_PAGEOUT is Linux's")
+    table = torch.randn(1 << 13, 64)
+    save_file({"table": table}, tmp_path / WEIGHTS)
+    sync(tmp_path / WEIGHTS)  # pages that are not written yet stay
+    model = torch.nn.Sequential(torch.nn.Embedding(1 << 13, 64), torch.nn.Linear(64, 1 << 13, bias=False))
+    model[0].weight = torch.nn.Parameter(load_file(tmp_path / WEIGHTS)["table"])
+    if tied:
+        model[1].weight = model[0].weight
+    with vetting.Vetting() as vets:
+        vets.start(model, tmp_path, {})
+        vets.digests()
+        resident = _resident(model[0].weight)
+    assert resident > 0.9 * table.nbytes if tied else resident < 0.2 * table.nbytes
+    assert torch.equal(model[0].weight, table)
+
+
+def _resident(tensor):
+    """Bytes of the pages of a tensor that are in this process's page table."""
+    page = mmap.PAGESIZE
+    first, last = tensor.data_ptr() // page, (tensor.data_ptr() + tensor.nbytes) // page
+    with open("/proc/self/pagemap", "rb") as pages:
+        pages.seek(8 * first)
+        entries = numpy.frombuffer(pages.read(8 * (last - first)), numpy.uint64)
+    return page * int((entries >> numpy.uint64(63)).sum())
 
 
 def test_what_is_measured_waits_for_the_reader(tmp_path, monkeypatch):
