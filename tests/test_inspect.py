@@ -71,8 +71,7 @@ def test_activations_are_what_autograd_keeps(checkpointing):
     plan = memory.Plan(4, "both", ("q_proj",), 2, 32)
     kept = memory.Estimator(outline, memory.Base(0, 0), plan).kept
     estimate = kept.layer_inputs if checkpointing else kept.activations
-    # Without storage transformers builds the causal mask, and repeats keys and values beside it.
-    assert found <= estimate <= 1.2 * found
+    assert found <= estimate <= 1.1 * found
     assert kept.parameters == checkpoints.count(model, trainable=True)
 
 

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moelora import checkpoints, packed_layout
 from moelora.advice import unconverted
-from moelora.commands import memory
+from moelora.commands import memory, pages
 from moelora.experts import bind, is_experts, projections
 from moelora.linears import slow_in_torch
 from moelora.stored import files, header
@@ -126,7 +126,7 @@ def main(explicit: dict) -> None:
     if told := unconverted(outline):
         print(f"         {told}")
     with checkpoints.computing(directory):
-        lines = memory_lines(outline, base(directory, config, found), plan)
+        lines = memory_lines(outline, base(directory, outline, found), plan)
     print("\n".join(lines))
     if explicit["measure"]:
         experts, rest = found.seconds()
@@ -166,18 +166,21 @@ def memory_lines(outline: nn.Module, base: memory.Base, plan: memory.Plan) -> li
     return [f"memory   {estimator.memory().told()}", *(f"         {line}" for line in advice)]
 
 
-def base(directory: Path | None, config: PreTrainedConfig, found: Cost) -> memory.Base:
-    """How large a checkpoint's weights are in memory; without a directory, where they are to be made."""
+def base(directory: Path | None, outline: PreTrainedModel, found: Cost) -> memory.Base:
+    """How large a checkpoint's weights are in memory; without a directory, where they are to be made. Pages
+    of embeddings do not stay (`pages.give_back`).
+    """
     size = found.groups[0].dtype.itemsize
     experts = sum(group.parameters for group in found.groups)
     stored_bytes = sum(path.stat().st_size for path in files(directory)) if directory is not None else 0
-    if getattr(config, "quantization_config", None) is not None:
-        return memory.Base(0, stored_bytes)
+    tables = sum(table.numel() * size for table in pages.looked_up(outline))
+    if getattr(outline.config, "quantization_config", None) is not None:
+        return memory.Base(0, stored_bytes - tables)
     packed = (found.parameters - experts) * size + int(experts * NF4_BYTES)
     whole = found.parameters * size
     if directory is not None and _maps(directory):
-        return memory.Base(0, max(whole, stored_bytes), packed)
-    return memory.Base(whole, stored_bytes, packed)
+        return memory.Base(0, max(whole, stored_bytes) - tables, packed - tables)
+    return memory.Base(whole, stored_bytes, packed - tables)
 
 
 def cost(outline: nn.Module, config: PreTrainedConfig, rank: int, which: str, tokens: int) -> Cost:

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 from trl.kernels import chunked_logprob
 
 import moelora
+from moelora import attention
 from moelora.commands import depth, head, lora, optimizers
 from moelora.linears import slow_in_torch
 
@@ -127,6 +129,7 @@ class Estimator:
         self.process = psutil.Process().memory_info().rss
         self.vocabulary = model.config.get_text_config().vocab_size
         model.requires_grad_(False)
+        _without_values(model)
         self.head = model.get_output_embeddings().weight.to("meta") if head.fits(model) else None
         self.kept = _kept(model, plan)
 
@@ -242,6 +245,27 @@ def _run(adapted: PeftModel, layers: nn.ModuleList, count: int, plan: Plan) -> t
             inputs = _saved(adapted, plan)
             base.gradient_checkpointing_disable()
     return sum(sizes.values()), kept, inputs, fixed
+
+
+def _mask_without_values(
+    batch_size: int, q_length: int, kv_length: int, local_size: int | None = None, **options: Any
+) -> Tensor | None:
+    """transformers' mask of a batch without padding, where that cannot be asked: none for plain attention."""
+    if local_size is None or kv_length <= local_size:
+        return None
+    return sdpa_mask(batch_size, q_length, kv_length, local_size=local_size, **options)
+
+
+def _without_values(model: PreTrainedModel) -> None:
+    """Its attention with the masks that it has on ordinary batches. On tensors without values transformers
+    makes one for sequences that may be packed, which has attention keep copies of keys and values.
+    """
+    own = model.config.get_text_config()._attn_implementation
+    if own in ("sdpa", attention.NAME):
+        name = f"{own}_without_values"
+        AttentionInterface.register(name, AttentionInterface()[own])
+        AttentionMaskInterface.register(name, _mask_without_values)
+        model.set_attn_implementation(name)
 
 
 def _saved(adapted: PeftModel, plan: Plan) -> int:

@@ -5,10 +5,18 @@ from __future__ import annotations
 import ctypes
 import mmap
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _MADVISE = getattr(ctypes.CDLL(None), "madvise", None)
 _PAGEOUT = 21  # MADV_PAGEOUT of Linux: no page changes, and each is read again where it is needed
+
+
+def looked_up(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of which a batch needs a few rows: embeddings that are no head, too."""
+    modules = list(model.modules())
+    heads = {id(module.weight) for module in modules if isinstance(module, nn.Linear)}
+    tables = [module.weight for module in modules if isinstance(module, nn.Embedding)]
+    return [table for table in tables if id(table) not in heads]
 
 
 def give_back(tensor: Tensor) -> None:

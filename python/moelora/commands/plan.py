@@ -81,7 +81,7 @@ def told(
     if options.gradient_checkpointing:
         seconds *= 4 / 3
     times = 2 + (total // options.eval_every if options.eval_every else 0)
-    base = inspect.base(directory, config, found)
+    base = inspect.base(directory, outline, found)
     lines = [
         f"plan     {length(options, tokens)}",
         *inspect.memory_lines(outline, base, _memory(options, forward)),

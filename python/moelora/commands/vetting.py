@@ -42,14 +42,15 @@ class Vetting:
         """Begins with a model that was loaded from `source`. `known`: files whose digests are no question."""
         names = [name for name in fingerprints.names(source) if name not in known]
         self._digests = dict(known)
-        weights, looked_up = finite.weights(model), _looked_up(model)
+        weights = finite.weights(model)
+        tables = {table.data_ptr() for table in pages.looked_up(model) if table.device.type == "cpu"}
 
         def read() -> None:
             try:
                 while weights and not self._ended():
                     name, weight = weights.pop(0)
                     finite.check_weight(name, weight, source, self._ended)
-                    if weight.data_ptr() in looked_up and weight.is_contiguous():
+                    if weight.data_ptr() in tables and weight.is_contiguous():
                         pages.give_back(weight)
                 for name in names:
                     self._digests[name] = fingerprints.file(source / name, self._ended)
@@ -107,14 +108,6 @@ class Vetting:
         if self._over.is_set():
             raise MoeloraError("the files of the base have not been read through")
         return self._digests
-
-
-def _looked_up(model: nn.Module) -> set[int]:
-    """Addresses of the embeddings on the CPU that are no head, too: a batch needs a few rows of them."""
-    modules = list(model.modules())
-    tables = [module.weight for module in modules if isinstance(module, nn.Embedding)]
-    heads = {module.weight.data_ptr() for module in modules if isinstance(module, nn.Linear)}
-    return {table.data_ptr() for table in tables if table.device.type == "cpu"} - heads
 
 
 class Heed(TrainerCallback):
