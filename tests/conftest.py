@@ -1,6 +1,7 @@
 """Markers and hypothesis profiles of the whole suite."""
 
 import functools
+import gc
 import sys
 import time
 
@@ -71,6 +72,10 @@ class Budget:
         self.left, self.tests = max(self.left - (time.monotonic() - started), 0), self.tests - 1
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 BUDGET = pytest.StashKey[Budget | None]()
 
 
@@ -80,6 +85,9 @@ def _draws(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(trylast=True)  # of those that were selected
 def pytest_collection_finish(session: pytest.Session) -> None:
+    # What has been imported stays: no collection of garbage need go through it.
+    gc.collect()
+    gc.freeze()
     seconds = SECONDS.get(session.config.getoption("--hypothesis-profile", None))
     budget = session.config.stash[BUDGET] = None if seconds is None else Budget(seconds)
     for item in session.items if budget is not None else ():

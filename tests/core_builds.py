@@ -149,7 +149,7 @@ def wide() -> dict[str, str]:
     import torch
 
     torch_folder = Path(torch.__file__).parent
-    options = ("-DMOELORA_BUILD_OPS=ON", f"-DMOELORA_TORCH_DIR={torch_folder}")
+    options = ("-DMOELORA_BUILD_OPS=ON", f"-DMOELORA_TORCH_DIR={torch_folder}", unoptimised(["avx2"]))
     environ = build("wide", "-DMOELORA_EMULATE_WIDE=ON", *options)
     folder = Path(environ["MOELORA_TEST_CORE"])
     package = folder / "torch_moelora"
