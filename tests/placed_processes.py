@@ -103,6 +103,8 @@ def main(directory: Path, names: list[str]) -> None:
     if any(name.endswith(".memory") for name in names):
         placed_checks.prepare_large(directory)
     checks = [(int(world), name) for world, _, name in (name.partition(".") for name in names)]
+    gc.collect()
+    gc.freeze()  # what all have in common: each check ends with a collection
     waiting = []
     for (world, _), group in groupby(checks, key=lambda check: (check[0], check[1] * (check[1] in ALONE))):
         names = [name for _, name in group]
