@@ -6,19 +6,21 @@ what runs under the sanitizers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import glu_range
 import numpy as np
 import pytest
 import torch
 from cases import BF16, DTYPES, FP16, FP32, FP64, ROWS, Case, cases
-from core import KERNEL_SETS, Output, core, same_bits
+from core import KERNEL_SETS, Output, core, same_bits, to_float
 from hypothesis import given
 from hypothesis import strategies as st
+from packings import BLOCK, U8, Packing, packings
 from problems import Problem, assert_close, build, expert_ids, magnitudes, tolerance
 
 from torch_moelora import reference
+from torch_moelora.formats import PackedWeight
 
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
 
@@ -211,6 +213,141 @@ def test_panels_one_after_the_other(k, tokens, experts, width, depth, blocks, th
     dtype = {"bf16": BF16, "fp64": FP64}.get(k.compute, FP32)
     case = Case(tokens, 1, experts, k=width, n=depth, rank=3, dtype=dtype, seed=seed)
     check(with_blocking(k, blocks | {"chain": "a pass"}), case, threads)
+
+
+every_unpacking_set = pytest.mark.parametrize(
+    "k", [k for k in KERNEL_SETS if k.compute != "fp64"], ids=lambda k: k.name
+)
+PACKINGS = (
+    Packing("nf4", 64),
+    Packing("fp4", 32, U8),  # nested: runs of 256 scales cross experts
+    Packing("int4", 96, BF16, layout="strided"),
+    Packing("int4", 32, FP16, zero=True),
+    Packing("mxfp4", 32),
+    Packing("nvfp4", 16, parts=2),
+    Packing("int8"),
+    Packing("int8", 32, FP16, scales="special"),
+    Packing("fp8", BLOCK, BF16, rows="block"),
+    Packing("fp8", layout="strided"),
+)
+
+
+def packed_arrays(w: PackedWeight) -> object:
+    """The same memory for the drivers."""
+    codes, *others = (t if t is None or t.itemsize > 1 else t.view(U8) for t in w[:4])
+    return core.Packed(array(codes), w.format, *map(array, others), w.transposed)
+
+
+def assert_packed_is_dense(k, p: Problem, threads: int = 1) -> None:
+    """Every driver that reads a weight gives what it gives on the numbers of this one; their zeros may have
+    lost their sign.
+    """
+    dense, packed = p.packed.dequantize(p.case.dtype), packed_arrays(p.packed)
+    what = f"{p.case.packing} on {k.name}"
+    for call in calls(replace(p, weight=dense, packed=None)):
+        args = tuple(packed if a is dense else a for a in call.args)
+        if not any(a is packed for a in args):
+            continue
+        outs = replace(call, args=args).run(k, threads), call.run(k, threads)
+        for one, other in zip(*outs, strict=True):
+            assert one.dtype == other.dtype
+            assert np.array_equal(to_float(one), to_float(other), equal_nan=True), f"{call.driver}: {what}"
+
+
+def problem_of(rows: list[int], packing: Packing, size: tuple[int, int], dtype: torch.dtype) -> Problem:
+    """A problem with so many rows for each expert and a weight of `size` as stored."""
+    n, k = packing.sizes(*size)
+    case = Case(sum(rows), 1, len(rows), k, n, rank=3, dtype=dtype, gates="same", packing=packing)
+    ids = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))
+    shuffled = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    slots, offsets = reference.flatten_sort_count(shuffled.unsqueeze(1), case.experts)
+    return replace(build(case), slots=slots, offsets=offsets)
+
+
+@every_unpacking_set
+@pytest.mark.parametrize("transposed", [False, True], ids=["as_it_is", "transposed"])
+@pytest.mark.parametrize("packing", PACKINGS, ids=lambda p: f"{p.format}-{p.group}-{p.scale_dtype}")
+def test_packed_weights_are_dense_ones(k, packing, transposed):
+    """One row, few, some, one beyond a vector, and many; sizes that no vector divides, and several blocks."""
+    size = 130 if packing.rows == "block" else 38, 201 if packing.group in (0, BLOCK) else 192
+    dtype = FP16 if transposed and takes(k, FP16) else BF16
+    rows = [1, 5, 0, 10, 17, 37]
+    assert_packed_is_dense(k, problem_of(rows, replace(packing, transposed=transposed), size, dtype))
+
+
+@every_unpacking_set
+@pytest.mark.parametrize("transposed", [False, True], ids=["as_it_is", "transposed"])
+def test_packed_weights_of_one_row_or_column(k, transposed):
+    """The numbers of one output or one step lie in either order: they may be read across the codes."""
+    for packing, size in (
+        (Packing("nf4", 64), (1, 192)),
+        (Packing("int8"), (1, 70)),
+        (Packing("int8", layout="strided"), (70, 1)),
+        (Packing("fp8", BLOCK, rows="block"), (130, 1)),
+    ):
+        p = problem_of([2, 11, 20], replace(packing, transposed=transposed), size, BF16)
+        assert_packed_is_dense(k, p)
+
+
+# Passes of packed weights divide chains.
+packed_blockings = st.fixed_dictionaries(
+    {
+        "packed_strips": st.sampled_from((1, 3)),
+        "byte_strips": st.sampled_from((1, 2)),
+        "packed_depth": st.sampled_from((2, 16, 128)),
+        "packed_flat_rows": st.sampled_from((0, 2, 30)),
+    }
+)
+
+
+@every_unpacking_set
+@given(
+    case=cases(),
+    packed=packings(("usual", "usual", "subnormal", "extreme", "special")),
+    blocking=st.tuples(blockings, packed_blockings).map(lambda parts: parts[0] | parts[1]),
+    threads=st.sampled_from((1, 1, 3)),
+)
+def test_packed_weights_in_small_blocks(k, case, packed, blocking, threads):
+    """Blocks end inside groups, parts and runs of scales."""
+    packing, n, depth = packed
+    dtype = case.dtype if takes(k, case.dtype) else {"bf16": BF16}.get(k.compute, FP32)
+    same = {f: "same" for f in ("lora", "bias", "gates") if getattr(case, f) != "none"}
+    case = case.with_(dtype=dtype, packing=packing, n=n, k=depth, **same)
+    assert_packed_is_dense(with_blocking(k, blocking), build(case), threads)
+
+
+def test_packed_weights_are_checked():
+    k = next(k for k in KERNEL_SETS if k.compute == "fp32")
+    codes, scale = np.zeros((2, 5, 32), np.uint8), np.ones((2, 5, 1), np.float32)
+    x, y = np.zeros((3, 64), np.float32), np.zeros((3, 5), np.float32)
+    good = np.arange(3), np.array([1, 3], np.int32), 1
+    core.forward(k, y, x, core.Packed(codes, "nf4", scale), *good)
+    for args in (
+        (codes, "dense", scale),
+        (codes[0], "nf4", scale),
+        (codes[:, :, ::2], "nf4", scale),
+        (codes.astype(np.int16), "nf4", scale),
+        (codes, "nf4", scale[:1]),
+        (codes, "nf4", scale[:, :1]),
+        (codes, "nf4", scale.astype(np.float64)),
+        (codes, "nf4", scale.astype(np.uint8)),
+        (codes, "nf4", scale, np.ones((1, 2), np.float32)),
+        (codes, "nf4", scale, None, scale.astype(np.uint8)),
+        (codes, "mxfp4", scale.astype(np.uint8)),
+        (codes, "nvfp4", np.ones((2, 5, 4), np.uint8), np.ones((2, 3), np.float32)),
+        (codes, "int4", scale, None, scale),
+        (codes, "fp8", np.ones((2, 2, 1), np.float32)),
+    ):
+        with pytest.raises(ValueError):
+            core.Packed(*args)
+    for changed in (
+        {"weight": core.Packed(codes[:1], "nf4", scale[:1])},
+        {"x": x[:, :63]},
+        {"k": KERNEL_SETS[-1]},
+    ):
+        call = {"k": k, "x": x, "weight": core.Packed(codes, "nf4", scale)} | changed
+        with pytest.raises(ValueError):
+            core.forward(call["k"], y, call["x"], call["weight"], *good)
 
 
 @every_set

@@ -1,12 +1,14 @@
 // The drivers on arrays that the caller provides. Arguments are those of the operators, behind the kernel set and
-// `out`.
+// `out`; a packed weight is one of them, a `Packed`.
 #include "driver/drivers.h"
 
 #include <limits>
 #include <thread>
+#include <variant>
 #include <vector>
 
 #include "bindings/arrays.h"
+#include "bindings/packed.h"
 
 namespace moelora {
 namespace {
@@ -97,8 +99,14 @@ struct Problem {
   void* out_rows(const py::array& array, RowOrder order, int64_t columns, DType dtype) const {
     return Array("out", array).shape({rows_of(order), columns}).dtype(dtype).contiguous().mutable_data();
   }
-  Experts weight(const py::array& array, DType dtype) const {
-    return Array("weight", array).shape({routing.experts, -1, -1}).dtype(dtype).experts();
+  Weights weight(const WeightArray& array, DType dtype) const {
+    const auto* packed = std::get_if<PackedArrays>(&array);
+    if (!packed)
+      return {Array("weight", std::get<py::array>(array)).shape({routing.experts, -1, -1}).dtype(dtype).experts()};
+    const Weights w = packed->weights(dtype);
+    require(w.numbers.experts == routing.experts, "weight must have as many experts as offsets");
+    for_storage(choice.kernels->unpack[static_cast<int>(w.packed.code)], *choice.kernels, "weight", dtype);
+    return w;
   }
   Lora lora(const OptionalArray& a, const OptionalArray& b, double scaling, int64_t n, int64_t k) const {
     require(a.has_value() == b.has_value(), "lora_a and lora_b must be given together");
@@ -117,33 +125,33 @@ struct Problem {
   }
 };
 
-void forward_arrays(const KernelChoice& choice, const py::array& out, const py::array& x, const py::array& weight,
+void forward_arrays(const KernelChoice& choice, const py::array& out, const py::array& x, const WeightArray& weight,
                     const py::array& slots, const py::array& offsets, int64_t top_k, const OptionalArray& lora_a,
                     const OptionalArray& lora_b, double scaling, const OptionalArray& bias, const OptionalArray& gates,
                     bool x_grouped, bool y_grouped, int64_t threads) {
   const Problem p(choice, slots, offsets, top_k, gates, x_grouped, y_grouped);
   const DType t = p.operand("x", x).dtype();
-  const Experts w = p.weight(weight, t);
+  const Weights w = p.weight(weight, t);
   forward(choice,
           {.routing = p.routing,
-           .x = p.rows("x", x, p.x_order, w.cols),
-           .weight = {w},
-           .lora = p.lora(lora_a, lora_b, scaling, w.rows, w.cols),
-           .bias = p.bias(bias, w.rows),
+           .x = p.rows("x", x, p.x_order, w.cols()),
+           .weight = w,
+           .lora = p.lora(lora_a, lora_b, scaling, w.rows(), w.cols()),
+           .bias = p.bias(bias, w.rows()),
            .gates = p.gates,
-           .y = p.out_rows(out, p.y_order, w.rows, t),
+           .y = p.out_rows(out, p.y_order, w.rows(), t),
            .y_dtype = t,
            .y_order = p.y_order},
           runtime(threads));
 }
 
 InputGradient input_gradient_of(const Problem& p, const py::array& out, const OptionalArray& out_gates,
-                                const py::array& dy, const py::array& weight, const OptionalArray& lora_a,
+                                const py::array& dy, const WeightArray& weight, const OptionalArray& lora_a,
                                 const OptionalArray& lora_b, double scaling, const OptionalArray& bias,
                                 const RowsIn& x) {
   const DType t = p.operand("dy", dy).dtype();
-  const Experts w = p.weight(weight, t);
-  require(x.matrix.data == nullptr || x.matrix.cols == w.cols, "x must have as many columns as weight");
+  const Weights w = p.weight(weight, t);
+  require(x.matrix.data == nullptr || x.matrix.cols == w.cols(), "x must have as many columns as weight");
   void* dgates = nullptr;
   if (out_gates)
     dgates = Array("out_gates", *out_gates)
@@ -152,20 +160,20 @@ InputGradient input_gradient_of(const Problem& p, const py::array& out, const Op
                  .contiguous()
                  .mutable_data();
   return {.routing = p.routing,
-          .dy = p.rows("dy", dy, p.y_order, w.rows),
-          .weight = {w},
-          .lora = p.lora(lora_a, lora_b, scaling, w.rows, w.cols),
-          .bias = p.bias(bias, w.rows),
+          .dy = p.rows("dy", dy, p.y_order, w.rows()),
+          .weight = w,
+          .lora = p.lora(lora_a, lora_b, scaling, w.rows(), w.cols()),
+          .bias = p.bias(bias, w.rows()),
           .gates = p.gates,
           .x = x,
-          .dx = p.out_rows(out, p.x_order, w.cols, t),
+          .dx = p.out_rows(out, p.x_order, w.cols(), t),
           .dx_dtype = t,
           .dx_order = p.x_order,
           .dgates = dgates};
 }
 
 void input_gradient_arrays(const KernelChoice& choice, const py::array& out, const OptionalArray& out_gates,
-                           const py::array& dy, const py::array& weight, const py::array& slots,
+                           const py::array& dy, const WeightArray& weight, const py::array& slots,
                            const py::array& offsets, int64_t top_k, const OptionalArray& lora_a,
                            const OptionalArray& lora_b, double scaling, const OptionalArray& bias,
                            const OptionalArray& gates, const OptionalArray& x, bool x_grouped, bool y_grouped,
@@ -203,7 +211,7 @@ void lora_gradient_arrays(const KernelChoice& choice, const py::array& out_a, co
 
 void input_and_lora_gradient_arrays(const KernelChoice& choice, const py::array& out, const OptionalArray& out_gates,
                                     const py::array& out_a, const py::array& out_b, const py::array& dy,
-                                    const py::array& x, const py::array& weight, const py::array& slots,
+                                    const py::array& x, const WeightArray& weight, const py::array& slots,
                                     const py::array& offsets, int64_t top_k, const py::array& lora_a,
                                     const py::array& lora_b, double scaling, const OptionalArray& bias,
                                     const OptionalArray& gates, bool x_grouped, bool y_grouped, int64_t threads) {

@@ -69,6 +69,7 @@ KernelChoice with_blocking(const KernelChoice& choice, const py::kwargs& changes
   require(std::max(b.dot_depth, b.depth) % std::min(b.dot_depth, b.depth) == 0,
           "one of depth and dot_depth must divide the other");
   require(b.chain_is_a_pass() && b.chain % b.thin_depth == 0, "chain must be depth or endless, thin_depth divide it");
+  require(b.chain % std::min(b.packed_depth, b.chain) == 0, "packed_depth must divide chain, or not be below it");
   require(b.strip % widest == 0 && b.thin_strip % b.strip == 0,
           "strip must be a multiple of the widest tile's lanes, thin_strip one of strip");
   return changed;

@@ -1,5 +1,6 @@
 // torch_moelora._C: the instruction-set report, and the core on numpy arrays for tests. No torch.
 #include "bindings/arrays.h"
+#include "bindings/packed.h"
 #include "bindings/rates.h"
 #include "dispatch/table.h"
 #include "formats/formats.h"
@@ -66,6 +67,7 @@ PYBIND11_MODULE(_C, m) {
   moelora::bind_arena(m);
   moelora::bind_contract(m);
   moelora::bind_kernels(m);
+  moelora::bind_packed(m);
   moelora::bind_drivers(m);
   moelora::bind_unpack(m);
   moelora::bind_rates(m);
