@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import torch_moelora
-from torch_moelora import backends, calls, checks, fake, formats, reference, schemas
+from torch_moelora import _C, backends, calls, checks, fake, formats, quantizers, reference, schemas
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(torch_moelora.__file__).parent
+CSRC = PACKAGE.parent / "csrc"
 OPS = list(schemas.SCHEMAS)
 
 
@@ -148,17 +149,62 @@ def test_every_format_has_its_line_in_the_reference():
     assert list(reference.FORMATS) == PACKED
 
 
+def test_every_kernel_set_unpacks_every_format():
+    """To the same dtypes each; of the sets that this machine can run."""
+    report = _C.format_report()
+    assert set(report) == set(_C.isa_report()["usable"])
+    for isa, found in report.items():
+        assert list(found) == PACKED, isa
+        for name, dtypes in found.items():
+            assert "bf16" in dtypes and dtypes == found[PACKED[0]], f"{isa} unpacks {name} to {dtypes}"
+
+
+@pytest.mark.parametrize("kind", ["Code", "ScaleType"])
+def test_every_kind_of_code_and_scale_can_be_read(kind):
+    """Also by the sets that this machine cannot run: the same lines fill all of them."""
+    if not CSRC.exists():
+        pytest.skip("an installed package has no sources")
+    (kinds,) = re.findall(rf"enum class {kind} : uint8_t {{(.*?)}}", (CSRC / "core" / "codes.h").read_text())
+    source = (CSRC / "ukernel" / "unpack.inl").read_text()
+    filled = re.findall(rf"\bat\({kind}::(\w+)\) =", source)
+    assert filled == kinds.replace(" ", "").split(",")
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_every_format_can_be_quantized(name):
+    """By a rounding of quantizers.py, to a weight that the reference reads as `dequantize` does."""
+    row = formats.FORMATS[name]
+    assert row.rounding in vars(quantizers).values()
+    weight = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(0))
+    packed = formats.quantize(weight, name)
+    dense = packed.dequantize(torch.float32)
+    assert packed.format == name and (dense - weight).norm() < 0.2 * weight.norm()
+    assert torch.equal(dense, reference.dense_weight(*packed.operands().values(), torch.float32))
+
+
+def names_in_triton(function: str) -> set[str]:
+    """The formats that a function of triton/unpack.py compares with."""
+    tree = ast.parse((PACKAGE / "triton" / "unpack.py").read_text())
+    (found,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
+    compared = [c for n in ast.walk(found) if isinstance(n, ast.Compare) for c in n.comparators]
+    return {c.value for c in compared if isinstance(c, ast.Constant)} & set(PACKED)
+
+
 @pytest.mark.parametrize("name", PACKED)
 def test_every_format_has_a_branch_in_triton(name):
-    """`code_value` compares with the names of formats, and ends with an assertion for unknown ones."""
-    tree = ast.parse((PACKAGE / "triton" / "unpack.py").read_text())
-    (function,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "code_value")
-    compared = [n for n in ast.walk(function) if isinstance(n, ast.Compare)]
-    assert name in {c.value for n in compared for c in n.comparators}
+    """In `code_value`, whatever it is, which ends with an assertion for unknown ones; in the others where
+    their last branch, for numbers as scales and nibbles with the low one first, would be wrong.
+    """
+    row = formats.FORMATS[name]
+    assert name in names_in_triton("code_value")
+    plain_scales = {torch.float32, torch.bfloat16, torch.float16}
+    assert (name in names_in_triton("scale_value")) == (not plain_scales.issuperset(row.scale_dtypes))
+    assert (name in names_in_triton("codes_tile")) == (row.per_byte == 1 or row.high_first)
+    assert (name in names_in_triton("unpack_experts")) == bool(row.zero)
 
 
 def test_the_compiled_operators_have_the_same_formats():
-    header = PACKAGE.parent / "csrc" / "formats" / "formats.h"
+    header = CSRC / "formats" / "formats.h"
     if not header.exists():
         pytest.skip("an installed package has no sources")
     assert re.findall(r'\.name = "(\w+)"', header.read_text()) == FORMATS
