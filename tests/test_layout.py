@@ -88,6 +88,29 @@ def test_machine_flags_are_in_cmake_alone():
         assert not (found := flag.search(path.read_text())), f"{name(path)}: {found.group()}"
 
 
+# How a weight is stored, the files of the drivers that ask for it, and all others.
+STORED = re.compile(r"\.(packed|numbers|turned)\b|\b(is_packed|bits_of)\(")
+DOOR = [
+    CSRC / "driver" / file
+    for file in ("weight_tiles.h", "weight_tiles.cpp", "packed_rows.h", "packed_rows.cpp")
+]
+LOOPS = [path for path in NATIVE if folder(path) == "driver" and path not in DOOR]
+CONTRACTION = [path for path in LOOPS if re.search(r"_orientation$|^grouped$|^next_region$", path.stem)]
+
+
+@pytest.mark.parametrize("path", LOOPS, ids=name)
+def test_loops_do_not_know_how_a_weight_is_stored(path):
+    """They ask WeightTiles; where weights are multiplied, of no operand but the bias by its strides."""
+    assert not (found := STORED.search(code(path))), f"{found.group()} is for weight_tiles.h"
+    strides = re.findall(r"([\w.]+)\.(?:row|col|expert)_stride\b", code(path))
+    assert path not in CONTRACTION or set(strides) <= {"op.bias"}, f"strides of {strides}"
+
+
+def test_weights_are_asked_for_at_the_door():
+    assert all(path in NATIVE for path in DOOR) and len(CONTRACTION) >= 6
+    assert STORED.search("".join(map(code, DOOR)))
+
+
 @pytest.mark.parametrize("path", [*NATIVE, *PYTHON], ids=name)
 def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) <= 500

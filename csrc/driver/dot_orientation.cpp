@@ -26,7 +26,7 @@ void DotRows::operator()(int64_t out, int64_t width, bool fetch, char* c, int64_
     as_codes = as_codes && codes_row(out + i, height, p, fetch, c + i * accumulator_size(k), ldc, arena);
     if (as_codes) return;
     const WeightTiles::DotOperand rows = w_.dot_rows(out + i, height, p, steps_from(p), fetch, arena);
-    const Ahead ahead = fetch && !w_.is_packed() ? after(out + i, height, p) : Ahead{};
+    const Ahead ahead = fetch && !w_.dot_rows_fetch() ? after(out + i, height, p) : Ahead{};
     tile_row(rows, ahead, out + i, height, p, c + i * accumulator_size(k), ldc, arena);
   };
   // Weights in the order of their memory.
@@ -83,7 +83,7 @@ void DotRows::tile_row(const WeightTiles::DotOperand& w, const Ahead& ahead, int
 
 // The same of codes as they are; false if it takes unpacking.
 bool DotRows::codes_row(int64_t out, int64_t height, int64_t p, bool fetch, char* c, int64_t ldc, Arena& arena) const {
-  if (!w_.is_packed() || groups_ != 1) return false;
+  if (!w_.has_dot_codes() || groups_ != 1) return false;
   const LeftRows b_rows = joins_lora(p) ? b_.rows(out, height, 0, rank_, arena) : LeftRows{};
   DotArgs args = tile_args({}, b_rows, height, p, 0, c, ldc);
   if (fetch) args.ahead = after(out, height, p);

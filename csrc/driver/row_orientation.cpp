@@ -154,7 +154,7 @@ void row_orientation_block(const KernelChoice& choice, const GroupedLinear& op, 
   const BlockPanels block{panels, count, c, c_apart, static_cast<char*>(arena.take(c_bytes)), segment};
 
   // What takes work to make is made once for both: so many steps at a time that they are whole passes of either.
-  const bool shared = odd > 0 && count > 0 && w.is_packed();
+  const bool shared = odd > 0 && count > 0 && w.rows_are_dear();
   const int64_t pass = choice.blocking.depth, dot_pass = choice.blocking.dot_depth;
   const int64_t span = shared ? max64(dot_pass, pass) : pass;
   char* odd_c = static_cast<char*>(arena.take(odd * segment * acc));

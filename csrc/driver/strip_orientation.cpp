@@ -12,12 +12,10 @@ struct Cut {
   int64_t width, pass, strips;  // of which a pass takes so many in turn
 
   Cut(const KernelChoice& choice, const GroupedLinear& op, const BlockRange& range) {
-    const Blocking& b = choice.blocking;
-    const bool thin = in_thin_passes(choice, range), packed = op.w.is_packed();
-    const int64_t together = !packed ? 1 : bits_of(op.w.packed.code) == 8 ? b.byte_strips : b.packed_strips;
-    width = min64(thin && !packed ? b.thin_strip : together * b.strip, range.out1 - range.out0);
-    pass = max64(1, min64(packed ? min64(b.packed_depth, b.chain) : thin ? b.thin_depth : b.depth, op.w.cols()));
-    strips = max64(1, b.pass_outputs / width);
+    const StripSize most = strip_size(op.w, choice.blocking, in_thin_passes(choice, range));
+    width = min64(most.width, range.out1 - range.out0);
+    pass = max64(1, min64(most.steps, op.w.cols()));
+    strips = max64(1, choice.blocking.pass_outputs / width);
   }
   int64_t all() const { return width * strips; }
   Region first(const GroupedLinear& op, const BlockRange& range) const {

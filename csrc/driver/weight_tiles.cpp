@@ -103,4 +103,11 @@ void WeightTiles::unpacked_strip(int64_t out, int64_t width, int64_t p, int64_t 
     run_pack_lanes(k_, k_.compute, {rows + lane, min64(lanes, width - lane), 0, steps, 1, panel, lanes});
 }
 
+StripSize strip_size(const Weights& w, const Blocking& blocking, bool thin) {
+  if (!w.is_packed())
+    return thin ? StripSize{blocking.thin_strip, blocking.thin_depth} : StripSize{blocking.strip, blocking.depth};
+  const int64_t together = bits_of(w.packed.code) == 8 ? blocking.byte_strips : blocking.packed_strips;
+  return {together * blocking.strip, min64(blocking.packed_depth, blocking.chain)};
+}
+
 }  // namespace moelora

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "core/weights.h"
+#include "dispatch/table.h"
 #include "driver/packed_rows.h"
 #include "driver/strided.h"
 
@@ -68,10 +69,14 @@ class WeightTiles {
   // The dot tile of such rows without making them. False: they must be.
   bool dot_codes(int64_t out, int64_t count, int64_t p, int64_t steps, bool fetch, const DotArgs& args,
                  Arena& arena) const {
-    return packed_ && !turned_ && packed_->dot({out, count, p, steps}, args, fetch ? 2 * count : 0, arena);
+    return has_dot_codes() && packed_->dot({out, count, p, steps}, args, fetch ? 2 * count : 0, arena);
   }
-  // Whether dot_rows fetches the codes of what follows itself.
-  bool is_packed() const { return packed_.has_value(); }
+  // Whether that may be.
+  bool has_dot_codes() const { return packed_ && !turned_; }
+  // Whether dot_rows fetches what follows itself.
+  bool dot_rows_fetch() const { return packed_.has_value(); }
+  // Whether `rows` take so much work that whoever needs the same ones should have them made once.
+  bool rows_are_dear() const { return packed_.has_value(); }
   // What such rows will be made of.
   Ahead rows_ahead(int64_t out, int64_t count, int64_t p, int64_t steps) const;
 
@@ -144,5 +149,11 @@ class WeightTiles {
 
 // Whether the weights are read in the order of their memory as `rows`, else as strips.
 inline bool rows_are_contiguous(const Weights& w) { return w.numbers.col_stride == 1 || w.numbers.cols == 1; }
+
+// How many outputs and steps of them are made into a strip at once, where there are so many.  thin: for few rows
+struct StripSize {
+  int64_t width, steps;
+};
+StripSize strip_size(const Weights& w, const Blocking& blocking, bool thin);
 
 }  // namespace moelora
