@@ -145,7 +145,9 @@ def test_layer_that_cannot_be_served_goes_its_old_way(monkeypatch):
     model = adapt(build("qwen3_moe"))
     expected = gradients(model)
     second = _experts(model)[1]
-    monkeypatch.setattr(experts, "unsupported", lambda module: "is special" if module is second else None)
+    monkeypatch.setattr(
+        experts, "unsupported", lambda module, where: "is special" if module is second else None
+    )
     report = moelora.enable(model)
     assert [layer.path for layer in report.layers] == ["operators", "transformers"]
     assert "transformers: is special" in str(report) and report.trainable == 4

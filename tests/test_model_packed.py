@@ -191,6 +191,61 @@ def test_layouts_that_no_format_has():
     )
 
 
+@pytest.mark.parametrize("cast", ["float", "half", "bfloat16", "double"])
+def test_codes_that_were_cast_to_numbers_are_refused(cast):
+    """Their scales are then beside them and in no product: wrong logits, and no error from transformers."""
+    model = by_transformers()
+    moelora.enable(model)
+    getattr(model, cast)()
+    told = (
+        r"^model\.layers\.0\.mlp\.experts\.(gate_up|down)_proj is b?float\d+ beside its scales "
+        r"\w+_scale_inv: its fp8 codes became numbers.*load it anew.*moelora\.from_pretrained"
+    )
+    for use in (moelora.report, moelora.enable, lambda m: m(input_ids=IDS)):
+        with pytest.raises(MoeloraError, match=told) as raised:
+            use(model)
+        assert "\n" not in str(raised.value)
+    fresh = by_transformers(adapted=False).to(torch.float32)
+    with pytest.raises(
+        MoeloraError, match=r"^model\.layers\.0\.mlp\.experts\.gate_up_proj is float32 beside"
+    ):
+        moelora.enable(fresh)
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "fp8"])
+def test_a_cast_leaves_bitsandbytes_codes_and_scales_alone(name):
+    """Logits of the same numbers: codes are no floating point, and their scales no tensors of the module."""
+    model = MAKERS[name]()
+    dense = dequantised(model, "gpt_oss" if "in, out" in name else "qwen3_moe")
+    for each in (model, dense):
+        moelora.enable(each)
+        each.float()
+    assert moelora.report(model).layers[0].format in ("nf4", "fp4")
+    with torch.no_grad():
+        logits, expected = model(input_ids=IDS).logits, dense(input_ids=IDS).logits
+    assert logits.dtype == torch.float32
+    assert (logits - expected).norm() < 4e-3 * expected.norm()  # `dense` has rounded its numbers to bfloat16
+
+
+def test_powers_of_two_that_were_cast_are_refused():
+    """DeepSeek V4's scales of E2M1, which .float() casts and the codes' int8 not."""
+    model = by_transformers(adapted=False)
+    experts = layer(model)
+    for name in NAMES:
+        packed = formats.quantize(torch.randn(getattr(experts, name).shape), "mxfp4")
+        scale = packed.scale.view(torch.float8_e8m0fnu)
+        setattr(experts, name, nn.Parameter(packed.codes.view(torch.int8), requires_grad=False))
+        setattr(experts, name + "_scale_inv", nn.Parameter(scale, requires_grad=False))
+    assert moelora.enable(model).layers[0].format == "mxfp4"
+    model.float()
+    told = (
+        r"^model\.layers\.0\.mlp\.experts\.gate_up_proj has scales of float32.*changed after moelora\.enable"
+    )
+    for use in (moelora.report, moelora.enable, lambda m: m(input_ids=IDS)):
+        with pytest.raises(MoeloraError, match=told):
+            use(model)
+
+
 def test_blocks_across_rows_are_refused():
     parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
     model = dense_model("qwen3_moe")

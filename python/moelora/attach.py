@@ -36,7 +36,8 @@ def enable(model: nn.Module, linears: bool | None = None) -> Report:
             CPU LoRA on those in bf16, and all in 16 bits where torch has no fast product of these. Packed
             ones always do.
     Returns: which layers use the operators, which do not and why, and the adapters of each.
-    Raises: MoeloraError if no layer can use them; the model is then unchanged.
+    Raises: MoeloraError if no layer can use them, or if a weight's codes were cast to numbers without their
+        scales; the model is then unchanged.
     """
     found = {name: module for name, module in model.named_modules() if experts.is_experts(module)}
     by_module = adapters.wrappers(model)
@@ -46,7 +47,7 @@ def enable(model: nn.Module, linears: bool | None = None) -> Report:
             + experts.outside(model)
         )
     _beside("take_over", model)
-    bindings = {name: experts.bind(module) for name, module in found.items()}
+    bindings = _bindings(model, found)
     if all(binding.reason for binding in bindings.values()):
         _beside("release", model)
         name, binding = next(iter(bindings.items()))
@@ -62,6 +63,16 @@ def enable(model: nn.Module, linears: bool | None = None) -> Report:
     if any(module._moelora.placements for module in found.values()):
         import_module("moelora.placement.spreading").adopt(model)
     return report(model)
+
+
+def _bindings(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, experts.Binding]:
+    """New ones for the modules, by name, which are left as they are."""
+    try:
+        return {name: experts.bind(module, _plain(name)) for name, module in found.items()}
+    except MoeloraError:
+        if not any("_moelora" in vars(module) for module in found.values()):
+            _beside("release", model)
+        raise
 
 
 def _bind(
@@ -118,7 +129,10 @@ def _beside(step: str, model: nn.Module) -> None:
 
 
 def report(model: nn.Module) -> Report:
-    """The state of an enabled model's expert layers and their adapters, as `enable` returns it."""
+    """The state of an enabled model's expert layers and their adapters, as `enable` returns it.
+
+    Raises: MoeloraError if weights were changed since, so that the operators cannot read them.
+    """
     by_module = adapters.wrappers(model)
     with unset_fake_temporarily():  # which refuses tensors that are real
         layers = tuple(
@@ -137,9 +151,7 @@ def report(model: nn.Module) -> Report:
 def _layer(name: str, module: nn.Module, wrappers: list[PeftParamWrapper]) -> LayerReport:
     binding = module._moelora
     return LayerReport(
-        name=".".join(part for part in name.split(".") if part not in _WRAPPERS).removeprefix(
-            "base_model.model."
-        ),
+        name=_plain(name),
         kind=type(module).__name__,
         path="transformers" if binding.reason else "operators",
         reason=binding.reason or "",
@@ -151,6 +163,12 @@ def _layer(name: str, module: nn.Module, wrappers: list[PeftParamWrapper]) -> La
         adapters=tuple(_adapter(w, name) for w in reversed(wrappers) for name in w.lora_A),
         places=tuple(map(str, binding.placements)),
     )
+
+
+def _plain(name: str) -> str:
+    """A module's name without what wrappers add to it."""
+    inside = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return inside.removeprefix("base_model.model.")
 
 
 def _stored(module: nn.Module) -> dict[str, Any]:

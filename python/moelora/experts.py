@@ -92,6 +92,7 @@ class Binding:
     by_peft: set[str] = field(default_factory=set)  # parameters whose wrapper leaves its LoRA to PEFT
     watches: dict[tuple[str, str], Watch] = field(default_factory=dict)  # by (parameter, adapter)
     placements: tuple[Placement, ...] = ()  # where its experts are, ranks before devices; ids become local
+    where: str = ""  # the module's name in the model, if it is known
 
 
 def register(interface: ExpertsInterface = ALL_EXPERTS_FUNCTIONS) -> None:
@@ -130,11 +131,14 @@ def projections(module: nn.Module) -> tuple[str, str]:
     return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
 
 
-def unsupported(module: nn.Module) -> str | None:
-    """Why the operators cannot run this experts module, or None if they can."""
+def unsupported(module: nn.Module, where: str | None = None) -> str | None:
+    """Why the operators cannot run this experts module, or None if they can.
+
+    Raises: MoeloraError where nobody can: of a weight, called `where`, only codes without a meaning are left.
+    """
     for name in projections(module):
         try:
-            weight = weights.weight_of(module, name)
+            weight = weights.weight_of(module, name, where)
         except AttributeError:
             return f"has no parameter {name}"
         except ValueError as error:
@@ -176,14 +180,14 @@ def _count(module: nn.Module) -> int:
     return shape[0] if shape else 0
 
 
-def bind(module: nn.Module) -> Binding:
-    """A new binding for an experts module, without touching the module."""
-    reason = unsupported(module)
+def bind(module: nn.Module, where: str = "") -> Binding:
+    """A new binding for an experts module, which is `where` in its model, without touching the module."""
+    reason = unsupported(module, where)
     activation = {} if reason else recognise_activation(module)
     experts = _count(module)
     settled = all(map(has_values, module.buffers()))
     previous, interface = module.config._experts_implementation, _interface(module)
-    return Binding(previous, reason, experts, interface, activation, settled)
+    return Binding(previous, reason, experts, interface, activation, settled, where=where)
 
 
 def recognise_activation(module: nn.Module) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from moelora import standin
+from moelora.errors import MoeloraError
 from torch_moelora.formats import NESTED_RUN, PackedWeight, nested_values
 
 BLOCK = 128  # of fp8 scales: so many rows and columns
@@ -20,12 +21,26 @@ E4M3 = torch.float8_e4m3fn
 PACKED_DTYPES = (torch.uint8, torch.int8, E4M3, torch.float8_e5m2)
 
 
-def weight_of(module: nn.Module, name: str) -> Tensor | PackedWeight:
+def weight_of(module: nn.Module, name: str, where: str | None = None) -> Tensor | PackedWeight:
     """The module's weight `name`, in the orientation in which it is stored.
 
+    where: the module's name in the model; None: as `moelora.enable` knows it, else its class.
+
     Raises: ValueError that ends a sentence on the weight, where it is packed in a way that no format has;
-    AttributeError where there is none.
+    AttributeError where there is none; MoeloraError where nobody can tell its numbers, and where it could be
+    read when the module was enabled and now cannot.
     """
+    binding = vars(module).get("_moelora")
+    where = where or (binding.where if binding is not None else "") or type(module).__name__
+    try:
+        return _weight_of(module, name, where)
+    except ValueError as error:
+        if binding is None or binding.reason is not None:
+            raise
+        raise MoeloraError(f"{where}.{name} {error}; it was changed after moelora.enable") from None
+
+
+def _weight_of(module: nn.Module, name: str, where: str) -> Tensor | PackedWeight:
     beside = standin.beside(module, name)
     if beside is not None:
         return beside.weight
@@ -34,8 +49,17 @@ def weight_of(module: nn.Module, name: str) -> Tensor | PackedWeight:
         if state is not None:
             return _of_bitsandbytes(module.parametrizations[name].original, state)
     weight = getattr(module, name)
-    if isinstance(weight, Tensor) and weight.dtype in PACKED_DTYPES:
-        return _of_transformers(weight, getattr(module, name + SCALE, None))
+    if not isinstance(weight, Tensor):
+        return weight
+    scale = getattr(module, name + SCALE, None)
+    if weight.dtype in PACKED_DTYPES:
+        return _of_transformers(weight, scale)
+    if scale is not None:
+        raise MoeloraError(
+            f"{where}.{name} is {_named(weight.dtype)} beside its scales {name}{SCALE}: its fp8 codes became "
+            "numbers without them, as .to(dtype), .float() and .half() do; load it anew and leave its dtype, "
+            "or with moelora.from_pretrained, whose packed weights no cast changes"
+        )
     return weight
 
 
