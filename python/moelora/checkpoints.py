@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -21,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-from moelora import attention, norms, stored
+from moelora import attention, configurations, norms, stored
 from moelora.errors import MoeloraError, one_line
 from moelora.experts import is_experts, outside
 from moelora.loading import from_pretrained
@@ -47,12 +46,22 @@ def inspect(directory: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]
     _check_directory(directory)
     stored.required(directory)
     _, config = outline(directory)
-    return config, _tokenizer(directory)
+    return config, _tokenizer(directory, config)
 
 
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(directory: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     with _loading(directory, "the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                directory, config=config, local_files_only=True, trust_remote_code=False
+            )
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise MoeloraError(
+                f"the tokenizer in {directory} is code of its own, which is never run: with a tokenizer.json "
+                'beside it, take "auto_map" out of tokenizer_config.json'
+            ) from None
         # transformers makes up an empty one where the files are missing.
         of_its_own = not tokenizer.vocab_files_names and (directory / "tokenizer_config.json").is_file()
         if not of_its_own and not any(any(directory.glob(name)) for name in _VOCABULARIES):
@@ -70,7 +79,7 @@ def outline(directory: Path) -> tuple[PreTrainedModel, PreTrainedConfig]:
     """
     _check_directory(directory)
     with _loading(directory, "the configuration"):
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = configurations.read(directory, local_files_only=True).config
     with _loading(directory, "a language model"), torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     if not any(is_experts(module) for module in empty.modules()):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from moelora import layouts, stored, unpacking
+from moelora import configurations, layouts, stored, unpacking
+from moelora.configurations import Found
 from moelora.errors import MoeloraError, one_line
 from moelora.packed_layout import METHOD, SECTION
 
@@ -34,6 +36,7 @@ def from_pretrained(
     call `moelora.enable(model)`. Files that hold a layer's experts in one tensor (ours, gpt-oss) are mapped.
     Of others the experts are stacked once into files below `cache_dir`, which are mapped from then on. Linear
     layers that are packed in the files stay so, too; other weights are dequantised to the model's dtype.
+    Kimi-K2, and the language model of Kimi-K2.5, are transformers' DeepSeek-V3: none of their own code runs.
 
     Args:
         directory: a local checkpoint, or a name on the hub.
@@ -49,21 +52,39 @@ def from_pretrained(
     if Path(directory).is_dir():
         stored.files(Path(directory))  # an index that lies is told before anything is read
     config = kwargs.pop("config", None)
-    if not isinstance(config, PreTrainedConfig):
-        config, kwargs = _config(config or directory, kwargs)
-    section = _section(config, Path(directory))
+    if isinstance(config, PreTrainedConfig):
+        found = Found(config, kwargs)
+    else:
+        found = _config(config or directory, kwargs)
+    section = _section(found.config, Path(directory))
     if owners is not None:
-        return _own(directory, config, section, cache_dir, owners, group, kwargs)
-    return _whole(directory, config, section, cache_dir, kwargs)
+        loaded = _own(directory, found, section, cache_dir, owners, group)
+    else:
+        loaded = _whole(directory, found, section, cache_dir)
+    return _alone(loaded, found) if found.prefix else loaded
+
+
+def _alone(loaded: Any, given: Found) -> Any:
+    """A language model that was inside another one, saved by its own names; what is told of its load too."""
+    model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+    model._weight_conversions = [
+        entry
+        for entry in getattr(model, "_weight_conversions", None) or []
+        if not set(entry.source_patterns) & given.key_mapping.keys()
+    ]
+    for told in info:
+        unexpected = told["unexpected_keys"]
+        told["unexpected_keys"] = type(unexpected)(k for k in unexpected if not re.match(given.left_out, k))
+    return loaded
 
 
 def _whole(
     directory: str | os.PathLike,
-    config: PreTrainedConfig,
+    given: Found,
     section: dict[str, Any] | None,
     cache_dir: str | os.PathLike | None,
-    kwargs: dict[str, Any],
 ) -> PreTrainedModel:
+    config, kwargs = given.config, given.unused
     if section is None:
         with LOADING:
             return AutoModelForCausalLM.from_pretrained(directory, config=config, **kwargs)
@@ -72,18 +93,18 @@ def _whole(
     own = {**known, "quant_method": METHOD, "cache_dir": None if cache_dir is None else os.fspath(cache_dir)}
     if layout is not layouts.OURS:
         own["source"] = section
+    own |= {"key_mapping": kwargs.get("key_mapping"), "left_out": given.left_out}
     config.quantization_config = own
     return _load(directory, config, kwargs)
 
 
 def _own(
     directory: str | os.PathLike,
-    config: PreTrainedConfig,
+    given: Found,
     section: dict[str, Any] | None,
     cache_dir: str | os.PathLike | None,
     owners: str | Sequence[int],
     group: Any,
-    kwargs: dict[str, Any],
 ) -> PreTrainedModel:
     """A placed model. Packed experts are mapped, so that copying this rank's out of them reads no other."""
     from moelora.attach import enable
@@ -92,6 +113,7 @@ def _own(
     from moelora.placement.spreading import place_on
 
     together = Group(group)
+    config, kwargs = given.config, given.unused
     if section is None:
         config.quantization_config = {"quant_method": reading.METHOD}
         token = reading.SHARE.set((together, owners))
@@ -101,7 +123,7 @@ def _own(
         finally:
             reading.SHARE.reset(token)
     else:
-        found = _whole(directory, config, section, cache_dir, kwargs)
+        found = _whole(directory, given, section, cache_dir)
     model = found[0] if isinstance(found, tuple) else found
     if section is None:
         model.hf_quantizer.remove_quantization_config(model)
@@ -125,8 +147,8 @@ def _load(directory: str | os.PathLike, config: PreTrainedConfig, kwargs: dict[s
         unpacking.PROBLEMS.reset(token)
 
 
-def _config(where: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """The configuration, and the arguments that are none of its. A dtype is the model's own argument."""
+def _config(where: Any, kwargs: dict[str, Any]) -> Found:
+    """The configuration, and the loader's arguments. A dtype is the model's own argument."""
     dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
     passed = {
         name: kwargs[name]
@@ -140,8 +162,9 @@ def _config(where: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[
         )
         if name in kwargs
     }
-    config, rest = AutoConfig.from_pretrained(where, return_unused_kwargs=True, **kwargs)
-    return config, {**passed, **rest, **dtypes}
+    found = configurations.read(where, **kwargs)
+    mapping = {"key_mapping": found.key_mapping} if found.prefix else {}
+    return found._replace(unused={**passed, **mapping, **found.unused, **dtypes})
 
 
 def _section(config: PreTrainedConfig, directory: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -24,8 +24,10 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from moelora import configurations
 from moelora.errors import MoeloraError, one_line
 from moelora.experts import is_experts, outside, projections
+from moelora.packed_layout import SECTION
 
 
 def outline(config: PreTrainedConfig) -> PreTrainedModel:
@@ -58,9 +60,15 @@ def configuration(directory: Path) -> PreTrainedConfig:
     if not (directory / "config.json").is_file():
         raise MoeloraError(f"{directory} is not a transformers checkpoint: expected a config.json in it")
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
+        found = configurations.read(directory, local_files_only=True)
     except Exception as error:  # as above
         raise MoeloraError(f"cannot read the configuration in {directory}: {one_line(error)}") from None
+    if found.prefix and not getattr(found.config, SECTION, None):
+        raise MoeloraError(
+            f"{directory} has a language model inside another one: "
+            "moelora.from_pretrained(DIR).save_pretrained(OUT) writes it alone"
+        )
+    return found.config
 
 
 class Names:

@@ -34,7 +34,8 @@ class MoeloraConfig(QuantizationConfigMixin):
     """ "quantization_config" of our own layout (`moelora.packed_layout`).
 
     source: that of another project's checkpoint, whose tensors the files have. cache_dir: where its experts
-    are stacked. Neither is saved.
+    are stacked. key_mapping: transformers' argument. left_out: a pattern of the names of tensors that are
+    no weights of the model. None of them is saved.
     """
 
     def __init__(
@@ -45,11 +46,14 @@ class MoeloraConfig(QuantizationConfigMixin):
         others: dict | None = None,
         source: dict | None = None,
         cache_dir: str | None = None,
+        key_mapping: dict[str, str] | None = None,
+        left_out: str = "",
         **kwargs: Any,
     ) -> None:
         self.quant_method = METHOD
         self.version, self.experts, self.linears, self.others = version, experts, linears, others
         self.source, self.cache_dir = source, cache_dir
+        self.key_mapping, self.left_out = key_mapping, left_out
 
     def to_dict(self) -> dict[str, Any]:
         named = ("quant_method", "version", "experts", "linears", "others")
@@ -105,12 +109,12 @@ class MoeloraQuantizer(HfQuantizer):
                 f"packed weights are read from safetensors, got {(checkpoint_files or ['none'])[0]}"
             )
         files = layouts.Files(checkpoint_files)
-        plan = stacking.plan(model, files, layout)
+        plan = stacking.plan(model, files, layout, self.quantization_config.key_mapping)
         with torch.device("cpu"):  # and not the default of now, which is where the model is: on meta
             self._experts = self._stacked(model, plan, files, layout)
             self._linears, self._dequantised = unpacking.linears(model, plan.linears, files, layout, settings)
         self._layout = layout
-        own = set()
+        own = {self.quantization_config.left_out} - {""}
         for name, (module, weight, _) in self._kept.items():
             module.register_parameter(weight, None)  # transformers would allocate and draw it
             module._is_hf_initialized = True

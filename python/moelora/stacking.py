@@ -57,14 +57,16 @@ class Plan:
     linears: dict[str, Source]
 
 
-def plan(model: nn.Module, files: Files, layout: Layout) -> Plan:
+def plan(model: nn.Module, files: Files, layout: Layout, key_mapping: dict[str, str] | None = None) -> Plan:
     """Assigns a checkpoint's packed weights to the parameters of a model on the meta device.
+
+    key_mapping: transformers' argument.
 
     Raises: MoeloraError for an experts' weight that is incomplete, or built as codes cannot be.
     """
     stacks = expert_stacks(model)
     state = model.state_dict()
-    names = Names(model, state)
+    names = Names(model, state, key_mapping)
     linears: dict[str, Source] = {}
     packed = sources(files, layout)
     found: dict[str, dict[tuple[int, int], Source]] = {}
@@ -116,8 +118,10 @@ def expert_stacks(model: nn.Module) -> dict[str, Stack]:
 class Names:
     """transformers' map from a checkpoint's names to those of a model's parameters."""
 
-    def __init__(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        mapping = get_model_conversion_mapping(model)
+    def __init__(
+        self, model: nn.Module, state: dict[str, Tensor], key_mapping: dict[str, str] | None = None
+    ) -> None:
+        mapping = get_model_conversion_mapping(model, key_mapping)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._by_pattern = {p: entry for entry in self._converters for p in entry.source_patterns}
