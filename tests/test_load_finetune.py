@@ -1,5 +1,6 @@
 """`python -m moelora finetune` on a packed checkpoint: as on any other."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -53,6 +54,21 @@ def test_a_resumed_run_goes_on(arguments, tmp_path):
     assert all(bool(t.isfinite().all()) for t in after.values())
     assert any(not torch.equal(t, before[name]) for name, t in after.items())
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 8
+
+
+@pytest.mark.parametrize("command", ["chat", "finetune"])
+def test_stacking_shows_how_far_it_is(command, arguments, tmp_path, monkeypatch, capsys):
+    """Though the commands silence transformers' bars: it takes minutes of a large checkpoint."""
+    home = tmp_path / "apart"
+    write(LAYOUTS["awq"], home, vocab_size=257)
+    default_model.byte_tokenizer().save_pretrained(home)
+    monkeypatch.setattr("moelora.cache.HF_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    line = ["chat", str(home)] if command == "chat" else changed(arguments, model=home, compare=0, steps=1)
+    assert main(line) == 0
+    shown = capsys.readouterr().err
+    assert "Stacking experts" in shown and "2/2" in shown
+    assert "Loading weights" not in shown
 
 
 def test_inspect_reads_it(directory, capsys):

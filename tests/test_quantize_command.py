@@ -212,6 +212,13 @@ def test_a_source_that_changed(dense, tmp_path, monkeypatch, capsys):
     assert "is an unfinished run with another source: remove it to start anew" in told
 
 
+def test_it_shows_how_far_it_is(dense, tmp_path, capsys):
+    """On the standard error: what is printed may go to a file."""
+    assert main(["quantize", str(dense("qwen3_moe")), str(tmp_path / "out"), *arguments("int8")]) == 0
+    printed = capsys.readouterr()
+    assert "quantize: 100%" in printed.err and "100%" not in printed.out
+
+
 def test_no_space(dense, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     command = ["quantize", str(dense("qwen3_moe")), str(tmp_path / "out"), *arguments("nf4")]

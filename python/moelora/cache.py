@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
-from transformers.utils.logging import tqdm
+from tqdm import tqdm  # not transformers', which commands silence: this may take minutes
 
 from moelora.errors import MoeloraError, writing
 from moelora.layouts import Files, Layout, Source
@@ -94,7 +94,7 @@ def _write_all(
         with suppress(FileNotFoundError):  # finished or removed by another process
             if time.time() - left.stat().st_mtime > STALE:
                 left.unlink()
-    for name, several in tqdm(missing.items(), desc="Stacking experts"):
+    for name, several in tqdm(missing.items(), "Stacking experts", unit="layer", dynamic_ncols=True):
         with writing(_path(home, name)):
             _write(_path(home, name), several, files, layout, settings)
     size = sum(path.stat().st_size for path in home.glob("*.safetensors"))
