@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from moelora import cgroups
 
 from .layer import Batch, Layer, nbytes
 from .peers.base import Runner
@@ -64,13 +65,9 @@ def _status(field: str) -> int:
 
 
 def _available() -> int:
-    """Bytes that can be had without swapping, of the machine or of this control group (version 2)."""
+    """Bytes that can be had without swapping, of the machine or of this process's control groups."""
     machine = _field("/proc/meminfo", "MemAvailable")
-    try:
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no such group, or "max": no limit
-        return machine
-    return min(machine, max(0, limit - used))
+    return min([machine, *(max(0, group.limit - group.used) for group in cgroups.groups())])
 
 
 @dataclass

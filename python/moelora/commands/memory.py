@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from trl.kernels import chunked_logprob
 
 import moelora
-from moelora import attention
+from moelora import attention, cgroups
 from moelora.commands import depth, head, lora, optimizers
 from moelora.linears import slow_in_torch
 
@@ -201,11 +200,9 @@ class Estimator:
 
 
 def room() -> int:
-    """Bytes that this process can have: what is free, or less where its control group allows less."""
+    """Bytes that this process can have: what is free, or less where a control group allows less."""
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return free if text == "max" else min(free, int(text))
+    return min([free, *(group.limit for group in cgroups.groups())])
 
 
 def _kept(model: PreTrainedModel, plan: Plan) -> Kept:
