@@ -202,8 +202,10 @@ def test_the_model_library_knows_no_command_line():
     """moelora's modules import nothing of moelora.commands; `python -m moelora` alone does."""
     library = ROOT / "python" / "moelora"
     assert (library / "commands" / "__init__.py").exists()
-    for path in library.glob("*.py"):
-        if path.name == "__main__.py":
+    modules = [path for path in library.rglob("*.py") if library / "commands" not in path.parents]
+    assert {library / "placement", library / "placement" / "beside"} <= {path.parent for path in modules}
+    for path in modules:
+        if path == library / "__main__.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)]
