@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import moelora
 import pytest
 import torch
 from model_tiny import one_thread  # noqa: F401  (autouse)
 from moelora.__main__ import main
+from moelora.commands import default_model
 from moelora.errors import MoeloraError
-from packed_files import save
+from packed_files import LAYOUTS, save, write
 from packed_models import checkpoints  # noqa: F401  (a fixture)
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 FIRST = "model.layers.0.mlp.experts"
 DEEP = "model.layers.1.mlp.experts"  # deepseek's first layer is dense
@@ -31,6 +34,33 @@ def changed(checkpoint, to, **tensors):
         every[name] = change(every[name]) if change else None
     save(to, {name: t for name, t in every.items() if t is not None})
     return to
+
+
+def test_the_way_out_of_fp8_in_other_blocks(tmp_path):
+    """transformers itself makes it dense, to the numbers that the codes stand for."""
+
+    def drawn(rows, columns, gen):
+        codes = torch.randn(rows, columns, generator=gen).mul(100).clamp(-448, 448).to(torch.float8_e4m3fn)
+        scale = (torch.rand(rows // 64, columns // 64, generator=gen) + 0.5) * 3e-4
+        each = scale.repeat_interleave(64, 0).repeat_interleave(64, 1)
+        return {"weight": codes, "weight_scale_inv": scale}, (codes.float() * each).bfloat16()
+
+    layout = LAYOUTS["fp8 blocks"]
+    section = layout.section | {"weight_block_size": [64, 64]}
+    packed, dense, out = tmp_path / "packed", tmp_path / "dense", tmp_path / "out"
+    write(replace(layout, section=section, matrix=drawn), packed, dense)
+    with pytest.raises(MoeloraError, match=r"blocks of \[64, 64\], expected .*: take the dense") as raised:
+        moelora.from_pretrained(packed, cache_dir=tmp_path / "cache")
+    way = (
+        "AutoModelForCausalLM.from_pretrained(DIR, quantization_config=FineGrainedFP8Config(dequantize=True))"
+    )
+    assert f"which {way}.save_pretrained(OUT) writes" in str(raised.value)
+    plain = FineGrainedFP8Config(dequantize=True)
+    AutoModelForCausalLM.from_pretrained(packed, quantization_config=plain).save_pretrained(out)
+    default_model.byte_tokenizer().save_pretrained(out)
+    found, wanted = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (out, dense))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], t) for name, t in wanted.items())
+    assert main(["quantize", str(out), str(tmp_path / "int8"), "--format", "int8"]) == 0
 
 
 def half(t):

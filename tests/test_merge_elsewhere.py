@@ -16,7 +16,7 @@ from packed_models import adapted, checkpoints, experts  # noqa: F401  (checkpoi
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 ROUNDING = 0.2  # of random codes that are packed anew, relative to all of a weight
-# `merge` reads gpt-oss' own files and ours as they are.
+# Of the others `merge` reads the files as they are.
 APART = [layout.name for layout in TABLE if not layout.stacked]
 
 
@@ -39,6 +39,31 @@ def test_merged_by_way_of_our_layout(layout, checkpoints, tmp_path, capsys):  # 
     assert (found - expected).norm() < 1e-4 * expected.norm()
     assert main(["merge", str(saved), str(adapter), str(tmp_path / "same")]) == 0
     _near(tmp_path / "same", saved, merged)
+
+
+@pytest.mark.parametrize("form", ["same", "bfloat16", "float32", "int8"])
+def test_gpt_oss_as_it_is_published(form, checkpoints, tmp_path):  # noqa: F811
+    """The same bytes as from the same codes in our layout."""
+    there, adapter, saved = checkpoints("gpt-oss mxfp4"), tmp_path / "adapter", tmp_path / "saved"
+    tuned = adapted(there.model())
+    moelora.enable(tuned)
+    tuned.save_pretrained(adapter)
+    there.model().save_pretrained(saved)
+    found = {}
+    for base in (there.packed, saved):
+        out = tmp_path / f"{base.name}-out"
+        assert main(["merge", str(base), str(adapter), str(out), "--format", form]) == 0
+        files = Files(sorted(out.glob("*.safetensors")))
+        found[base] = {name: files[name] for name in files.names}
+    mine, other = found.values()
+    assert mine.keys() == other.keys() and any("experts" in name for name in mine)
+    assert all(mine[name].dtype == t.dtype and torch.equal(mine[name], t) for name, t in other.items())
+    untouched = Files(saved.glob("*.safetensors"))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    if form == "same":
+        assert not torch.equal(mine[f"{name}.codes"], untouched[f"{name}.codes"])
+    again = moelora.from_pretrained(tmp_path / "packed-out")
+    assert again(torch.arange(8)[None]).logits.isfinite().all()
 
 
 def _near(same: Path, saved: Path, merged: PreTrainedModel) -> None:

@@ -70,7 +70,7 @@ def fp8(name: str, parts: Parts, settings: dict) -> PackedWeight:
     grid, block = _grid(scale), settings.get("weight_block_size") or (_BLOCK, _BLOCK)
     for size, scales, each in zip(codes.shape, grid.shape[1:], block, strict=False):
         if scales not in (1, size) and each != _BLOCK:
-            raise MoeloraError(f"{name}: blocks of {block}, expected {[_BLOCK, _BLOCK]}: {OTHER_WAY}")
+            raise MoeloraError(f"{name}: blocks of {block}, expected {[_BLOCK, _BLOCK]}: {OF_FP8}")
     return checked(name, PackedWeight(codes[None], grid, None, None, "fp8"))
 
 
@@ -277,4 +277,8 @@ def _named(dtype: torch.dtype) -> str:
 
 
 OTHER_WAY = "take the dense checkpoint and `python -m moelora quantize` it"
+OF_FP8 = (
+    f"{OTHER_WAY}, which AutoModelForCausalLM.from_pretrained(DIR, quantization_config="
+    "FineGrainedFP8Config(dequantize=True)).save_pretrained(OUT) writes"
+)
 NOT_PERMUTED = f"use one quantised without act-order (desc_act: false), or {OTHER_WAY}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 _GOES = "OUT appears when it is complete; interrupted, the same command goes on. Nothing is overwritten."
+_READ = "dense, packed in moelora's own layout, or gpt-oss's MXFP4 as it is published"
 COMMANDS = ("synthesize", "quantize", "merge")
 GO_ON = "the same command goes on from the files that are finished"
 
@@ -52,9 +53,9 @@ def _add_synthesize(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "synthesize",
         help="write a checkpoint of a known model's shape with random weights, without a download",
-        description="Writes a checkpoint of a known model's exact shape and file layout, with random weights "
-        "of a realistic scale and a tokenizer of bytes: for tests, benchmarks and to plan a machine. "
-        + _GOES,
+        description="Writes a checkpoint of a known model's exact shape, with random weights of a realistic "
+        "scale and a tokenizer of bytes: dense in the model's own file layout, packed in moelora's. For tests, "
+        "benchmarks and to plan a machine. " + _GOES,
     )
     parser.add_argument(
         "name",
@@ -77,9 +78,7 @@ def _add_quantize(commands: argparse._SubParsersAction) -> None:
         "what it wrote and compares: a table of errors at the end, and the error of each tensor in "
         "quantization_errors.json. " + _GOES,
     )
-    parser.add_argument(
-        "model_dir", metavar="DIR", help="a local checkpoint, dense or packed by this command"
-    )
+    parser.add_argument("model_dir", metavar="DIR", help=f"a local checkpoint, {_READ}")
     parser.add_argument("out", metavar="OUT", help="the directory to make")
     _packing(parser, "what to pack the experts in: nf4, fp4, int4, int8, fp8, mxfp4 or nvfp4")
     _shared(parser)
@@ -93,7 +92,7 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
         "time, and tells how much of its change is in what was written: rounding to 4 bits can take most of "
         "it. " + _GOES,
     )
-    parser.add_argument("model_dir", metavar="DIR", help="a local checkpoint, dense or packed by us")
+    parser.add_argument("model_dir", metavar="DIR", help=f"a local checkpoint, {_READ}")
     parser.add_argument("adapter", metavar="ADAPTER", help="an adapter of it in PEFT's format")
     parser.add_argument("out", metavar="OUT", help="the directory to make")
     what = "same: as the base is; bfloat16, float16 or float32: dense; or what to pack the experts in"
