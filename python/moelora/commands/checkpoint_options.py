@@ -54,8 +54,8 @@ def _add_synthesize(commands: argparse._SubParsersAction) -> None:
         "synthesize",
         help="write a checkpoint of a known model's shape with random weights, without a download",
         description="Writes a checkpoint of a known model's exact shape, with random weights of a realistic "
-        "scale and a tokenizer of bytes: dense in the model's own file layout, packed in moelora's. For tests, "
-        "benchmarks and to plan a machine. " + _GOES,
+        "scale and a tokenizer of bytes: dense in the model's own file layout, packed in moelora's. For "
+        "tests, benchmarks and to plan a machine. " + _GOES,
     )
     parser.add_argument(
         "name",
