@@ -166,6 +166,7 @@ def _found(options, base: Path, out: Path, tune: list[str], seen: Watched, ceili
         "peak_private_bytes": private,
         "peak_mapped_bytes": mapped,
         "losses": losses,
+        "held_out_loss": json.loads((out / "summary.json").read_text())["held_out_loss"],
         "memory_over_time": [
             [round(s, 1), p, m] for s, p, m in zip(seen.seconds, seen.private, seen.mapped, strict=True)
         ],
@@ -175,7 +176,7 @@ def _found(options, base: Path, out: Path, tune: list[str], seen: Watched, ceili
 
 def _told(found: dict) -> str:
     private, mapped = found["peak_private_bytes"] / GB, found["peak_mapped_bytes"] / GB
-    losses = found["losses"]
+    losses, held_out = found["losses"], found["held_out_loss"]
     rate = max(found[when]["rate"] for when in ("ceilings", "ceilings_at_the_end"))
     return (
         f"{found['tokens_per_second']:.1f} tokens/s in steps of {found['tokens_a_step']} tokens, "
@@ -183,7 +184,8 @@ def _told(found: dict) -> str:
         f"{private + mapped:.1f} GB ({private:.1f} private, {mapped:.1f} mapped); "
         f"{found['seconds_to_first_step']:.0f} s to the first step, "
         f"{found['seconds_to_end_of_first_step']:.0f} s to its end; "
-        f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+        f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, "
+        f"on held-out text {held_out['base']:.3f} -> {held_out['tuned']:.3f}"
     )
 
 

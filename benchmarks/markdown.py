@@ -1,7 +1,8 @@
 """`python -m benchmarks.markdown FILE...`: result files of one machine as the README's table.
 
 Prints a block between two comments, the first of which names the files; with `--formats` first a table of
-packed weights (of one file, of `benchmarks.run --format`). `--update README.md` renders every
+packed weights (of one file, of `benchmarks.run --format`), with `--whole` one of whole models (of files of
+`benchmarks.full_size`, whichever machines'; patterns are expanded). `--update README.md` renders every
 such block in that file anew; tests/test_readme.py checks that they are what their files give.
 """
 
@@ -13,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+from . import whole_models
 from .report import format_ms
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +35,7 @@ COPIES = {  # bitsandbytes' dense ones: when and for whom, by the end of the con
     "-kept": "dense copy kept for the backward, our operators",
     "": "dense copies forward and backward, our operators",
 }
-FORMATS = "--formats"
+FORMATS, WHOLE = "--formats", "--whole"
 DENSE = "ours"  # the contestant
 Key = tuple[str, int, int, str]  # shape, tokens, rank, routing
 
@@ -160,8 +162,12 @@ def note(results: list[dict]) -> str:
 
 def render(files: list[str]) -> str:
     """files: relative to the repository, or absolute, with `--formats` before one of packed weights.
-    ValueError unless all are one machine's.
+    ValueError unless all are one machine's. With `--whole` before those of whole models, of any machines.
     """
+    if files[0] == WHOLE:
+        found = [path for pattern in files[1:] for path in sorted(ROOT.glob(pattern))]
+        made = whole_models.table([json.loads(path.read_text()) for path in found])
+        return f"<!-- python -m benchmarks.markdown {' '.join(files)} -->\n{made}\n<!-- end -->"
     packed = files[0] == FORMATS
     results = [json.loads((ROOT / file).read_text()) for file in files[packed:]]
     if packed and len(results) != 1:
@@ -185,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("files", nargs="*", metavar="FILE", help="results of one machine, dtype and set")
     parser.add_argument(FORMATS, action="store_true", help="a table of packed weights, of one file")
+    parser.add_argument(WHOLE, action="store_true", help="a table of whole models")
     parser.add_argument("--update", type=Path, metavar="DOCUMENT", help="render its blocks anew instead")
     options = parser.parse_args(argv)
     if bool(options.files) == bool(options.update):
@@ -193,7 +200,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.update:
             options.update.write_text(update(options.update.read_text()))
         else:
-            print(render([FORMATS, *options.files] if options.formats else options.files))
+            kind = [FORMATS] * options.formats + [WHOLE] * options.whole
+            print(render([*kind, *options.files]))
     except (OSError, ValueError, KeyError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

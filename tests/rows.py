@@ -109,7 +109,8 @@ def short_runs() -> list[Run]:
             prepare=core_builds.sanitized, why_not=core_builds.no_sanitizers),
         # Ranges of values are no matter of threads, nor is what one has to itself.
         Run("races", "the drivers' threads under ThreadSanitizer",
-            (DRIVERS, THE_BUILD, QUICK, "-s", "-k", "not whole_range and not are_dense_ones and not one_row_or_column"),
+            (DRIVERS, THE_BUILD, QUICK, "-s",
+             "-k", "not whole_range and not are_dense_ones and not one_row_or_column"),
             prepare=core_builds.race_checked, why_not=core_builds.no_race_detector),
         Run("clang", "micro-kernels and drivers built by clang", (*CORE, QUICK),
             prepare=core_builds.with_clang, why_not=core_builds.no_clang),

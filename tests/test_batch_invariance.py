@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import torch_moelora
-from torch_moelora import batch_invariance, functional, switches
+from torch_moelora import _C, batch_invariance, functional, switches
 
 INTERPRETED = switches.SWITCHES.backend == "triton"
 
@@ -156,6 +156,36 @@ def test_a_token_alone_and_among_many(dtype):
         whole = in_whole(case)
         for chosen in ([7], [tokens - 1, 0, 3], list(range(100, 130)), list(range(0, tokens, 2))):
             assert not differing(Batch(case, chosen), whole), f"{len(chosen)} tokens"
+
+
+@pytest.mark.operators
+@pytest.mark.skipif(INTERPRETED, reason="Triton's kernels sum alike whatever the size")
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_sums_of_a_large_batch(dtype):
+    """More rows, and wider ones, than the CPU's drivers keep apart, on other threads than a few of them."""
+    wide, chosen = 3200, [3, 519, 77]
+    case = Case(tokens=520, top_k=4, experts=6, k=wide, n=40, rank=8, dtype=dtype, gates="same")
+    kept_apart = max(kernels.blocking["combine_bytes"] for kernels in _C.kernel_sets())
+    assert case.rows * wide * torch.float32.itemsize > kept_apart
+    p = problems.build(case)
+    ids = problems.expert_ids(case, torch.Generator().manual_seed(case.seed))
+
+    def sums(tokens: list[int], threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        lora, gates = {"lora_a": p.lora_a, "lora_b": p.lora_b, "scaling": case.scaling}, p.gates[tokens]
+        routing = *functional.flatten_sort_count(ids[tokens], case.experts), case.top_k
+        dx, _ = torch.ops.moelora.scatter_lora_dx(p.dy[tokens], p.weight, *routing, **lora, gates=gates)
+        turned = {"lora_a": p.lora_b.mT, "lora_b": p.lora_a.mT, "scaling": case.scaling}
+        y = torch.ops.moelora.scatter_lora(p.dy[tokens], p.weight.mT, *routing, **turned, gates=gates)
+        return [dx, y]
+
+    before = torch.get_num_threads()
+    try:
+        with invariant():
+            whole, part = sums(list(range(case.tokens)), 3), sums(chosen, 1)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(w[chosen], part_) for w, part_ in zip(whole, part, strict=True))
 
 
 @dataclass
