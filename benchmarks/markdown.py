@@ -166,6 +166,8 @@ def render(files: list[str]) -> str:
     """
     if files[0] == WHOLE:
         found = [path for pattern in files[1:] for path in sorted(ROOT.glob(pattern))]
+        if not found:
+            raise ValueError(f"no file matches {', '.join(files[1:])}")
         made = whole_models.table([json.loads(path.read_text()) for path in found])
         return f"<!-- python -m benchmarks.markdown {' '.join(files)} -->\n{made}\n<!-- end -->"
     packed = files[0] == FORMATS
