@@ -105,6 +105,10 @@ def short_runs() -> list[Run]:
             (*OPERATORS, SPARSE, "-k", "not real"), TRITON, why_not=no_triton),
         Run("compiled", "the Triton kernels, compiled for GPUs", (AHEAD_OF_TIME, "-m", "not long"),
             why_not=no_triton),
+        Run("wide", "micro-kernels and drivers for AVX-512-BF16 and AMX, emulated on AVX2",
+            (*CORE, "tests/test_wide_emulation.py", AMX_KERNELS, *core_builds.WIDE_PACKAGE, QUICK),
+            prepare=core_builds.wide, why_not=no_wide, spare=wide_is_real,
+            note="on emulated AVX-512-BF16 and AMX"),
         Run("sanitizers", "micro-kernels and drivers under AddressSanitizer and UBSan", (*CORE, QUICK),
             prepare=core_builds.sanitized, why_not=core_builds.no_sanitizers),
         # Ranges of values are no matter of threads, nor is what one has to itself.
@@ -114,10 +118,6 @@ def short_runs() -> list[Run]:
             prepare=core_builds.race_checked, why_not=core_builds.no_race_detector),
         Run("clang", "micro-kernels and drivers built by clang", (*CORE, QUICK),
             prepare=core_builds.with_clang, why_not=core_builds.no_clang),
-        Run("wide", "micro-kernels and drivers for AVX-512-BF16 and AMX, emulated on AVX2",
-            (*CORE, "tests/test_wide_emulation.py", AMX_KERNELS, *core_builds.WIDE_PACKAGE, QUICK),
-            prepare=core_builds.wide, why_not=no_wide, spare=wide_is_real,
-            note="on emulated AVX-512-BF16 and AMX"),
         Run("amx", "the operators on AMX, emulated", (AMX_KERNELS, *OPERATORS, QUICK),
             prepare=amx_emulator.environment, why_not=no_emulator),
         *(

@@ -60,9 +60,9 @@ def test_an_emulated_build_needs_avx2_alone():
     assert torch_moelora._C.wide_emulated
     if not shutil.which("objdump"):
         pytest.skip("there is no objdump")
-    listing = subprocess.run(
-        ["objdump", "-d", core.__file__], capture_output=True, text=True, check=True
-    ).stdout
+    # Each instruction in one line, however long.
+    command = ["objdump", "-d", "--insn-width=16", core.__file__]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = re.findall(r"^ *[0-9a-f]+:\t(.*)$", listing, re.MULTILINE)
     assert len(lines) > 10_000
     # In 64-bit mode no instruction but those of AVX-512 begins with this byte.
