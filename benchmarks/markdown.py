@@ -71,6 +71,12 @@ def _lines(found: dict) -> list[dict]:
     return [row for row in (*found["rows"], *found.get("stopped", ())) if row["part"] == "layer"]
 
 
+def _text(lines: list[list[str]]) -> str:
+    """A table of which the second line has the rules."""
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([text[0], text[1].replace(" ", ""), *text[2:]])
+
+
 def table(results: list[dict]) -> str:
     """A line for each shape, token count, rank and routing; median ms and GB beyond the weights."""
     rows = [row for found in results for row in _lines(found)]
@@ -91,9 +97,7 @@ def table(results: list[dict]) -> str:
             row = cells.get((key, name))
             line += [_cell(row), _of_ceiling(row)] if name == "ours" else [_cell(row)]
         lines.append(line)
-    text = ["| " + " | ".join(line) + " |" for line in lines]
-    text[1] = text[1].replace(" ", "")
-    return "\n".join(text)
+    return _text(lines)
 
 
 def table_of_formats(found: dict) -> str:
@@ -113,8 +117,7 @@ def table_of_formats(found: dict) -> str:
         error = f"{errors[name]['y']:.1%}" if errors.get(name) else ""
         times = [_beside_dense(rows.get((name, count)), rows[DENSE, count]) for count in counts]
         lines.append([_of_weights(name, found), f"{bits:.3g}", error, *times])
-    text = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([text[0], text[1].replace(" ", ""), *text[2:]])
+    return _text(lines)
 
 
 def _of_weights(name: str, found: dict) -> str:
@@ -168,7 +171,7 @@ def render(files: list[str]) -> str:
         found = [path for pattern in files[1:] for path in sorted(ROOT.glob(pattern))]
         if not found:
             raise ValueError(f"no file matches {', '.join(files[1:])}")
-        made = whole_models.table([json.loads(path.read_text()) for path in found])
+        made = _text(whole_models.table([json.loads(path.read_text()) for path in found]))
         return f"<!-- python -m benchmarks.markdown {' '.join(files)} -->\n{made}\n<!-- end -->"
     packed = files[0] == FORMATS
     results = [json.loads((ROOT / file).read_text()) for file in files[packed:]]

@@ -1,4 +1,4 @@
-"""Result files of `benchmarks.full_size` as a table."""
+"""Result files of `benchmarks.full_size` as lines of a table."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import argparse
 import shlex
 
 from . import full_size
+from .full_size import GB
 
-GB = 1e9
+HEADINGS = {  # of a column, with its rule
+    **dict.fromkeys(("machine", "checkpoint", "what is tuned", "a step"), "---"),
+    **dict.fromkeys(("tokens/s", "of the ceiling"), "---:"),
+    **dict.fromkeys(("peak memory, private + pages of files", "to the first step"), "---:"),
+    "date": "---",
+}
 
 
-def table(results: list[dict]) -> str:
-    """A line for each run."""
-    lines = [
-        ["machine", "checkpoint", "what is tuned", "a step", "tokens/s", "of the ceiling"],
-        ["---", "---", "---", "---", "---:", "---:"],
-    ]
-    lines[0] += ["peak memory, private + pages of files", "to the first step", "date"]
-    lines[1] += ["---:", "---:", "---"]
-    lines += [_line(found) for found in results]
-    text = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([text[0], text[1].replace(" ", ""), *text[2:]])
+def table(results: list[dict]) -> list[list[str]]:
+    """Headings, rules, and a line for each run."""
+    return [list(HEADINGS), list(HEADINGS.values()), *map(_line, results)]
 
 
 def _line(found: dict) -> list[str]:

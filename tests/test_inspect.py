@@ -17,6 +17,7 @@ from moelora.__main__ import main
 from moelora.commands import inspect, lora, memory
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.masking_utils import sdpa_mask
 
 
 def _told(capsys, *arguments: object) -> str:
@@ -73,6 +74,12 @@ def test_activations_are_what_autograd_keeps(checkpointing):
     estimate = kept.layer_inputs if checkpointing else kept.activations
     assert found <= estimate <= 1.1 * found
     assert kept.parameters == checkpoints.count(model, trainable=True)
+
+
+@pytest.mark.parametrize("window", [None, 7, 8, 9])
+def test_masks_are_those_of_a_batch_without_padding(window):
+    expected = sdpa_mask(1, 8, 8, local_size=window)
+    assert (memory._mask_without_values(1, 8, 8, local_size=window) is None) == (expected is None)
 
 
 @pytest.mark.parametrize("slow", [False, True])

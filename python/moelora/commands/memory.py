@@ -248,7 +248,7 @@ def _mask_without_values(
     batch_size: int, q_length: int, kv_length: int, local_size: int | None = None, **options: Any
 ) -> Tensor | None:
     """transformers' mask of a batch without padding, where that cannot be asked: none for plain attention."""
-    if local_size is None or kv_length <= local_size:
+    if local_size is None or kv_length < local_size:
         return None
     return sdpa_mask(batch_size, q_length, kv_length, local_size=local_size, **options)
 

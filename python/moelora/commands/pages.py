@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 
 from torch import Tensor, nn
 
-_MADVISE = getattr(ctypes.CDLL(None), "madvise", None)
-_PAGEOUT = 21  # MADV_PAGEOUT of Linux: no page changes, and each is read again where it is needed
+# Elsewhere the number may mean something else.
+_MADVISE = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+_PAGEOUT = 21  # MADV_PAGEOUT: no page changes, and each is read again where it is needed
 
 
 def looked_up(model: nn.Module) -> list[nn.Parameter]:
